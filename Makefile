@@ -1,0 +1,94 @@
+# Thin targets. Each works as the first command after a clone, on Linux with Python 3.11+ and a C compiler.
+# `make` alone prints them; ARGS="..." reaches the command behind a target.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# The stamps: libraries to run Sublet; the tools to test it; the software GPU.
+RUNTIME := $(VENV)/.stamp-runtime
+DEV := $(VENV)/.stamp-dev
+SOFTGPU := $(VENV)/.stamp-softgpu
+SOFTGPU_SOURCES := $(shell find softgpu \( -name '*.c' -o -name '*.h' -o -name '*.map' -o -name '*.py' \) 2>/dev/null)
+ROOTS := $(wildcard sublet schemas kit devices softgpu engines services benchmarks tests tools)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up sim bench soak test check compose-test fmt schemas golden snapshots docs clean
+.SUFFIXES:
+
+help:
+	@echo "Sublet: many models on few GPUs. Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# ---- run --------------------------------------------------------------------------------------------------------
+
+setup: $(DEV) $(SOFTGPU) ## everything to develop: .venv with test tools, software GPU
+	@echo "ready: make demo, make test, make check"
+
+demo: $(RUNTIME) $(SOFTGPU) ## three models and a training job on two software GPUs; ends with a table
+	@$(PY) -m services demo $(ARGS)
+
+up: $(RUNTIME) $(SOFTGPU) ## the same, to use: prints addresses, a key and one next step
+	@$(PY) -m services up $(ARGS)
+
+sim: $(RUNTIME) ## a scenario in virtual time: make sim SCENARIO=tests/simulation/scenarios/NAME.txt
+	@$(PY) -m services sim $(SCENARIO) $(ARGS)
+
+bench: $(DEV) $(SOFTGPU) ## a stated figure, measured again: make bench ARGS="NAME --check"
+	@$(PY) -m benchmarks $(ARGS)
+
+soak: ## hours of load with faults
+	@echo "make soak: not built yet; it arrives together with the node agent's mover" >&2; exit 1
+
+# ---- test -------------------------------------------------------------------------------------------------------
+
+test: $(DEV) $(SOFTGPU) ## all tests but those for physical GPUs
+	@SUBLET_TESTS_REQUIRE=nats $(PY) -m pytest -q $(ARGS)
+
+check: $(DEV) ## format, lint, types, import contracts, generated files
+	@echo "format"          && $(BIN)/ruff format --check --quiet .
+	@echo "lint"            && $(BIN)/ruff check --quiet .
+	@echo "types"           && $(BIN)/mypy --no-error-summary $(ROOTS)
+	@echo "imports"         && $(PY) tools/import_contracts.py
+	@echo "generated files" && $(if $(wildcard schemas/__main__.py),$(PY) -m schemas --check &&) $(PY) tools/adr_index.py --check
+	@echo "check: passed"
+
+compose-test: $(DEV) ## the tests that need Docker
+	@SUBLET_TESTS_REQUIRE=docker $(PY) -m pytest -q -m docker $(ARGS)
+
+# ---- write ------------------------------------------------------------------------------------------------------
+
+fmt: $(DEV) ## format the code and mend what ruff can
+	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .
+
+schemas: $(RUNTIME) ## regenerate JSON Schema, AsyncAPI and their pages from the message types
+	@$(PY) -m schemas $(ARGS)
+
+golden: $(RUNTIME) ## write the first fixture of each new message
+	@$(PY) -m schemas --golden $(ARGS)
+
+snapshots: $(DEV) $(SOFTGPU) ## rewrite expected values inside tests; the review is `git diff`
+	@$(PY) -m pytest -q --inline-snapshot=fix,create $(ARGS)
+
+docs: $(DEV) ## regenerate every generated page
+	@$(PY) -m schemas && $(PY) tools/adr_index.py
+
+clean: ## remove .venv and caches
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build
+
+# ---- stamps -----------------------------------------------------------------------------------------------------
+
+$(RUNTIME): pyproject.toml tools/bootstrap.py
+	@command -v $(PYTHON) >/dev/null || { echo "sublet: Python 3.11 or newer is needed, and there is no $(PYTHON) on PATH; install it (Debian, Ubuntu: apt-get install python3 python3-venv) and run make again" >&2; exit 1; }
+	@$(PYTHON) tools/bootstrap.py runtime
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@$(PYTHON) tools/bootstrap.py dev
+	@touch $@
+
+$(SOFTGPU): $(RUNTIME) $(SOFTGPU_SOURCES)
+	@echo "building the software GPU"
+	@$(PY) -c "import softgpu; softgpu.build()"
+	@touch $@
