@@ -1,0 +1,180 @@
+"""The bus port: history with a checked append, ordered reads, fleeting messages, requests, and a liveness lease.
+
+Two implementations, `kit.bus_memory.MemoryBus` and `kit.bus_nats.NatsBus`, pass one conformance suite. Nothing here knows
+message types: bodies are bytes, subjects are strings.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+
+class Stream(StrEnum):
+    """The streams. History and the inbox are kept for ever until trimmed below every reader; the others expire."""
+
+    HISTORY = "SUBLET"
+    INBOX = "INBOX"
+    RECORD = "RECORD"
+    DEAD = "DEAD"
+
+
+STREAM_SUBJECTS: Final = {
+    Stream.HISTORY: ("sublet.fact.>",),
+    Stream.INBOX: ("sublet.in.>",),
+    Stream.RECORD: ("sublet.record.>",),
+    Stream.DEAD: ("sublet.dead.>",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One message on its way into history. The four values beside the body travel in at most three headers."""
+
+    subject: str
+    body: bytes
+    id: str
+    """Unique for ever; names the writer and its instance, so that a writer knows its own after a lost ack."""
+    cause_seq: int
+    """Sequence of the fact or inbox message that led to it; 0 when none did."""
+    cursor_seq: int
+    """How far its writer had handled others' facts."""
+    previous_hash: str
+    """Chain hash of the writer's previous fact."""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One message as a stream holds it."""
+
+    seq: int
+    time_s: float
+    """Stream time, Unix seconds."""
+    subject: str
+    body: bytes
+    id: str = ""
+    cause_seq: int = 0
+    cursor_seq: int = 0
+    previous_hash: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaughtUp:
+    """A read has delivered everything that was in the stream when it looked; `last_seq` is the stream's newest sequence."""
+
+    last_seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A fleeting message."""
+
+    subject: str
+    body: bytes
+    reply_subject: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acknowledged:
+    """The whole batch is stored; `last_seq` belongs to its last entry, earlier ones precede it without a gap."""
+
+    last_seq: int
+
+
+class BusError(Exception):
+    """Something the bus could not do."""
+
+
+class AppendConflict(BusError):
+    """The prefix's last sequence is not the one that the writer knew: another wrote, or an ack was lost."""
+
+
+class AppendUnknown(BusError):
+    """No answer, or a transient one (time-out, 503, 10164): the batch may or may not be stored. Send the same bytes again."""
+
+
+class AppendRefused(BusError):
+    """The stream will not take it (full, too large, forbidden); the text says why. Sending it again would not help now."""
+
+
+class HistoryGone(BusError):
+    """The cursor is outside the stream, or the stream is another one of the same name: not ready until reseeded."""
+
+
+class NoAnswer(BusError):
+    """A request found no responder, or none answered in time."""
+
+
+class Bus(Protocol):
+    """One connection. All methods may wait while the server is away; none loses what it accepted."""
+
+    async def append(self, prefix: str, entries: Sequence[Entry], *, last_seq: int) -> Acknowledged:
+        """Store all entries or none, if `last_seq` is still the newest sequence under `prefix` (0: none yet).
+
+        One attempt with its own deadline; callers resend (`kit.history.append_surely`). Raises `AppendConflict`,
+        `AppendUnknown`, `AppendRefused`.
+        """
+        ...
+
+    async def last(self, prefix: str) -> Stored | None:
+        """The newest message under the prefix in `Stream.HISTORY`, straight from the stream's leader."""
+        ...
+
+    def read(self, stream: Stream, filters: Sequence[str], *, after_seq: int) -> AsyncIterator[Stored | CaughtUp]:
+        """Every message that matches any filter, in stream order, from `after_seq` on and then for ever.
+
+        Yields `CaughtUp` once when it first reaches the end (also when nothing matches) and goes on with new messages.
+        Never blind for more than 2 s after the server returns; never skips, never repeats. Raises `HistoryGone`.
+        """
+        ...
+
+    async def publish_stored(self, subject: str, body: bytes, *, id: str, traceparent: str = "") -> int:
+        """Publish into whichever stream takes the subject (inbox, record, dead letters) and wait for its ack; the sequence.
+
+        Resends with the same id until stored or its deadline ends: `AppendUnknown`, `AppendRefused`.
+        """
+        ...
+
+    async def publish(self, subject: str, body: bytes, *, traceparent: str = "", reply_subject: str = "") -> None:
+        """A fleeting message: handed to the server at once, kept by nobody."""
+        ...
+
+    def subscribe(
+        self, subject: str, receive: Callable[[Received], None], *, queue: str = ""
+    ) -> AbstractAsyncContextManager[None]:
+        """While open, `receive` is called for each fleeting message on the loop's thread; it must not block or wait.
+
+        With `queue`, each message goes to one subscriber of that queue. Effective when the context is entered.
+        """
+        ...
+
+    async def request(self, subject: str, body: bytes, *, timeout_s: float, traceparent: str = "") -> bytes:
+        """The first answer. Raises `NoAnswer`."""
+        ...
+
+    async def acquire_lease(self, name: str, holder: str, *, term_s: float) -> bool:
+        """Take or renew the named liveness lease. For liveness only: safety comes from the append check."""
+        ...
+
+    @property
+    def is_connected(self) -> bool: ...
+
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Called each time the connection is back."""
+        ...
+
+
+def subject_matches(pattern: str, subject: str) -> bool:
+    """NATS wildcards: ``*`` is one token, a final ``>`` is one or more."""
+    wanted = pattern.split(".")
+    tokens = subject.split(".")
+    for index, token in enumerate(wanted):
+        if token == ">":
+            return len(tokens) > index
+        if index >= len(tokens) or token not in ("*", tokens[index]):
+            return False
+    return len(wanted) == len(tokens)

@@ -1,0 +1,133 @@
+"""What a client wishes for: a deployment, its engine, its share of a GPU, its priority and how it swaps."""
+
+from enum import StrEnum
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+from schemas.units import Bytes, Count, ModelName, Portion, Seconds
+
+
+class WorkloadKind(StrEnum):
+    INFERENCE = "inference"
+    TRAINING = "training"
+
+
+class EngineKind(StrEnum):
+    """Programs that we know how to start, drain and park."""
+
+    SIMULATED = "simulated"
+    TRAINING = "training"
+
+
+class IsolationGrade(StrEnum):
+    """How a share is enforced, strongest first."""
+
+    HARDWARE = "hardware"
+    DRIVER = "driver"
+    BROKER = "broker"
+    COOPERATIVE = "cooperative"
+    WATCHED = "watched"
+
+
+GRADE_ORDER: Final = tuple(IsolationGrade)
+
+PRIORITIES: Final = {
+    "very-low": 25,
+    "low": 40,
+    "medium-low": 65,
+    "medium": 80,
+    "medium-high": 90,
+    "high": 125,
+    "very-high": 150,
+}
+"""The seven names and numbers that Run:ai's users know. Below `PREEMPTIBLE_BELOW` a workload is preemptible by default."""
+
+PREEMPTIBLE_BELOW: Final = 100
+DEFAULT_PRIORITY: Final = {WorkloadKind.INFERENCE: "very-high", WorkloadKind.TRAINING: "low"}
+
+
+class EngineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """Which program serves the model, and what it will hold."""
+
+    kind: EngineKind = EngineKind.SIMULATED
+    model: Annotated[str, Meta(max_length=256)] = ""
+    """The engine's own name for the model; the deployment's name when empty."""
+    weights_bytes: Bytes
+    """Bytes that are restored on a wake and that host memory keeps while parked."""
+    cold_start_s: Seconds | None = None
+    """Simulated engines only: how long a cold start takes before weights are loaded. None: the node's setting."""
+    arguments: dict[str, str] = {}
+    """More command-line options for the engine, without the leading dashes."""
+
+
+class ShareSpec(Struct, frozen=True, kw_only=True):
+    """A part of a GPU. Exactly one of portion and bytes for the request; the limit defaults to the request."""
+
+    request_portion: Portion | None = None
+    request_bytes: Bytes | None = None
+    limit_portion: Portion | None = None
+    limit_bytes: Bytes | None = None
+    minimum_grade: IsolationGrade | None = None
+    """A node that cannot enforce the share at least this strongly is never chosen."""
+
+
+class SwapSpec(Struct, frozen=True, kw_only=True):
+    """How a deployment leaves the GPU and comes back."""
+
+    is_parkable: bool = True
+    """A parkable replica is guaranteed its return by a deadline, not residency."""
+    warm_window_s: Seconds = 300.0
+    """How long an idle model stays resident when nobody needs its room."""
+    minimum_residency_s: Seconds = 0.5
+    """How long a model stays resident before it may be parked for another."""
+    cold_after_s: Seconds | None = None
+    """Idle this long, its process is stopped too. None: never."""
+    return_deadline_s: Seconds = 30.0
+    """A request to a parked model is answered or refused within this time."""
+
+
+class DeploymentSpec(Struct, frozen=True, kw_only=True):
+    """The wish, as admitted. `name` is what clients put into ``model``."""
+
+    name: ModelName
+    kind: WorkloadKind = WorkloadKind.INFERENCE
+    engine: EngineSpec
+    share: ShareSpec
+    priority: str | None = None
+    """One of `PRIORITIES`; None: very-high for inference, low for training."""
+    is_preemptible: bool | None = None
+    """None: by priority."""
+    swap: SwapSpec = SwapSpec()
+    replica_count: Count = 1
+
+    @property
+    def priority_number(self) -> int:
+        return PRIORITIES[self.priority or DEFAULT_PRIORITY[self.kind]]
+
+
+def problems_of(spec: DeploymentSpec) -> list[str]:
+    """Every reason why this wish can never be granted, one clear sentence each; empty when it is sound.
+
+    Checked at admission and by the client before it publishes. Whether it fits the present GPUs is placement's question.
+    """
+    share = spec.share
+    problems = []
+    if (share.request_portion is None) == (share.request_bytes is None):
+        problems.append("share: give exactly one of request_portion and request_bytes.")
+    if share.limit_portion is not None and share.limit_bytes is not None:
+        problems.append("share: give at most one of limit_portion and limit_bytes.")
+    for unit in ("portion", "bytes"):
+        request = getattr(share, f"request_{unit}")
+        limit = getattr(share, f"limit_{unit}")
+        if request is not None and limit is not None and limit < request:
+            problems.append(f"share: the limit ({limit:g}) is below the request ({request:g}); raise the limit or lower the request.")
+    if share.request_portion is not None and share.request_portion > 1:
+        problems.append(f"share: {share.request_portion:g} is more than one GPU; a replica on several GPUs is not supported yet.")
+    if spec.priority is not None and spec.priority not in PRIORITIES:
+        problems.append(f"priority: '{spec.priority}' is unknown; use one of {', '.join(PRIORITIES)}.")
+    if spec.kind is WorkloadKind.TRAINING and spec.engine.kind is not EngineKind.TRAINING:
+        problems.append("engine: a training deployment needs engine kind 'training'.")
+    if spec.replica_count > 1:
+        problems.append("replica_count: more than one replica is not supported yet; use 1.")
+    return problems

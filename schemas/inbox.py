@@ -1,0 +1,62 @@
+"""Commands of outsiders, and the answer that each one gets. Published to ``sublet.in.<tenant>.>``."""
+
+from enum import StrEnum
+
+from schemas.deployments import DeploymentSpec
+from schemas.messages import Command, Message
+from schemas.units import Identifier, ModelName, Sequence
+
+
+class DeployRequested(Command, frozen=True, tag="inbox.deploy_requested.v1"):
+    """Make this deployment so. The same spec again changes nothing; another spec for the name replaces it."""
+
+    deployment: DeploymentSpec
+
+
+class RetireRequested(Command, frozen=True, tag="inbox.retire_requested.v1"):
+    """Take the deployment away: drain, stop, release."""
+
+    model: ModelName
+
+
+class ParkRequested(Command, frozen=True, tag="inbox.park_requested.v1"):
+    """Park the model now, whatever its warm window says."""
+
+    model: ModelName
+
+
+class WakeRequested(Command, frozen=True, tag="inbox.wake_requested.v1"):
+    """Bring the model back to its GPU now."""
+
+    model: ModelName
+
+
+class KeyCreateRequested(Command, frozen=True, tag="inbox.key_create_requested.v1"):
+    """Accept a new API key. The client made it; only its hash travels."""
+
+    key_id: Identifier
+    key_hash: str
+    """SHA-256 of the key, hexadecimal."""
+    name: str = ""
+
+
+class KeyRevokeRequested(Command, frozen=True, tag="inbox.key_revoke_requested.v1"):
+    """Stop accepting a key."""
+
+    key_id: Identifier
+
+
+class Verdict(StrEnum):
+    ADMITTED = "admitted"
+    REJECTED = "rejected"
+    DUPLICATE = "duplicate"
+
+
+class CommandAnswered(Message, frozen=True, tag="inbox.command_answered.v1"):
+    """What became of a command; sent to ``sublet.out.<tenant>.<command id>``."""
+
+    command_id: str
+    verdict: Verdict
+    message: str
+    code: str = ""
+    inbox_seq: Sequence = 0

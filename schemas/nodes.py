@@ -1,0 +1,192 @@
+"""Facts of node agents: what a host has, what it granted, and what its replicas do."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from msgspec import Struct
+
+from schemas.deployments import IsolationGrade
+from schemas.messages import NODE_WRITER, Fact
+from schemas.units import Bytes, Epoch, Fraction, Identifier, ModelName, Name, Seconds, UnixSeconds
+
+
+class NodeFact(Fact, frozen=True):
+    writer: ClassVar[str] = NODE_WRITER
+
+    node: Name
+    at_s: UnixSeconds
+
+
+class GpuOffer(Struct, frozen=True, kw_only=True):
+    """One GPU as its node offers it."""
+
+    gpu_uuid: str
+    index: int
+    name: str
+    capacity_bytes: Bytes
+    reserve_bytes: Bytes
+    """Kept free always: what leases cannot see. Portions are of `allocatable_bytes`."""
+    foreign_bytes: Bytes = 0
+    """Used by processes that are not ours; counts as taken."""
+    grade: IsolationGrade
+    grade_reason: str
+    link_bytes_per_s: float
+    is_software: bool
+
+    @property
+    def allocatable_bytes(self) -> int:
+        return max(0, self.capacity_bytes - self.reserve_bytes - self.foreign_bytes)
+
+
+class NodeJoined(NodeFact, frozen=True, tag="nodes.joined.v1"):
+    """The node offers these GPUs; sent at each start of its agent and when what it has changes."""
+
+    machine_id: str
+    gpus: tuple[GpuOffer, ...]
+    host_budget_bytes: Bytes
+    """Host memory for parked weights."""
+    holder_url: str
+    """Where gateways get their route leases."""
+    label: str
+    """``software GPU`` or ``real GPU``; shown beside every figure."""
+
+
+class Lease(Struct, frozen=True, kw_only=True):
+    """A granted share. `residue_bytes` is what a parked replica is expected, later measured, to keep on the device."""
+
+    replica_id: Identifier
+    shard_index: int
+    gpu_uuid: str
+    request_bytes: Bytes
+    granted_bytes: Bytes
+    limit_bytes: Bytes
+    residue_bytes: Bytes
+    lease_epoch: Epoch
+
+
+class LeaseGranted(NodeFact, frozen=True, tag="nodes.lease_granted.v1"):
+    """The proposal is granted as a whole. Engines start when there is room, at the latest on a wake."""
+
+    proposal_id: Identifier
+    leases: tuple[Lease, ...]
+    replica_ids: tuple[Identifier, ...]
+
+
+class RefusalReason(StrEnum):
+    UNKNOWN_GPU = "unknown_gpu"
+    NO_ROOM = "no_room"
+    NO_HOST_MEMORY = "no_host_memory"
+    GRADE_NOT_AVAILABLE = "grade_not_available"
+    ALREADY_HERE = "already_here"
+    STALE_WRITER = "stale_writer"
+
+
+class LeaseRefused(NodeFact, frozen=True, tag="nodes.lease_refused.v1"):
+    """The node agent will not grant the proposal; placement should look elsewhere."""
+
+    proposal_id: Identifier
+    replica_ids: tuple[Identifier, ...]
+    reason: RefusalReason
+    message: str
+    free_bytes: Bytes
+
+
+class LeaseReleased(NodeFact, frozen=True, tag="nodes.lease_released.v1"):
+    """The engine is gone and its bytes are proven free."""
+
+    replica_id: Identifier
+    reason: str
+
+
+class ReplicaFact(NodeFact, frozen=True):
+    replica_id: Identifier
+    deployment_id: Identifier
+    model: ModelName
+
+
+class ReplicaStarting(ReplicaFact, frozen=True, tag="nodes.replica_starting.v1"):
+    """The share is reserved and the engine is being started (cold)."""
+
+    wake_epoch: Epoch
+
+
+class Ready(Struct, frozen=True, kw_only=True):
+    """One replica that became ready after a cold start."""
+
+    replica_id: Identifier
+    deployment_id: Identifier
+    model: ModelName
+    endpoint: str
+    wake_epoch: Epoch
+    start_s: Seconds
+    enforced_bytes: Bytes
+    """The hard limit as read back from the guard before the engine's gate was opened."""
+
+
+class ReplicaReady(NodeFact, frozen=True, tag="nodes.replica_ready.v1"):
+    """Started, limit read back, one token verified: gateways may route to these."""
+
+    replicas: tuple[Ready, ...]
+
+
+class ReplicaDraining(ReplicaFact, frozen=True, tag="nodes.replica_draining.v1"):
+    """No new request is routed to it; it parks when its last one has ended."""
+
+    reason: str
+
+
+class ReplicaParked(ReplicaFact, frozen=True, tag="nodes.replica_parked.v1"):
+    """Weights are in host memory, the process is alive, the device bytes are proven free."""
+
+    wake_epoch: Epoch
+    """Raised at each park; all gateways name it when they want the model back."""
+    residue_bytes: Bytes
+    host_bytes: Bytes
+    copied_bytes: Bytes
+    park_s: Seconds
+    drain_s: Seconds
+    reason: str
+
+
+class ReplicaWaking(ReplicaFact, frozen=True, tag="nodes.replica_waking.v1"):
+    """Device bytes are reserved; named victims give theirs first."""
+
+    wake_epoch: Epoch
+    victim_ids: tuple[Identifier, ...] = ()
+
+
+class ReplicaResident(ReplicaFact, frozen=True, tag="nodes.replica_resident.v1"):
+    """Awake, verified with one token; the phases of its return in seconds."""
+
+    wake_epoch: Epoch
+    endpoint: str
+    copied_bytes: Bytes
+    reserve_s: Seconds
+    """From the order until its bytes were proven free, victims' parks included."""
+    restore_s: Seconds
+    verify_s: Seconds
+    wake_s: Seconds
+
+
+class WakeRefused(ReplicaFact, frozen=True, tag="nodes.wake_refused.v1"):
+    """An order that the node agent could not carry out, with the bytes that are missing."""
+
+    wake_epoch: Epoch
+    reason: str
+    short_by_bytes: Bytes
+
+
+class ReplicaFailed(ReplicaFact, frozen=True, tag="nodes.replica_failed.v1"):
+    """The engine died or would not start; `is_final` when it will not be tried again."""
+
+    reason: str
+    attempt_count: int
+    is_final: bool
+
+
+class GpuObserved(NodeFact, frozen=True, tag="nodes.gpu_observed.v1"):
+    """Foreign or missing memory on a GPU changed what the node offers."""
+
+    gpu_uuid: str
+    foreign_bytes: Bytes
+    used_fraction: Fraction

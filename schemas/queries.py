@@ -1,0 +1,181 @@
+"""Questions to services, and their answers. Request and reply; answers come from acknowledged state."""
+
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from schemas.deployments import DeploymentSpec, IsolationGrade
+from schemas.messages import Query
+from schemas.placement import Alternative
+from schemas.units import Bytes, Count, Epoch, Identifier, ModelName, Name, Seconds, Sequence, UnixSeconds
+
+
+class ListDeployments(Query, frozen=True, tag="queries.list_deployments.v1"):
+    """All deployments of the tenant with their replicas."""
+
+    service: ClassVar[str] = "placement"
+
+
+class ReplicaView(Struct, frozen=True, kw_only=True):
+    """One replica as placement knows it from the node's facts."""
+
+    replica_id: Identifier
+    node: Name
+    gpu_uuid: str
+    gpu_index: int
+    state: str
+    """``proposed``, ``granted``, ``starting``, ``resident``, ``draining``, ``parked``, ``waking``, ``failed``."""
+    since_s: UnixSeconds
+    request_bytes: Bytes
+    granted_bytes: Bytes
+    limit_bytes: Bytes
+    residue_bytes: Bytes
+    wake_epoch: Epoch
+    endpoint: str = ""
+    last_wake_s: Seconds | None = None
+    last_start_s: Seconds | None = None
+    problem: str = ""
+
+
+class DeploymentView(Struct, frozen=True, kw_only=True):
+    """A deployment and what became of it."""
+
+    deployment_id: Identifier
+    tenant: Name
+    deployment: DeploymentSpec
+    replicas: tuple[ReplicaView, ...]
+    admitted_at_s: UnixSeconds
+    problem: str = ""
+    """Why it is not placed; empty when it is."""
+    remedy: str = ""
+
+
+class DeploymentList(Struct, frozen=True, kw_only=True):
+    deployments: tuple[DeploymentView, ...]
+    labels: tuple[str, ...] = ()
+    """Kinds of GPU in the fleet, for example ``software GPU``."""
+    as_of_seq: Sequence = 0
+
+
+class ListNodes(Query, frozen=True, tag="queries.list_nodes.v1"):
+    """All nodes and their GPUs. (Names and sizes only; other tenants' deployments are not named.)"""
+
+    service: ClassVar[str] = "placement"
+
+
+class GpuView(Struct, frozen=True, kw_only=True):
+    gpu_uuid: str
+    index: int
+    name: str
+    capacity_bytes: Bytes
+    reserve_bytes: Bytes
+    allocatable_bytes: Bytes
+    promised_bytes: Bytes
+    """Sum of requests of all replicas placed here, parked ones included; may exceed allocatable."""
+    held_bytes: Bytes
+    """What leases hold now: shares of resident replicas, residues of parked ones."""
+    grade: IsolationGrade
+    grade_reason: str
+    resident_count: Count
+    parked_count: Count
+
+
+class NodeView(Struct, frozen=True, kw_only=True):
+    node: Name
+    label: str
+    gpus: tuple[GpuView, ...]
+    host_budget_bytes: Bytes
+    host_parked_bytes: Bytes
+    joined_at_s: UnixSeconds
+
+
+class NodeList(Struct, frozen=True, kw_only=True):
+    nodes: tuple[NodeView, ...]
+    as_of_seq: Sequence = 0
+
+
+class Explain(Query, frozen=True, tag="queries.explain.v1"):
+    """Why a deployment is where it is, or why it is not placed."""
+
+    service: ClassVar[str] = "placement"
+
+    model: ModelName
+
+
+class Explanation(Struct, frozen=True, kw_only=True):
+    is_known: bool
+    model: str
+    summary: str = ""
+    decisions: tuple["EventView", ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+    remedy: str = ""
+    deployment: DeploymentView | None = None
+
+
+class ListEvents(Query, frozen=True, tag="queries.list_events.v1"):
+    """The tenant's part of history after a sequence; waits up to `wait_s` when there is nothing yet."""
+
+    service: ClassVar[str] = "placement"
+
+    after_seq: Sequence = 0
+    model: str = ""
+    limit_count: Annotated[int, Meta(ge=1, le=1000)] = 100
+    wait_s: Annotated[float, Meta(ge=0, le=10)] = 0.0
+
+
+class EventView(Struct, frozen=True, kw_only=True):
+    """One fact in words."""
+
+    seq: Sequence
+    at_s: UnixSeconds
+    writer: str
+    type: str
+    model: str
+    text: str
+    cause_seq: Sequence = 0
+    body: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class EventList(Struct, frozen=True, kw_only=True):
+    events: tuple[EventView, ...]
+    last_seq: Sequence
+
+
+class ListKeys(Query, frozen=True, tag="queries.list_keys.v1"):
+    """The tenant's keys, without anything that could be used as one."""
+
+    service: ClassVar[str] = "placement"
+
+
+class KeyView(Struct, frozen=True, kw_only=True):
+    key_id: Identifier
+    name: str
+    created_at_s: UnixSeconds
+
+
+class KeyList(Struct, frozen=True, kw_only=True):
+    keys: tuple[KeyView, ...]
+
+
+class ReadLogs(Query, frozen=True, tag="queries.read_logs.v1"):
+    """The end of an engine's log."""
+
+    service: ClassVar[str] = "nodeagent"
+    is_per_node: ClassVar[bool] = True
+
+    replica_id: Identifier
+    after_bytes: Bytes = 0
+    """Where the last answer ended; 0 with `tail_count` for the end."""
+    tail_count: Annotated[int, Meta(ge=1, le=10_000)] = 200
+
+
+class LogChunk(Struct, frozen=True, kw_only=True):
+    lines: tuple[str, ...]
+    next_bytes: Bytes
+
+
+class QueryRefused(Struct, frozen=True, kw_only=True):
+    """A question that cannot be answered, in one sentence."""
+
+    error: str
