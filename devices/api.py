@@ -1,35 +1,38 @@
 """The hardware port: what the rest of Sublet may ask of a GPU, in our own words.
 
-Two sides. `Inventory` looks at a whole host from outside (NVML): which GPUs, how full, by whom, and the driver's memory
-limits. `Device` is one GPU inside the calling process (CUDA): addresses, memory behind them, copies. `ProcessCheckpoint`
-freezes and moves the GPU memory of another process.
+`Inventory` looks at a whole host from outside (NVML): which GPUs, how full, by whom, and the driver's memory limits.
+`Device` is one GPU inside the calling process (CUDA): addresses, memory behind them, copies.
+`ProcessCheckpoint` freezes another process and moves its GPU memory.
 
 Rules that hold for every implementation:
 
-- All calls are synchronous and may block for as long as the hardware takes. Call them from a worker thread, never from an
-  event loop. Every object may be used from several threads; calls about one region wait for each other.
+- All calls are synchronous and may block for as long as the hardware takes. Call them from a worker thread, never from
+  an event loop. Every object may be used from several threads; calls about one region wait for each other.
 - Sizes and offsets are integers in bytes, durations are floats in seconds.
 - A call either did everything or nothing: an operation that raises has given back what it had taken.
-- Operations that cost time return it. The real implementation measured it; the virtual one computed it, and slept not at all.
-- Anything the driver refuses raises a `DeviceError`; nothing returns a sentinel. A missing measurement is None, never zero.
+- Operations that cost time return it. The real implementation measured it; the virtual one computed it and never slept.
+- Anything the driver refuses raises a `DeviceError`; nothing returns a sentinel. A missing measurement is None, not 0.
 
-Implementations: `devices.nvml.NvmlInventory`, `devices.cuda.CudaDevice`, `devices.cuda_checkpoint.CudaProcessCheckpoint`
-(real, and on the software driver), `devices.virtual.VirtualInventory` and `VirtualDevice` (virtual time, for the simulator).
+Implementations: `devices.nvml.NvmlInventory`, `devices.cuda.CudaDevice` and
+`devices.cuda_checkpoint.CudaProcessCheckpoint` on any driver, NVIDIA's or the software one;
+`devices.virtual.VirtualInventory`, `VirtualDevice` and `VirtualProcessCheckpoint` in virtual time, for the simulator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
 
-# Physical memory comes in pieces of this size: large enough that creating one (about 0.1 ms) costs a tenth of copying it
-# over PCIe 5 (about 1.2 ms), small enough that a restore overlaps the two well and wastes little at the end.
+# Physical memory comes in pieces of this size: large enough that creating one (about 0.1 ms) costs a tenth of copying
+# it over PCIe 5 (about 1.2 ms), small enough that a restore overlaps the two well and wastes little at the end.
 CHUNK_BYTES_DEFAULT = 64 * MiB
 
 
@@ -48,11 +51,23 @@ class DeviceError(Exception):
         self.code = code
         self.detail = detail
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survives pickling, so that an error in another process keeps its fields."""
+        return _revive, (type(self), self.args, self.__dict__)
+
+
+def _revive(kind: type[DeviceError], arguments: tuple[object, ...], fields: dict[str, object]) -> DeviceError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(fields)
+    return error
+
 
 class OutOfMemory(DeviceError):
     """The GPU, or the memory limit of this process's group, has no room. Free something, then try again.
 
-    `free_bytes` is what the device reported right after the refusal; None when it could not be asked.
+    `requested_bytes` is the whole operation, `free_bytes` what the device reported once all was rolled back; None when
+    it could not be asked, or when it was the host's memory that ran out.
     """
 
     def __init__(self, *, call: str, code: str, requested_bytes: int, free_bytes: int | None) -> None:
@@ -123,7 +138,7 @@ class GpuMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLimit:
-    """The driver's guard on one group of processes on one GPU. `soft_bytes` is guaranteed, `hard_bytes` never passed."""
+    """The driver's guard on a group of processes on one GPU: `soft_bytes` is guaranteed, `hard_bytes` never passed."""
 
     soft_bytes: int
     hard_bytes: int | None  # None: no upper limit
@@ -132,7 +147,7 @@ class MemoryLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsSupport:
-    """Whether `set_limit` works on this GPU, found by asking the driver and not by its version; `reason` says why not."""
+    """Whether `set_limit` works on this GPU, found by asking the driver, not by its version; `reason` says why not."""
 
     is_supported: bool
     reason: str
@@ -149,7 +164,7 @@ class GpuFault:
 class Inventory(Protocol):
     """A host's GPUs as seen from outside the workloads. The caller must sit outside every limited cgroup itself.
 
-    Raises `NotFound` for an unknown GPU, `DeviceLost` for one that is gone, `NotSupported` where the driver lacks a call.
+    Raises `NotFound` for an unknown GPU, `DeviceLost` for one that is gone, `NotSupported` where the driver cannot.
     """
 
     def gpus(self) -> tuple[GpuDescription, ...]:
@@ -165,7 +180,7 @@ class Inventory(Protocol):
         """
 
     def utilization_fraction(self, gpu_uuid: str) -> float | None:
-        """Part of the last sample period (1/6 to 1 s) in which a kernel ran, 0 to 1; None when the driver does not say."""
+        """Part of the last sample period (1/6 to 1 s) in which a kernel ran, 0 to 1; None: the driver does not say."""
 
     def limits_support(self, gpu_uuid: str) -> LimitsSupport:
         """Whether the driver can limit groups of processes on this GPU. Never raises for a mere no."""
@@ -203,7 +218,7 @@ class DeviceSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A range of device addresses that stays the same for as long as the region lives, with or without memory behind it.
+    """A range of device addresses that stays the same while the region lives, with or without memory behind it.
 
     A value: the state (is it backed?) is with the device that made it, and only that device accepts it.
     """
@@ -284,14 +299,14 @@ class HostBuffer(Protocol):
     @property
     def is_closed(self) -> bool: ...
 
-    def write(self, content: bytes, *, offset_bytes: int = 0) -> None:
+    def write(self, content: bytes | bytearray | memoryview, *, offset_bytes: int = 0) -> None:
         """Put bytes in place. Raises `InvalidUse` outside the buffer or after `close`."""
 
     def read(self, *, offset_bytes: int = 0, size_bytes: int) -> bytes:
         """A copy of a part of the buffer."""
 
     def fill(self, byte: int, *, offset_bytes: int = 0, size_bytes: int | None = None) -> None:
-        """Set a part (default: all from the offset) to one value, 0 to 255. Scrub with 0 before another tenant's use."""
+        """Set a part (default: all from the offset) to one value, 0 to 255. Scrub before another tenant's use."""
 
     def close(self) -> None:
         """Unpin and free. Not while a copy runs. Idempotent."""
@@ -347,8 +362,10 @@ class Device(Protocol):
     # -- copies
 
     def host_arena(self, size_bytes: int, *, shared_fd: int | None = None) -> HostBuffer:
-        """Pinned host memory. With `shared_fd` (a memfd or a file of at least that size) it is a mapping of that file, so
-        that several processes can pin the same bytes; the descriptor may be closed afterwards.
+        """Pinned host memory, of this process or shared.
+
+        With `shared_fd` (a memfd or a file of at least that size) it is a mapping of that file, so that several
+        processes can pin the same bytes; the descriptor may be closed afterwards.
 
         Pinning takes about as long as writing the memory once: do it at start. In the software driver's phantom mode
         pages cost nothing until written. Raises `OutOfMemory` when the host has no room.
@@ -408,8 +425,9 @@ class Device(Protocol):
     def import_fds(
         self, exported: ExportedMemory, *, region: Region | None = None, is_writable: bool = False
     ) -> Region:
-        """Map another process's memory, read-only unless said otherwise, into `region` (reserved, unbacked, of the same
-        size; so addresses survive park and wake) or a new one. Does not close the descriptors.
+        """Map another process's memory, read-only unless said otherwise. Does not close the descriptors.
+
+        It goes into `region` (reserved, unbacked, of the same size: so addresses survive park and wake) or a new one.
 
         `unback` or `free` drops the mapping. Writing to a read-only import raises `InvalidUse`.
         """
@@ -423,7 +441,7 @@ class Device(Protocol):
         """Wait until everything submitted by this process to the device is done. The way to see late faults."""
 
     def close(self) -> None:
-        """Free all regions and buffers of this object and leave the device. Idempotent; later calls raise `InvalidUse`."""
+        """Free all regions and buffers of this object, leave the device. Idempotent; later calls are `InvalidUse`."""
 
 
 # ---- another process's memory ----------------------------------------------------------------------------------------
