@@ -47,12 +47,14 @@ test: $(DEV) $(SOFTGPU) ## all tests but those for physical GPUs
 	@SUBLET_TESTS_REQUIRE=nats $(PY) -m pytest -q $(ARGS)
 
 check: $(DEV) ## format, lint, types, import contracts, generated files
-	@echo "format"          && $(BIN)/ruff format --check --quiet .
-	@echo "lint"            && $(BIN)/ruff check --quiet .
-	@echo "types"           && $(BIN)/mypy --no-error-summary $(ROOTS)
-	@echo "imports"         && $(PY) tools/import_contracts.py
-	@echo "generated files" && $(if $(wildcard schemas/__main__.py),$(PY) -m schemas --check &&) $(PY) tools/adr_index.py --check
-	@echo "check: passed"
+	@failed=""; step() { echo "$$1"; name=$$1; shift; "$$@" || failed="$$failed $$name"; }; \
+	step format $(BIN)/ruff format --check --quiet .; \
+	step lint $(BIN)/ruff check --quiet .; \
+	step types $(BIN)/mypy --no-error-summary $(ROOTS); \
+	step imports $(PY) tools/import_contracts.py; \
+	step schemas $(PY) -m schemas --check; \
+	step decisions $(PY) tools/adr_index.py --check; \
+	if [ -n "$$failed" ]; then echo "check: failed:$$failed" >&2; exit 1; fi; echo "check: passed"
 
 compose-test: $(DEV) ## the tests that need Docker
 	@SUBLET_TESTS_REQUIRE=docker $(PY) -m pytest -q -m docker $(ARGS)

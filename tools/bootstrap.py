@@ -47,9 +47,9 @@ def main(stage: str) -> int:
             make_venv(python)
             if stage == "dev":
                 install(["--upgrade", PIP_WITH_GROUPS], "a newer pip")
-                install(["-e", EXTRAS, "--group", "dev"], "test and lint tools")
+                install(["-e", EXTRAS, "--group", "dev"], "test and lint tools (pip; may take a minute or two)")
             else:
-                install(["-e", EXTRAS], "Sublet's libraries")
+                install(["-e", EXTRAS], "Sublet's libraries (pip; may take a minute or two)")
     except MissingError as missing:
         print(f"sublet: {missing}", file=sys.stderr)
         return 1
@@ -115,7 +115,7 @@ def is_working(python: Path) -> bool:
 
 def install(what: list[str], in_words: str) -> None:
     """Run pip; on failure say whether it was the network, and where the whole output is."""
-    say(f"installing {in_words} (pip; one to three minutes the first time)")
+    say(f"installing {in_words}")
     began_s = time.monotonic()
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *what]
     done = run(command)
