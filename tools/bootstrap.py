@@ -1,10 +1,8 @@
 """Makes `.venv` for the Makefile: `bootstrap.py runtime` for running Sublet, `bootstrap.py dev` for testing it too.
 
 Runs on the host's own Python, with nothing installed. What is missing is said in one sentence; pip's own output goes to
-`.venv/install.log`. Written so that Python 3.7 can read it and reach the sentence about its age.
+`.venv/install.log`. Written so that Python 3.6 can read it and reach the sentence about its age.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -30,8 +28,8 @@ PYTHON_MINOR_MAX = 14
 # `--group` came with pip 25.1; Debian 12 and Ubuntu 24.04 ship older ones.
 PIP_WITH_GROUPS = "pip>=25.1"
 EXTRAS = ".[services,gpu]"
-# How pip words an index that it cannot reach.
-UNREACHABLE = ("NewConnectionError", "name resolution", "ConnectTimeout", "ReadTimeout", "ProxyError", "SSLError")
+# How pip words an index that it cannot reach; "from versions: none" is all that it says once its retries are used up.
+UNREACHABLE = ("NewConnectionError", "name resolution", "Timeout", "ProxyError", "SSLError", "from versions: none")
 
 
 class MissingError(Exception):
@@ -46,10 +44,10 @@ def main(stage: str) -> int:
         with one_at_a_time():
             make_venv(python)
             if stage == "dev":
-                install(["--upgrade", PIP_WITH_GROUPS], "a newer pip")
-                install(["-e", EXTRAS, "--group", "dev"], "test and lint tools (pip; may take a minute or two)")
+                install(["--upgrade", PIP_WITH_GROUPS], "pip itself")
+                install(["-e", EXTRAS, "--group", "dev"], "test and lint tools")
             else:
-                install(["-e", EXTRAS], "Sublet's libraries (pip; may take a minute or two)")
+                install(["-e", EXTRAS], "Sublet's libraries")
     except MissingError as missing:
         print(f"sublet: {missing}", file=sys.stderr)
         return 1
@@ -84,7 +82,7 @@ def check_c_compiler() -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> "Iterator[None]":
     """Two makes in one checkout take turns instead of spoiling each other's `.venv`."""
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -113,9 +111,9 @@ def is_working(python: Path) -> bool:
     return python.exists() and run([str(python), "-c", probe]).returncode == 0
 
 
-def install(what: list[str], in_words: str) -> None:
+def install(what: "list[str]", in_words: str) -> None:
     """Run pip; on failure say whether it was the network, and where the whole output is."""
-    say(f"installing {in_words}")
+    say(f"installing {in_words} (pip; may take a minute or two)")
     began_s = time.monotonic()
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *what]
     done = run(command)
@@ -126,13 +124,13 @@ def install(what: list[str], in_words: str) -> None:
         return
     if any(sign in done.stdout for sign in UNREACHABLE):
         raise MissingError(
-            "the Python package index cannot be reached, so libraries cannot be installed; check the network, or set "
-            "PIP_INDEX_URL to a mirror, and run make again (whole output: .venv/install.log)"
+            "the Python package index cannot be reached, or lacks a library; check the network, or set PIP_INDEX_URL "
+            "to a mirror, and run make again (whole output: .venv/install.log)"
         )
     raise MissingError(f"pip could not install {in_words}: {last_line(done.stdout)} (whole output: .venv/install.log)")
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: "list[str]") -> "subprocess.CompletedProcess[str]":
     """The finished command, its two output streams together in `stdout`."""
     return subprocess.run(
         command,
