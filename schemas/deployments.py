@@ -121,9 +121,13 @@ def problems_of(spec: DeploymentSpec) -> list[str]:
         request = getattr(share, f"request_{unit}")
         limit = getattr(share, f"limit_{unit}")
         if request is not None and limit is not None and limit < request:
-            problems.append(f"share: the limit ({limit:g}) is below the request ({request:g}); raise the limit or lower the request.")
+            problems.append(
+                f"share: the limit ({limit:g}) is below the request ({request:g}); raise the limit or lower the request."
+            )
     if share.request_portion is not None and share.request_portion > 1:
-        problems.append(f"share: {share.request_portion:g} is more than one GPU; a replica on several GPUs is not supported yet.")
+        problems.append(
+            f"share: {share.request_portion:g} is more than one GPU; a replica on several GPUs is not supported yet."
+        )
     if spec.priority is not None and spec.priority not in PRIORITIES:
         problems.append(f"priority: '{spec.priority}' is unknown; use one of {', '.join(PRIORITIES)}.")
     if spec.kind is WorkloadKind.TRAINING and spec.engine.kind is not EngineKind.TRAINING:

@@ -59,7 +59,7 @@ class DeploymentList(Struct, frozen=True, kw_only=True):
 
 
 class ListNodes(Query, frozen=True, tag="queries.list_nodes.v1"):
-    """All nodes and their GPUs. (Names and sizes only; other tenants' deployments are not named.)"""
+    """All nodes and their GPUs, by names and sizes only: other tenants' deployments are not named."""
 
     service: ClassVar[str] = "placement"
 

@@ -13,7 +13,9 @@ Count = Annotated[int, Meta(ge=0)]
 Epoch = Annotated[int, Meta(ge=0)]
 Portion = Annotated[float, Meta(gt=0, description="a part of one GPU's allocatable bytes; above 1 never fits one GPU")]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="lower-case letters, digits, hyphens")]
+Name = Annotated[
+    str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="lower-case letters, digits, hyphens")
+]
 ModelName = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/:-]{0,126}[A-Za-z0-9])?$", description="the name that clients use")
 ]

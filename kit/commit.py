@@ -1,0 +1,120 @@
+"""Two ways to commit what was decided: straight into the stream, or into a local journal that is uploaded in order."""
+
+from typing import Any, Final, Protocol
+
+import anyio
+from anyio.abc import TaskGroup
+
+from kit.bus import Bus, Entry
+from kit.history import append_surely
+from kit.journal import Journal
+from kit.processor import Batch, Processor
+
+UPLOAD_ENTRIES_MAX: Final = 256
+TRIM_AFTER_COUNT: Final = 2000
+"""Uploaded entries kept in the journal before it is rewritten."""
+
+
+class Committer(Protocol):
+    """Makes a batch durable; only then may its orders and effects leave."""
+
+    async def start(self, tg: TaskGroup) -> None: ...
+
+    async def recover(self) -> None:
+        """Bring what an earlier life committed elsewhere into the processor and the stream."""
+        ...
+
+    async def commit(self, batch: Batch) -> None:
+        """Returns when the batch is durable for this writer."""
+        ...
+
+    async def commit_durably(self, batch: Batch) -> int:
+        """Returns when the batch is in the stream, with the sequence of its last entry."""
+        ...
+
+
+class DirectCommitter:
+    """Cluster-wide services: nothing is durable before the stream holds it."""
+
+    def __init__(self, bus: Bus, processor: Processor[Any]) -> None:
+        self._bus = bus
+        self._processor = processor
+
+    async def start(self, tg: TaskGroup) -> None:
+        return None
+
+    async def recover(self) -> None:
+        return None
+
+    async def commit(self, batch: Batch) -> None:
+        if batch.entries:
+            await self.commit_durably(batch)
+
+    async def commit_durably(self, batch: Batch) -> int:
+        processor = self._processor
+        last_seq = await append_surely(self._bus, processor.prefix, batch.entries, last_seq=processor.last_seq)
+        processor.committed(batch, last_seq=last_seq)
+        return last_seq
+
+
+class JournaledCommitter:
+    """Node agents: durable on the local disk first, so that they act within their leases while the stream is away."""
+
+    def __init__(self, bus: Bus, processor: Processor[Any], journal: Journal) -> None:
+        self._bus = bus
+        self._processor = processor
+        self._journal = journal
+        self._waiting: list[Entry] = []
+        self._uploaded: list[str] = []
+        self._arrived = anyio.Event()
+        self._drained = anyio.Event()
+
+    async def start(self, tg: TaskGroup) -> None:
+        tg.start_soon(self._upload)
+
+    async def recover(self) -> None:
+        """Fold the journal's surplus after what the stream holds, and queue it for the upload."""
+        surplus = [entry for entry in self._journal.entries if not self._processor.knows(entry.id)]
+        for entry in surplus:
+            if self._processor.replay_own(entry, seq=self._processor.last_seq):
+                self._queue([entry])
+        await anyio.to_thread.run_sync(
+            self._journal.trim, [entry.id for entry in self._journal.entries if entry not in self._waiting]
+        )
+
+    async def commit(self, batch: Batch) -> None:
+        if batch.entries:
+            await anyio.to_thread.run_sync(self._journal.write, batch.entries)
+            self._queue(batch.entries)
+
+    async def commit_durably(self, batch: Batch) -> int:
+        await self.commit(batch)
+        while self._waiting:
+            self._drained = anyio.Event()
+            await self._drained.wait()
+        return self._processor.last_seq
+
+    def _queue(self, entries: list[Entry]) -> None:
+        self._waiting.extend(entries)
+        self._arrived.set()
+
+    async def _upload(self) -> None:
+        while True:
+            if not self._waiting:
+                self._drained.set()
+                self._arrived = anyio.Event()
+                await self._arrived.wait()
+                continue
+            entries = self._waiting[:UPLOAD_ENTRIES_MAX]
+            processor = self._processor
+            last_seq = await append_surely(self._bus, processor.prefix, entries, last_seq=processor.last_seq)
+            processor.last_seq = last_seq
+            del self._waiting[: len(entries)]
+            self._uploaded.extend(entry.id for entry in entries)
+            if not self._waiting and len(self._uploaded) >= TRIM_AFTER_COUNT:
+                await self._trim()
+
+    async def _trim(self) -> None:
+        """Rewrite the journal without what the stream holds; nothing may be written meanwhile, so only when idle."""
+        uploaded, self._uploaded = self._uploaded, []
+        self._journal.trim(uploaded)

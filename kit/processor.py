@@ -1,0 +1,317 @@
+"""The log processor: folds history in handling order, hands inputs to the core, and prepares its facts for the stream.
+
+Pure and synchronous; `kit.runner` and `kit.simulation` drive it. Facts are folded when they are decided; whatever else
+was decided (orders, effects, timers, replies) waits in a `Batch` until its facts are committed. Only an order that
+`goes_ahead` may leave before.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+from kit.bus import Entry, Stored, subject_matches
+from kit.outcomes import Context, Effect, Input, Outcome, Reply, Timer, Under
+from kit.service import Service
+from schemas.catalogue import UnreadableMessage, decode, encode
+from schemas.history import Progressed, WriterStarted
+from schemas.messages import Command, Fact, Order, Signal, fact_subject, prefix_of
+
+S = TypeVar("S")
+
+CHAIN_START: Final = "0"
+"""Previous hash of the first fact of a prefix."""
+SILENT_INPUTS_MAX: Final = 1000
+"""A writer that handled this many foreign facts without one of its own appends `Progressed`, so that replay is bounded."""
+
+
+def chain_hash(previous_hash: str, *, id: str, subject: str, body: bytes) -> str:
+    """The hash that the next fact of the prefix must name: 16 bytes of BLAKE2b over the previous hash and this fact."""
+    digest = hashlib.blake2b(previous_hash.encode(), digest_size=16)
+    for part in (id.encode(), subject.encode(), body):
+        digest.update(len(part).to_bytes(4, "big"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One input on its way to the core."""
+
+    input: Any
+    now_s: float
+    cause_seq: int = 0
+    inbox_seq: int = 0
+    tenant: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """An outcome that is no fact, with the trace that it continues."""
+
+    outcome: Order | Signal | Effect | Timer | Reply
+    traceparent: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """What was decided since the last commit. `released` leaves when `entries` are acknowledged."""
+
+    entries: list[Entry] = field(default_factory=list)
+    released: list[Released] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.entries and not self.released
+
+
+@dataclass(slots=True)
+class _Foreign:
+    """Others' facts that were read but not yet folded or handled."""
+
+    stored: Stored
+    fact: Fact
+
+
+class Processor(Generic[S]):
+    """One writer's state and its place in history."""
+
+    def __init__(self, service: Service[S], settings: Any, *, writer: str, instance: str) -> None:
+        self.service = service
+        self.writer = writer
+        self.prefix = prefix_of(writer)
+        self.instance = instance
+        self.state: S = service.new_state(settings)
+        self.writer_epoch = 0
+        self.last_seq = 0
+        """Newest sequence known under the own prefix, valid or not: what the next append must name."""
+        self.cursor_seq = 0
+        """Sequence of the last foreign fact that was handled."""
+        self.last_hash = CHAIN_START
+        self.now_s = 0.0
+        self.skipped_count = 0
+        """Facts that no fold accepted: unreadable, or not continuing their prefix's chain."""
+        self._own_ids: deque[str] = deque(maxlen=10_000)
+        self.reads = tuple(service.reads(writer.removeprefix("node.") if writer.startswith("node.") else ""))
+        """Subject filters of the foreign facts that this service follows."""
+        self._foreign_hashes: dict[str, str] = {}
+        self._complete: dict[str, bool] = {}
+        """{writer: whether all of its prefix is read}; only then can its chain be followed."""
+        self._waiting: deque[_Foreign] = deque()
+        self._entry_count = 0
+        self._silent_count = 0
+        self.batch = Batch()
+        """What was decided since the last `take_batch`."""
+
+    # --- Rebuilding ---------------------------------------------------------------------------------------------------
+
+    def replay(self, history: Iterable[Stored]) -> None:
+        """Fold history in the order in which this writer handled it. Foreign facts beyond its last cursor stay inputs."""
+        for stored in history:
+            self.replay_one(stored)
+
+    def replay_one(self, stored: Stored) -> None:
+        if not self.is_own(stored):
+            foreign = self._accept_foreign(stored)
+            if foreign is not None:
+                self._waiting.append(foreign)
+            return
+        self.last_seq = max(self.last_seq, stored.seq)
+        self.replay_own(
+            Entry(
+                subject=stored.subject,
+                body=stored.body,
+                id=stored.id,
+                cause_seq=stored.cause_seq,
+                cursor_seq=stored.cursor_seq,
+                previous_hash=stored.previous_hash,
+            ),
+            seq=stored.seq,
+        )
+
+    def replay_own(self, entry: Entry, *, seq: int) -> bool:
+        """Fold one own fact from the stream or from a journal; False when its hash does not continue the chain."""
+        if entry.previous_hash != self.last_hash:
+            self.skipped_count += 1
+            return False
+        try:
+            fact = decode(entry.body)
+        except UnreadableMessage:
+            self.skipped_count += 1
+            return False
+        assert isinstance(fact, Fact), fact
+        self._fold_foreign_to(entry.cursor_seq)
+        self.last_hash = chain_hash(self.last_hash, id=entry.id, subject=entry.subject, body=entry.body)
+        self._own_ids.append(entry.id)
+        if isinstance(fact, WriterStarted):
+            self.writer_epoch = seq
+        self._advance(getattr(fact, "at_s", 0.0))
+        self.service.evolve(self.state, fact)
+        return True
+
+    def _fold_foreign_to(self, cursor_seq: int) -> None:
+        while self._waiting and self._waiting[0].stored.seq <= cursor_seq:
+            foreign = self._waiting.popleft()
+            self._advance(foreign.stored.time_s)
+            self.service.evolve(self.state, foreign.fact)
+        self.cursor_seq = max(self.cursor_seq, cursor_seq)
+
+    def knows(self, entry_id: str) -> bool:
+        """True for an own fact that is part of the folded state (of the last 10,000)."""
+        return entry_id in self._own_ids
+
+    # --- Taking over --------------------------------------------------------------------------------------------------
+
+    def take_over(self, *, now_s: float) -> Batch:
+        """The batch that makes this instance the writer; call `started` with its sequence once it is acknowledged."""
+        self._advance(now_s)
+        self._append(WriterStarted(instance=self.instance, at_s=self.now_s), cause_seq=0, traceparent="")
+        return self.take_batch()
+
+    def started(self, *, writer_epoch: int) -> None:
+        """This writer has taken over: re-issue what is unfinished, then handle what came beyond the last cursor."""
+        self.writer_epoch = writer_epoch
+        nothing = Delivery(input=None, now_s=self.now_s)
+        self._collect(self.service.on_start(self.state, self._context(nothing)), nothing)
+        while self._waiting:
+            foreign = self._waiting.popleft()
+            self._handle_foreign(foreign)
+
+    # --- Handling -----------------------------------------------------------------------------------------------------
+
+    def is_own(self, stored: Stored) -> bool:
+        return subject_matches(self.prefix, stored.subject)
+
+    def is_mine(self, entry_id: str) -> bool:
+        """True for ids that this very instance made."""
+        return entry_id.startswith(f"{self.writer}:{self.instance}:")
+
+    def receive_stored(self, stored: Stored) -> None:
+        """Handle one foreign fact from the live stream."""
+        foreign = self._accept_foreign(stored)
+        if foreign is not None:
+            self._handle_foreign(foreign)
+
+    def receive(self, delivery: Delivery) -> None:
+        """Handle one input that is no fact: a command, a signal, an order, a timer's input, an effect's result."""
+        self._advance(delivery.now_s)
+        kind = type(delivery.input)
+        observe = self.service.observers.get(kind)
+        if observe is not None:
+            observe(self.state, delivery.input, self.now_s)
+        handler = self.service.handlers.get(kind)
+        if handler is None:
+            assert not isinstance(delivery.input, Command | Input), (
+                f"{self.service.name} has no handler for {kind.__name__}"
+            )
+            return
+        self._collect(handler(self.state, delivery.input, self._context(delivery)), delivery)
+
+    def take_batch(self) -> Batch:
+        """Everything decided since the last call; hand its entries to the stream before releasing the rest."""
+        batch, self.batch = self.batch, Batch()
+        return batch
+
+    def committed(self, batch: Batch, *, last_seq: int) -> None:
+        """The stream holds the batch."""
+        if batch.entries:
+            self.last_seq = last_seq
+
+    # --- Inside -------------------------------------------------------------------------------------------------------
+
+    def _accept_foreign(self, stored: Stored) -> _Foreign | None:
+        """The fact, unless it is unreadable or does not continue a chain that this service reads completely."""
+        writer = _writer_of(stored.subject)
+        if stored.id and self._reads_all_of(writer):
+            if self._foreign_hashes.get(writer, CHAIN_START) != stored.previous_hash:
+                self.skipped_count += 1
+                return None
+            self._foreign_hashes[writer] = chain_hash(
+                stored.previous_hash, id=stored.id, subject=stored.subject, body=stored.body
+            )
+        elif not stored.id:
+            self.skipped_count += 1
+            return None
+        try:
+            fact = decode(stored.body)
+        except UnreadableMessage:
+            self.skipped_count += 1
+            return None
+        if not isinstance(fact, Fact):
+            self.skipped_count += 1
+            return None
+        return _Foreign(stored, fact)
+
+    def _reads_all_of(self, writer: str) -> bool:
+        known = self._complete.get(writer)
+        if known is None:
+            probes = (f"sublet.fact.{writer}.any", f"sublet.fact.{writer}.any.any")
+            known = any(all(subject_matches(pattern, probe) for probe in probes) for pattern in self.reads)
+            self._complete[writer] = known
+        return known
+
+    def _handle_foreign(self, foreign: _Foreign) -> None:
+        stored = foreign.stored
+        delivery = Delivery(
+            input=foreign.fact, now_s=stored.time_s, cause_seq=stored.seq, traceparent=stored.traceparent
+        )
+        self._advance(stored.time_s)
+        self.cursor_seq = stored.seq
+        self.service.evolve(self.state, foreign.fact)
+        handler = self.service.handlers.get(type(foreign.fact))
+        before_count = self._entry_count
+        if handler is not None:
+            self._collect(handler(self.state, foreign.fact, self._context(delivery)), delivery)
+        self._silent_count = 0 if self._entry_count > before_count else self._silent_count + 1
+        if self._silent_count >= SILENT_INPUTS_MAX:
+            self._silent_count = 0
+            self._append(Progressed(at_s=self.now_s), cause_seq=0, traceparent="")
+
+    def _advance(self, now_s: float) -> None:
+        self.now_s = max(self.now_s, now_s)
+
+    def _context(self, delivery: Delivery) -> Context:
+        return Context(
+            now_s=self.now_s,
+            writer_epoch=self.writer_epoch,
+            cause_seq=delivery.inbox_seq or delivery.cause_seq,
+            tenant=delivery.tenant,
+            traceparent=delivery.traceparent,
+        )
+
+    def _collect(self, outcomes: Sequence[Outcome], delivery: Delivery) -> None:
+        for outcome in outcomes:
+            traceparent = delivery.traceparent
+            if isinstance(outcome, Under):
+                traceparent, outcome = outcome.traceparent, outcome.outcome
+            if isinstance(outcome, Fact):
+                self._append(outcome, cause_seq=delivery.cause_seq, traceparent=traceparent)
+                self.service.evolve(self.state, outcome)
+            else:
+                assert isinstance(outcome, Order | Signal | Effect | Timer | Reply), outcome
+                self.batch.released.append(Released(outcome=outcome, traceparent=traceparent))
+
+    def _append(self, fact: Fact, *, cause_seq: int, traceparent: str) -> None:
+        subject = fact_subject(self.writer, fact)
+        body = encode(fact)
+        entry = Entry(
+            subject=subject,
+            body=body,
+            id=f"{self.writer}:{self.instance}:{self._entry_count}",
+            cause_seq=cause_seq,
+            cursor_seq=self.cursor_seq,
+            previous_hash=self.last_hash,
+            traceparent=traceparent,
+        )
+        self._entry_count += 1
+        self.last_hash = chain_hash(self.last_hash, id=entry.id, subject=subject, body=body)
+        self._own_ids.append(entry.id)
+        self.batch.entries.append(entry)
+
+
+def _writer_of(subject: str) -> str:
+    """``placement`` or ``node.<node>``, from a fact's subject."""
+    tokens = subject.split(".")
+    return ".".join(tokens[2:4]) if tokens[2] == "node" else tokens[2]

@@ -1,0 +1,381 @@
+"""The real-time shell: runs one service over a bus, exactly as `kit.processor` decides.
+
+Order of events, for every input: handle -> commit its facts -> let orders, effects, timers and replies go -> answer
+queries. One append is in flight per writer; what arrives meanwhile is handled next and leaves in one batch.
+"""
+
+import heapq
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Final, Generic, TypeVar
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from kit.bus import Bus, BusError, CaughtUp, Received, Stored, Stream
+from kit.commit import Committer, DirectCommitter, JournaledCommitter
+from kit.errors import Superseded
+from kit.journal import Journal
+from kit.outcomes import Effect, Input, Reply, Timer, UnreadableCommand
+from kit.processor import Delivery, Processor, Released
+from kit.queries import PendingQueries, Question
+from kit.service import Service
+from kit.telemetry import Tracer
+from schemas.catalogue import UnreadableMessage, decode, encode
+from schemas.messages import Command, Message, Order, Signal, answer_subject, message_subject, token_of
+
+S = TypeVar("S")
+D = TypeVar("D", Delivery, Stored)
+
+INPUTS_WAITING_MAX: Final = 10_000
+"""Stored inputs wait for room (back-pressure); fleeting ones beyond it are dropped and counted, as a lost packet would be."""
+INPUTS_PER_BATCH_MAX: Final = 256
+"""Handled between two appends: bounds one atomic batch well below the server's 1,000."""
+REBUILD_PAUSE_S: Final = 0.5
+LEASE_TERM_S: Final = 2.0
+
+Performer = Callable[[Effect, str], Awaitable[Input | None]]
+"""(effect, traceparent) -> its result as an input. Failures are results too; an exception is a bug and stops the service."""
+
+
+@dataclass(slots=True)
+class Status:
+    """What `/healthz`, `/readyz` and `/metrics` tell about this runner."""
+
+    is_ready: bool = False
+    why_not: str = "reading history"
+    handled_count: int = 0
+    dropped_count: int = 0
+    appended_count: int = 0
+    rebuilt_count: int = 0
+    skipped_count: int = 0
+
+
+class Runner(Generic[S]):
+    """Runs one instance of a service until cancelled."""
+
+    def __init__(
+        self,
+        service: Service[S],
+        settings: Any,
+        bus: Bus,
+        *,
+        writer: str,
+        instance: str,
+        tracer: Tracer,
+        perform: Performer | None = None,
+        journal: Journal | None = None,
+        needs_lease: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._service = service
+        self._settings = settings
+        self._bus = bus
+        self._writer = writer
+        self._instance = instance
+        self._tracer = tracer
+        self._perform = perform
+        self._journal = journal
+        self._needs_lease = needs_lease
+        self._clock = clock
+        self._offset_s = 0.0
+        self._log = logging.getLogger(service.name)
+        self._generations = itertools.count(1)
+        self.status = Status()
+        self.processor: Processor[S] | None = None
+        """The live state; None until history was read for the first time."""
+
+    def now_s(self) -> float:
+        """Local time, offset so that it is never behind the stream's."""
+        return self._clock() + self._offset_s
+
+    async def run(self) -> None:
+        """Serve for ever; rebuild from history when another instance took over."""
+        while True:
+            try:
+                await self._run_once()
+            except* Superseded as group:
+                self.status.is_ready, self.status.why_not = False, "rebuilding: another instance wrote here"
+                self.status.rebuilt_count += 1
+                self._log.warning("superseded, rebuilding", extra={"reason": str(group.exceptions[0])})
+            await anyio.sleep(REBUILD_PAUSE_S)
+
+    async def _run_once(self) -> None:
+        await self._become_active()
+        instance = f"{self._instance}-{next(self._generations)}"
+        processor = Processor(self._service, self._settings, writer=self._writer, instance=instance)
+        async with AsyncExitStack() as stack:
+            reader = self._bus.read(Stream.HISTORY, [processor.prefix, *processor.reads], after_seq=0)
+            async for item in reader:
+                if isinstance(item, CaughtUp):
+                    break
+                self._follow(item)
+                processor.replay_one(item)
+            committer = self._committer(processor)
+            tg = await stack.enter_async_context(anyio.create_task_group())
+            live = _Live(self, processor, committer, tg)
+            await committer.start(tg)
+            await live.take_over()
+            self.processor = processor
+            tg.start_soon(live.read_history, reader)
+            await live.open_subscriptions(stack)
+            if self._needs_lease:
+                tg.start_soon(self._keep_lease)
+            self.status.is_ready, self.status.why_not = True, ""
+            self._log.info("active", extra={"writer_epoch": processor.writer_epoch, "cursor_seq": processor.cursor_seq})
+            await live.serve()
+
+    def _committer(self, processor: Processor[S]) -> Committer:
+        if self._journal is None:
+            return DirectCommitter(self._bus, processor)
+        return JournaledCommitter(self._bus, processor, self._journal)
+
+    async def _become_active(self) -> None:
+        while self._needs_lease:
+            try:
+                if await self._bus.acquire_lease(self._writer, self._instance, term_s=LEASE_TERM_S):
+                    return
+                self.status.why_not = "standing by: another instance is active"
+            except BusError:
+                self.status.why_not = "waiting for the bus"
+            await anyio.sleep(LEASE_TERM_S / 4)
+
+    async def _keep_lease(self) -> None:
+        """Liveness only: losing it changes nothing until another instance really appends."""
+        while True:
+            await anyio.sleep(LEASE_TERM_S / 3)
+            try:
+                await self._bus.acquire_lease(self._writer, self._instance, term_s=LEASE_TERM_S)
+            except BusError:
+                continue
+
+    def _follow(self, stored: Stored) -> None:
+        self._offset_s = max(self._offset_s, stored.time_s - self._clock())
+
+
+class _Live(Generic[S]):
+    """One life between taking over and being cancelled or superseded."""
+
+    def __init__(self, runner: Runner[S], processor: Processor[S], committer: Committer, tg: TaskGroup) -> None:
+        self._runner = runner
+        self._service = runner._service
+        self._bus = runner._bus
+        self._processor = processor
+        self._committer = committer
+        self._tg = tg
+        self._timers: list[tuple[float, int, Delivery]] = []
+        self._timer_numbers = itertools.count()
+        self._timer_added = anyio.Event()
+        self._queries: PendingQueries[S] = PendingQueries(self._service, self._bus)
+        self._send: MemoryObjectSendStream[Delivery | Stored | Question]
+        self._receive: MemoryObjectReceiveStream[Delivery | Stored | Question]
+        self._send, self._receive = anyio.create_memory_object_stream(INPUTS_WAITING_MAX)
+
+    async def take_over(self) -> None:
+        now_s = self._runner.now_s()
+        await self._committer.recover()
+        batch = self._processor.take_over(now_s=now_s)
+        last_seq = await self._committer.commit_durably(batch)
+        self._processor.started(writer_epoch=last_seq)
+        await self._commit()
+
+    # --- Inputs -------------------------------------------------------------------------------------------------------
+
+    async def read_history(self, reader: Any) -> None:
+        async for item in reader:
+            if isinstance(item, Stored):
+                self._runner._follow(item)
+                await self._send.send(item)
+
+    async def open_subscriptions(self, stack: AsyncExitStack) -> None:
+        service, processor = self._service, self._processor
+        for kind in service.signals:
+            await stack.enter_async_context(
+                self._bus.subscribe(f"sublet.signal.{token_of(kind)}", self._receive_message)
+            )
+        node = processor.writer.removeprefix("node.")
+        for kind in service.orders:
+            await stack.enter_async_context(
+                self._bus.subscribe(f"sublet.order.{node}.{token_of(kind)}", self._receive_message)
+            )
+        for kind in service.answers:
+            target = f"{service.name}.{node}" if kind.is_per_node else service.name
+            await stack.enter_async_context(
+                self._bus.subscribe(
+                    f"sublet.query.*.{target}.{token_of(kind)}", self._receive_question, queue=service.name
+                )
+            )
+        if service.inbox_cursor is not None:
+            self._tg.start_soon(self._read_inbox, service.inbox_cursor(processor.state))
+        self._tg.start_soon(self._run_timers)
+        self._tg.start_soon(self._queries.expire, lambda: self._processor.state)
+
+    def _receive_message(self, received: Received) -> None:
+        try:
+            message = decode(received.body)
+        except UnreadableMessage as error:
+            self._runner._log.warning("unreadable message", extra={"subject": received.subject, "reason": error.reason})
+            return
+        self._offer(Delivery(input=message, now_s=self._runner.now_s(), traceparent=received.traceparent))
+
+    def _receive_question(self, received: Received) -> None:
+        self._offer(Question(received=received, arrived_s=anyio.current_time()))
+
+    def _offer(self, item: Delivery | Question) -> None:
+        try:
+            self._send.send_nowait(item)
+        except anyio.WouldBlock:
+            self._runner.status.dropped_count += 1
+
+    async def _read_inbox(self, after_seq: int) -> None:
+        async for item in self._bus.read(Stream.INBOX, ["sublet.in.>"], after_seq=after_seq):
+            if isinstance(item, Stored):
+                await self._send.send(inbox_delivery(item, now_s=self._runner.now_s()))
+
+    async def _run_timers(self) -> None:
+        while True:
+            now_s = self._runner.now_s()
+            while self._timers and self._timers[0][0] <= now_s:
+                _, _, delivery = heapq.heappop(self._timers)
+                await self._send.send(delivery)
+            self._timer_added = anyio.Event()
+            wait_s = max(0.0, self._timers[0][0] - now_s) if self._timers else 3600.0
+            with anyio.move_on_after(min(wait_s, 3600.0)):
+                await self._timer_added.wait()
+
+    # --- The loop -----------------------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        while True:
+            await self._handle(await self._receive.receive())
+            for _ in range(INPUTS_PER_BATCH_MAX):
+                try:
+                    item = self._receive.receive_nowait()
+                except anyio.WouldBlock:
+                    break
+                await self._handle(item)
+            await self._commit()
+            await self._queries.answer_ready(self._processor.state)
+
+    async def _handle(self, item: Delivery | Stored | Question) -> None:
+        if isinstance(item, Question):
+            self._queries.add(item)
+            return
+        if isinstance(item, Stored):
+            await self._handle_stored(item)
+        else:
+            name = f"{self._service.name} {type(item.input).__name__}"
+            with self._runner._tracer.span(name, parent=item.traceparent) as span:
+                self._processor.receive(_under(item, span.traceparent))
+        self._runner.status.handled_count += 1
+        await self._send_ahead()
+
+    async def _handle_stored(self, stored: Stored) -> None:
+        processor = self._processor
+        if processor.is_own(stored):
+            if processor.is_mine(stored.id) or stored.seq <= processor.last_seq or processor.knows(stored.id):
+                return
+            await self._put_aside(stored)
+            raise Superseded(f"sequence {stored.seq} under {processor.prefix} is not of this instance")
+        parts = stored.subject.split(".")
+        with self._runner._tracer.span(f"{self._service.name} {parts[-1]}", parent=stored.traceparent) as span:
+            processor.receive_stored(_under(stored, span.traceparent))
+        self._runner.status.skipped_count = processor.skipped_count
+
+    async def _put_aside(self, stored: Stored) -> None:
+        """What cannot be read under the own prefix goes to the dead letters with the reason, once."""
+        try:
+            decode(stored.body)
+            return
+        except UnreadableMessage as error:
+            body = msgspec.json.encode(
+                {"seq": stored.seq, "subject": stored.subject, "reason": error.reason, "body": stored.body}
+            )
+        await self._bus.publish_stored(
+            f"sublet.dead.{self._service.name}", body, id=f"dead:{stored.subject}:{stored.seq}"
+        )
+
+    async def _send_ahead(self) -> None:
+        waiting = self._processor.batch.released
+        ahead = [item for item in waiting if isinstance(item.outcome, Order) and item.outcome.goes_ahead]
+        for item in ahead:
+            waiting.remove(item)
+            await self._publish(item)
+
+    async def _commit(self) -> None:
+        batch = self._processor.take_batch()
+        if batch.is_empty:
+            return
+        await self._committer.commit(batch)
+        self._runner.status.appended_count += len(batch.entries)
+        for item in batch.released:
+            await self._release(item)
+
+    async def _release(self, item: Released) -> None:
+        outcome = item.outcome
+        if isinstance(outcome, Order | Signal):
+            await self._publish(item)
+        elif isinstance(outcome, Reply):
+            await self._bus.publish(
+                answer_subject(outcome.tenant, outcome.answer.command_id),
+                encode(outcome.answer),
+                traceparent=item.traceparent,
+            )
+        elif isinstance(outcome, Timer):
+            delivery = Delivery(input=outcome.input, now_s=outcome.due_s, traceparent=item.traceparent)
+            heapq.heappush(self._timers, (outcome.due_s, next(self._timer_numbers), delivery))
+            self._timer_added.set()
+        else:
+            self._tg.start_soon(self._carry_out, outcome, item.traceparent)
+
+    async def _publish(self, item: Released) -> None:
+        message = item.outcome
+        assert isinstance(message, Message), message
+        await self._bus.publish(
+            message_subject(self._processor.writer, message), encode(message), traceparent=item.traceparent
+        )
+
+    async def _carry_out(self, effect: Effect, traceparent: str) -> None:
+        assert self._runner._perform is not None, f"{self._service.name} has effects but nobody to perform them"
+        name = f"{self._service.name} {type(effect).__name__}"
+        with self._runner._tracer.span(name, parent=traceparent) as span:
+            result = await self._runner._perform(effect, span.traceparent)
+            if result is not None:
+                delivery = Delivery(input=result, now_s=self._runner.now_s(), traceparent=span.traceparent)
+                await self._send.send(delivery)
+
+
+def inbox_delivery(stored: Stored, *, now_s: float) -> Delivery:
+    """An inbox message as an input: the command, or what is known of one that cannot be read."""
+    tenant = stored.subject.split(".")[2]
+    command: Any
+    try:
+        command = decode(stored.body)
+        if not isinstance(command, Command):
+            raise UnreadableMessage(f"'{type(command).__name__}' is not a command")
+    except UnreadableMessage as error:
+        command = UnreadableCommand(command_id=_command_id_in(stored), reason=error.reason)
+    return Delivery(input=command, now_s=now_s, inbox_seq=stored.seq, tenant=tenant, traceparent=stored.traceparent)
+
+
+class _Nameable(msgspec.Struct):
+    command_id: str = ""
+
+
+def _command_id_in(stored: Stored) -> str:
+    try:
+        named = msgspec.json.decode(stored.body, type=_Nameable).command_id
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        named = ""
+    return named or stored.id or f"inbox-{stored.seq}"
+
+
+def _under(item: D, traceparent: str) -> D:
+    """The same input, continuing the given trace."""
+    return item if traceparent == item.traceparent else replace(item, traceparent=traceparent)
