@@ -48,7 +48,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in ("nats", "gpu", "docker"):
         if item.get_closest_marker(mark) and (why := unmet_need(mark)):
             if mark in promised:
-                pytest.fail(f"this job promises the tests marked {mark}, and there is {why}", pytrace=False)
+                pytest.fail(f"this job promises the tests marked {mark}, but: {why}", pytrace=False)
             pytest.skip(why)
 
 
