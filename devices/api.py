@@ -25,7 +25,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -487,16 +487,3 @@ class ProcessCheckpoint(Protocol):
 
     def unlock(self, pid: int) -> None:
         """Let the process's driver calls go on."""
-
-
-# ---- asking for several ----------------------------------------------------------------------------------------------
-
-
-def round_up(size_bytes: int, *, granularity_bytes: int) -> int:
-    """The smallest multiple of the granularity that holds `size_bytes`."""
-    return -(-size_bytes // granularity_bytes) * granularity_bytes
-
-
-def chunk_spans(size_bytes: int, *, chunk_bytes: int) -> Sequence[tuple[int, int]]:
-    """`(offset, size)` of the pieces that cover a range, in address order; the last one may be smaller."""
-    return [(offset, min(chunk_bytes, size_bytes - offset)) for offset in range(0, size_bytes, chunk_bytes)]

@@ -1,4 +1,4 @@
-"""The checks that every `Device` makes before it touches memory, so that all refuse the same mistakes alike."""
+"""Arithmetic of regions, and the checks that every `Device` makes first, so that all refuse the same mistakes alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from devices.api import InvalidUse
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from devices.api import HostBuffer, Region
 
 # `read` and `write` are for markers and checksums. Up to this size a copy always moves real bytes, in the software
@@ -48,3 +50,13 @@ def copy_length(
     if size_bytes is not None:
         return size_bytes
     return max(0, min(region.size_bytes - region_offset_bytes, host.size_bytes - host_offset_bytes))
+
+
+def round_up(size_bytes: int, *, granularity_bytes: int) -> int:
+    """The smallest multiple of the granularity that holds `size_bytes`."""
+    return -(-size_bytes // granularity_bytes) * granularity_bytes
+
+
+def chunk_spans(size_bytes: int, *, chunk_bytes: int) -> Sequence[tuple[int, int]]:
+    """`(offset, size)` of the pieces that cover a range, in address order; the last one may be smaller."""
+    return [(offset, min(chunk_bytes, size_bytes - offset)) for offset in range(0, size_bytes, chunk_bytes)]
