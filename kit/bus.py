@@ -1,14 +1,14 @@
 """The bus port: history with a checked append, ordered reads, fleeting messages, requests, and a liveness lease.
 
-Two implementations, `kit.bus_memory.MemoryBus` and `kit.bus_nats.NatsBus`, pass one conformance suite. Nothing here knows
-message types: bodies are bytes, subjects are strings.
+Two implementations, `kit.bus_memory.MemoryBus` and `kit.bus_nats.NatsBus`, pass one conformance suite. Nothing here
+knows message types: bodies are bytes, subjects are strings.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 
 class Stream(StrEnum):
@@ -63,9 +63,12 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaughtUp:
-    """A read has delivered everything that was in the stream when it looked; `last_seq` is the stream's newest sequence."""
+    """A read has delivered everything that was in the stream when it looked."""
 
     last_seq: int
+    """The newest sequence of the whole stream at that time: all that matches up to it is delivered."""
+    stream_id: str = ""
+    """Another stream of the same name, created later, has another. A snapshot keeps it for its next read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,19 +97,37 @@ class AppendConflict(BusError):
 
 
 class AppendUnknown(BusError):
-    """No answer, or a transient one (time-out, 503, 10164): the batch may or may not be stored. Send the same bytes again."""
+    """No answer, or a transient one (time-out, 503, 10164): it may or may not be stored. Send the same bytes again."""
 
 
 class AppendRefused(BusError):
-    """The stream will not take it (full, too large, forbidden); the text says why. Sending it again would not help now."""
+    """The stream will not take it (full, too large, forbidden); the text says why. Sending it again would not help."""
 
 
 class HistoryGone(BusError):
     """The cursor is outside the stream, or the stream is another one of the same name: not ready until reseeded."""
 
 
+class Forbidden(BusError):
+    """This user may not read, subscribe or ask there; the text says where. A forbidden append is `AppendRefused`."""
+
+
 class NoAnswer(BusError):
     """A request found no responder, or none answered in time."""
+
+
+class Reading(Protocol):
+    """What a read yields, message by message. `aclose` gives its place on the server back; closing the bus does too."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> Stored | CaughtUp: ...
+
+    async def aclose(self) -> None: ...
+
+
+APPEND_ENTRIES_MAX: Final = 1000
+"""The server's limit for one atomic batch."""
 
 
 class Bus(Protocol):
@@ -115,32 +136,41 @@ class Bus(Protocol):
     async def append(self, prefix: str, entries: Sequence[Entry], *, last_seq: int) -> Acknowledged:
         """Store all entries or none, if `last_seq` is still the newest sequence under `prefix` (0: none yet).
 
-        One attempt with its own deadline; callers resend (`kit.history.append_surely`). Raises `AppendConflict`,
-        `AppendUnknown`, `AppendRefused`.
+        At most `APPEND_ENTRIES_MAX`. One attempt with its own deadline; callers resend (`kit.history.append_surely`).
+        Raises `AppendConflict`, `AppendUnknown`, `AppendRefused`.
         """
         ...
 
     async def last(self, prefix: str) -> Stored | None:
-        """The newest message under the prefix in `Stream.HISTORY`, straight from the stream's leader."""
+        """The newest message under the prefix in `Stream.HISTORY`, straight from the stream's leader.
+
+        One attempt with its own deadline: `BusError` when the leader does not answer.
+        """
         ...
 
-    def read(self, stream: Stream, filters: Sequence[str], *, after_seq: int) -> AsyncIterator[Stored | CaughtUp]:
+    def read(self, stream: Stream, filters: Sequence[str], *, after_seq: int, stream_id: str = "") -> Reading:
         """Every message that matches any filter, in stream order, from `after_seq` on and then for ever.
 
         Yields `CaughtUp` once when it first reaches the end (also when nothing matches) and goes on with new messages.
-        Never blind for more than 2 s after the server returns; never skips, never repeats. Raises `HistoryGone`.
+        Never blind for more than 2 s after the server returns; never skips, never repeats.
+        Raises `HistoryGone` when the stream is not the one that `stream_id` names, when it ends before `after_seq`, or
+        when what follows `after_seq` is trimmed (history and inbox; the other streams expire and start where they
+        start), and `Forbidden`.
         """
         ...
 
     async def publish_stored(self, subject: str, body: bytes, *, id: str, traceparent: str = "") -> int:
-        """Publish into whichever stream takes the subject (inbox, record, dead letters) and wait for its ack; the sequence.
+        """Publish into whichever stream takes the subject (inbox, record, dead letters); the sequence that it got.
 
         Resends with the same id until stored or its deadline ends: `AppendUnknown`, `AppendRefused`.
         """
         ...
 
     async def publish(self, subject: str, body: bytes, *, traceparent: str = "", reply_subject: str = "") -> None:
-        """A fleeting message: handed to the server at once, kept by nobody."""
+        """A fleeting message: handed to the server at once, kept by nobody.
+
+        While the connection is away it is dropped: an order that arrives late is worse than one that is lost.
+        """
         ...
 
     def subscribe(
@@ -149,6 +179,7 @@ class Bus(Protocol):
         """While open, `receive` is called for each fleeting message on the loop's thread; it must not block or wait.
 
         With `queue`, each message goes to one subscriber of that queue. Effective when the context is entered.
+        Raises `Forbidden`.
         """
         ...
 
@@ -157,7 +188,10 @@ class Bus(Protocol):
         ...
 
     async def acquire_lease(self, name: str, holder: str, *, term_s: float) -> bool:
-        """Take or renew the named liveness lease. For liveness only: safety comes from the append check."""
+        """Take or renew the named liveness lease: whether `holder` has it now. Renew well within the term.
+
+        For liveness only: safety comes from the append check. `BusError` when the server does not answer.
+        """
         ...
 
     @property
