@@ -4,8 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
-BIN := $(VENV)/bin
-PY := $(BIN)/python
+PY := $(VENV)/bin/python
 # The stamps: libraries to run Sublet; the tools to test it; the software GPU.
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
@@ -48,9 +47,9 @@ test: $(DEV) $(SOFTGPU) ## all tests but those for physical GPUs
 
 check: $(DEV) ## format, lint, types, import contracts, generated files
 	@failed=""; step() { echo "$$1"; name=$$1; shift; "$$@" || failed="$$failed $$name"; }; \
-	step format $(BIN)/ruff format --check --quiet .; \
-	step lint $(BIN)/ruff check --quiet .; \
-	step types $(BIN)/mypy --no-error-summary $(ROOTS); \
+	step format $(PY) -m ruff format --check --quiet .; \
+	step lint $(PY) -m ruff check --quiet .; \
+	step types $(PY) -m mypy --no-error-summary $(ROOTS); \
 	step imports $(PY) tools/import_contracts.py; \
 	step schemas $(PY) -m schemas --check; \
 	step decisions $(PY) tools/adr_index.py --check; \
@@ -62,7 +61,7 @@ compose-test: $(DEV) ## the tests that need Docker
 # ---- write ------------------------------------------------------------------------------------------------------
 
 fmt: $(DEV) ## format the code and mend what ruff can
-	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .
+	@$(PY) -m ruff format --quiet . && $(PY) -m ruff check --quiet --fix .
 
 schemas: $(RUNTIME) ## regenerate JSON Schema, AsyncAPI and their pages from the message types
 	@$(PY) -m schemas $(ARGS)
