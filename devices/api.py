@@ -487,3 +487,8 @@ class ProcessCheckpoint(Protocol):
 
     def unlock(self, pid: int) -> None:
         """Let the process's driver calls go on."""
+
+
+def round_up(size_bytes: int, *, granularity_bytes: int) -> int:
+    """The smallest multiple of the granularity that holds `size_bytes`."""
+    return -(-size_bytes // granularity_bytes) * granularity_bytes

@@ -34,10 +34,11 @@ from devices.api import (
     Region,
     RestoreResult,
     UnbackResult,
+    round_up,
 )
 from devices.cuda_errors import OUT_OF_MEMORY, error_class
 from devices.pinned import PinnedBuffer, private_arena, shared_arena
-from devices.regions import check_access, check_positive, check_range, check_small, chunk_spans, copy_length, round_up
+from devices.regions import check_access, check_positive, check_range, check_small, chunk_spans, copy_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

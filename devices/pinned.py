@@ -7,8 +7,8 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
-from devices.api import DeviceError, InvalidUse, OutOfMemory
-from devices.regions import check_range, round_up
+from devices.api import DeviceError, InvalidUse, OutOfMemory, round_up
+from devices.regions import check_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable

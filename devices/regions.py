@@ -52,11 +52,6 @@ def copy_length(
     return max(0, min(region.size_bytes - region_offset_bytes, host.size_bytes - host_offset_bytes))
 
 
-def round_up(size_bytes: int, *, granularity_bytes: int) -> int:
-    """The smallest multiple of the granularity that holds `size_bytes`."""
-    return -(-size_bytes // granularity_bytes) * granularity_bytes
-
-
 def chunk_spans(size_bytes: int, *, chunk_bytes: int) -> Sequence[tuple[int, int]]:
     """`(offset, size)` of the pieces that cover a range, in address order; the last one may be smaller."""
     return [(offset, min(chunk_bytes, size_bytes - offset)) for offset in range(0, size_bytes, chunk_bytes)]

@@ -31,8 +31,9 @@ from devices.api import (
     Region,
     RestoreResult,
     UnbackResult,
+    round_up,
 )
-from devices.regions import check_access, check_positive, check_range, check_small, copy_length, round_up
+from devices.regions import check_access, check_positive, check_range, check_small, copy_length
 from devices.sparse import SparseBytes
 from devices.virtual_host import Memory, Process, VirtualGpu, VirtualHost
 
