@@ -1,0 +1,257 @@
+"""A software GPU host: one state directory that any number of processes share."""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict, cast
+
+from softgpu.errors import HostError
+from softgpu.library import build
+from softgpu.profiles import CallCost, Profile, profile_named
+
+GPUS_MAX = 16  # DEVICE_MAX in src/host.h
+NO_LIMIT = 2**64 - 1  # NVML_DEVICE_MEMORY_LIMIT_MAX
+DRIVER_VERSION = 13041  # CUDA 13.4.1, as cuDriverGetVersion counts
+DRIVER_TEXT = "615.00.00-softgpu"
+DEFAULT_DIRECTORY = Path("/dev/shm/softgpu")  # noqa: S108  (not a temporary file: every process must find it)
+_CONTROL_TIMEOUT_S = 30.0
+
+
+class ProcessStatus(TypedDict):
+    pid: int
+    command: str
+    group: str
+    context_bytes: int
+    used_bytes: int
+
+
+class DeviceStatus(TypedDict):
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+    reserved_bytes: int
+    used_bytes: int
+    context_bytes: int
+    h2d_bytes_per_s: int
+    d2h_bytes_per_s: int
+    pageable_bytes_per_s: int
+    h2d_moved_bytes: int
+    d2h_moved_bytes: int
+    utilization_gpu_percent: int
+    is_lost: bool
+    processes: list[ProcessStatus]
+
+
+class LimitStatus(TypedDict):
+    device: int
+    soft_bytes: int
+    hard_bytes: int | None
+    used_bytes: int
+
+
+class GroupStatus(TypedDict):
+    name: str
+    limits: list[LimitStatus]
+
+
+class FaultStatus(TypedDict):
+    function: str
+    after: int
+    times: int
+    code: int
+
+
+class HostStatus(TypedDict):
+    directory: str
+    driver_version: int
+    is_phantom: bool
+    is_clean: bool
+    chunk_count: int
+    devices: list[DeviceStatus]
+    groups: list[GroupStatus]
+    faults: list[FaultStatus]
+
+
+def control(state_dir: Path, *arguments: str) -> str:
+    """Runs one command of `softgpu-control` on a host. Raises `HostError` with what it said."""
+    command = [str(build() / "softgpu-control"), *arguments]
+    environment = {**os.environ, "SOFTGPU_DIR": str(state_dir)}
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=_CONTROL_TIMEOUT_S, check=False
+    )
+    if finished.returncode != 0:
+        raise HostError(finished.stderr.strip() or f"{' '.join(command)} failed")
+    return finished.stdout
+
+
+@dataclass(frozen=True)
+class Host:
+    """The settings of a host. Overrides that are None come from the profile.
+
+    `state_dir` should lie on /dev/shm or another fast local file system; its path is limited to 200 characters.
+    In a phantom host, copies above 64 KiB take their time and are accounted, but move no bytes; memory that is only
+    copied to and from in bulk then costs no RAM.
+    """
+
+    state_dir: Path
+    gpus: int
+    profile: str = "h100-80"
+    phantom: bool = False
+    clean: bool = False  # new device memory reads as zero, not as somebody's leavings
+    seed: str | None = None  # of the UUIDs; None: the name of the state directory
+    name: str | None = None
+    total_bytes: int | None = None
+    reserved_bytes: int | None = None
+    context_bytes: int | None = None
+    h2d_bytes_per_s: int | None = None
+    d2h_bytes_per_s: int | None = None
+    pageable_bytes_per_s: int | None = None
+    costs: Mapping[str, CallCost] | None = None  # replaces the profile's table; {}: calls take no longer than they do
+    temperature_c: int = 40
+    power_mw: int = 120_000
+    utilization_gpu_percent: int = 0
+    utilization_memory_percent: int = 0
+    driver_version: int = field(default=DRIVER_VERSION)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gpus <= GPUS_MAX:
+            raise HostError(f"a host has 0 to {GPUS_MAX} GPUs, not {self.gpus}")
+        if len(str(self.state_dir.absolute())) > 200:
+            raise HostError(f"the path of a host is limited to 200 characters: {self.state_dir}")
+        profile_named(self.profile)
+
+    def uuids(self) -> tuple[str, ...]:
+        """The UUIDs of the GPUs: the same for the same seed and index, whatever the profile."""
+        return tuple(_dashed(self._uuid_hex(index)) for index in range(self.gpus))
+
+    def environment(self, *, group: str | None = None) -> dict[str, str]:
+        """What a process needs to use this host; add it to the environment. `group` declares its group of limits."""
+        directory = str(build())
+        inherited = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path and path != directory]
+        variables = {
+            "LD_LIBRARY_PATH": ":".join([directory, *inherited]),
+            "SOFTGPU_DIR": str(self.state_dir.absolute()),
+        }
+        if group is not None:
+            variables["SOFTGPU_GROUP"] = group
+        return variables
+
+    def load(self) -> None:
+        """Makes this very process use the host: call it before the first use of CUDA or NVML. One host a process."""
+        os.environ["SOFTGPU_DIR"] = str(self.state_dir.absolute())
+        for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+            ctypes.CDLL(str(build() / name), mode=ctypes.RTLD_GLOBAL)
+
+    def create(self) -> "Host":
+        """Creates the host, or adopts it as it runs when it was created with the same settings. Returns itself."""
+        build()
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        with (self.state_dir / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            settings, wanted = self.state_dir / "settings", self._settings_text()
+            if (self.state_dir / "state").exists():
+                if settings.read_text(encoding="utf-8") != wanted:
+                    raise HostError(f"{self.state_dir} holds a host with other settings: remove it first")
+                return self
+            settings.write_text(wanted, encoding="utf-8")
+            control(self.state_dir.absolute(), "create")
+        return self
+
+    def remove(self) -> None:
+        """Deletes the host. Processes that still use it keep what they have mapped and can start nothing new."""
+        if (self.state_dir / "settings").exists():
+            shutil.rmtree(self.state_dir, ignore_errors=True)
+
+    def status(self) -> HostStatus:
+        """The host as it is now, dead processes already tidied away."""
+        return cast(HostStatus, json.loads(self._control("status")))
+
+    def set_limit(self, group: str, *, device: int, soft_bytes: int, hard_bytes: int | None) -> None:
+        """Sets a group's limits as `nvmlDeviceSetMemoryLimits_v1` does. `group` is a declared name or a cgroup path."""
+        hard = NO_LIMIT if hard_bytes is None else hard_bytes
+        self._control("limit", group, str(device), str(soft_bytes), str(hard))
+
+    def set_fault(self, function: str, *, after: int = 0, times: int = 1, code: int | str) -> None:
+        """The calls of a function fail with a code: the first `after` succeed, then `times` fail (-1: all).
+
+        Version suffixes do not matter: `cuMemAlloc` also means `cuMemAlloc_v2`. NVML functions take NVML's codes.
+        """
+        self._control("fault", function, str(after), str(times), str(code))
+
+    def clear_faults(self) -> None:
+        self._control("clear-faults")
+
+    def send_xid(self, device: int, number: int) -> None:
+        """Raises an XID event, as the driver does for a hardware or driver error."""
+        self._control("xid", str(device), str(number))
+
+    def set_lost(self, device: int, *, is_lost: bool = True) -> None:
+        """The GPU falls off the bus, or comes back."""
+        self._control("lose", str(device), "1" if is_lost else "0")
+
+    def set_bandwidth(self, device: int, *, h2d: int, d2h: int, pageable: int) -> None:
+        """Link speed from now on, in bytes per second; 0 is as fast as this machine copies."""
+        self._control("bandwidth", str(device), str(h2d), str(d2h), str(pageable))
+
+    def set_utilization(self, device: int, *, gpu_percent: int, memory_percent: int) -> None:
+        """What NVML reports as utilisation; softgpu runs no kernels, so somebody has to say it."""
+        self._control("utilization", str(device), str(gpu_percent), str(memory_percent))
+
+    def _control(self, *arguments: str) -> str:
+        return control(self.state_dir.absolute(), *arguments)
+
+    def _uuid_hex(self, index: int) -> str:
+        seed = self.state_dir.name if self.seed is None else self.seed
+        return hashlib.sha256(f"softgpu:{seed}:{index}".encode()).hexdigest()[:32]
+
+    def _settings_text(self) -> str:
+        profile = profile_named(self.profile)
+        costs = profile.costs if self.costs is None else self.costs
+        lines = [f"{key} {value}" for key, value in self._values(profile).items()]
+        lines += [f"cost {call} {cost.call_ns} {cost.gib_ns}" for call, cost in sorted(costs.items())]
+        lines += [f"uuid {index} {self._uuid_hex(index)}" for index in range(self.gpus)]
+        return "\n".join(lines) + "\n"
+
+    def _values(self, profile: Profile) -> dict[str, int | str]:
+        return {
+            "device_count": self.gpus,
+            "driver_version": self.driver_version,
+            "driver_text": DRIVER_TEXT,
+            "is_phantom": int(self.phantom),
+            "is_clean": int(self.clean or os.environ.get("SOFTGPU_CLEAN") == "1"),
+            "name": profile.name if self.name is None else self.name,
+            "compute_major": profile.compute_major,
+            "compute_minor": profile.compute_minor,
+            "multiprocessor_count": profile.multiprocessor_count,
+            "architecture": profile.architecture,
+            "pci_device_id": profile.pci_device_id,
+            "pcie_generation": profile.pcie_generation,
+            "pcie_width": profile.pcie_width,
+            "temperature_c": self.temperature_c,
+            "power_mw": self.power_mw,
+            "power_limit_mw": profile.power_limit_mw,
+            "utilization_gpu_percent": self.utilization_gpu_percent,
+            "utilization_memory_percent": self.utilization_memory_percent,
+            "total_bytes": _either(self.total_bytes, profile.total_bytes),
+            "reserved_bytes": _either(self.reserved_bytes, profile.reserved_bytes),
+            "context_bytes": _either(self.context_bytes, profile.context_bytes),
+            "h2d_bytes_per_s": _either(self.h2d_bytes_per_s, profile.h2d_bytes_per_s),
+            "d2h_bytes_per_s": _either(self.d2h_bytes_per_s, profile.d2h_bytes_per_s),
+            "pageable_bytes_per_s": _either(self.pageable_bytes_per_s, profile.pageable_bytes_per_s),
+        }
+
+
+def _either(override: int | None, default: int) -> int:
+    return default if override is None else override
+
+
+def _dashed(digits: str) -> str:
+    return f"GPU-{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

@@ -1,0 +1,159 @@
+/* softgpu-control: makes a host and works its switches. The Python side checks and translates what users
+ * type; arguments here are numbers. The host is SOFTGPU_DIR. */
+#include "control.h"
+#include "cuda_results.h"
+#include "host.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    const char *name;
+    int arguments;
+    const char *form;
+    int (*run)(char **arguments);
+} command;
+
+static device *device_of(const char *argument) {
+    unsigned long index = strtoul(argument, NULL, 10);
+    if (index < host->device_count)
+        return &host->devices[index];
+    fprintf(stderr, "softgpu: no device %s (there are %u)\n", argument, host->device_count);
+    return NULL;
+}
+
+static uint64_t integer(const char *argument) { return strtoull(argument, NULL, 10); }
+
+static int run_status(char **arguments) {
+    (void)arguments;
+    control_status();
+    return 0;
+}
+
+/* A number (NVML's codes are small numbers), or the name of a CUDA result; -1 when it is neither. */
+#define RESULT_OF_NAME(number, name, text) \
+    if (!strcmp(argument, #name))          \
+        return number;
+static int code_of(const char *argument) {
+    CUDA_RESULTS(RESULT_OF_NAME)
+    char *end;
+    long code = strtol(argument, &end, 10);
+    if (*argument && !*end && code >= 0)
+        return (int)code;
+    fprintf(stderr, "softgpu: %s is neither a number nor a CUDA result that softgpu knows\n", argument);
+    return -1;
+}
+
+static int run_fault(char **arguments) {
+    int code = code_of(arguments[3]);
+    if (code < 0)
+        return 1;
+    for (int i = 0; i < FAULT_MAX; i++) {
+        fault_record *fault = &host->faults[i];
+        if (fault->function[0] && fault->times) /* used up: its row is free again */
+            continue;
+        host->fault_count += !fault->function[0];
+        *fault = (fault_record){.after = atoi(arguments[1]), .times = atoi(arguments[2]), .code = code};
+        snprintf(fault->function, sizeof fault->function, "%s", arguments[0]);
+        return 0;
+    }
+    fprintf(stderr, "softgpu: no more than %d faults at a time\n", FAULT_MAX);
+    return 1;
+}
+
+static int run_clear_faults(char **arguments) {
+    (void)arguments;
+    memset(host->faults, 0, sizeof host->faults);
+    host->fault_count = 0;
+    return 0;
+}
+
+static int run_xid(char **arguments) {
+    device *gpu = device_of(arguments[0]);
+    if (!gpu)
+        return 1;
+    host->events[host->event_count % EVENT_MAX] =
+        (event_record){.type = 0x8, .data = integer(arguments[1]), .device = (uint32_t)(gpu - host->devices)};
+    __atomic_store_n(&host->event_count, host->event_count + 1, __ATOMIC_RELEASE);
+    return 0;
+}
+
+static int run_lose(char **arguments) {
+    device *gpu = device_of(arguments[0]);
+    if (!gpu)
+        return 1;
+    gpu->is_lost = integer(arguments[1]) != 0;
+    return 0;
+}
+
+static int run_bandwidth(char **arguments) {
+    device *gpu = device_of(arguments[0]);
+    if (!gpu)
+        return 1;
+    gpu->engines[HOST_TO_DEVICE].bytes_per_s = integer(arguments[1]);
+    gpu->engines[DEVICE_TO_HOST].bytes_per_s = integer(arguments[2]);
+    gpu->pageable_bytes_per_s = integer(arguments[3]);
+    return 0;
+}
+
+static int run_utilization(char **arguments) {
+    device *gpu = device_of(arguments[0]);
+    if (!gpu)
+        return 1;
+    gpu->utilization_gpu_percent = (uint32_t)integer(arguments[1]);
+    gpu->utilization_memory_percent = (uint32_t)integer(arguments[2]);
+    return 0;
+}
+
+static int run_limit(char **arguments) {
+    const char *name = arguments[0];
+    device *gpu = device_of(arguments[1]);
+    uint64_t key = name[0] == '/' ? group_key_of_path(name) : group_key_of_name(name);
+    if (!gpu)
+        return 1;
+    if (!key ||
+        group_set(key, name, (int)(gpu - host->devices), integer(arguments[2]), integer(arguments[3]))) {
+        fprintf(stderr, "softgpu: cannot set a limit on %s\n", name);
+        return 1;
+    }
+    return 0;
+}
+
+static const command commands[] = {
+    {"fault", 4, "FUNCTION AFTER TIMES CODE", run_fault},
+    {"clear-faults", 0, "", run_clear_faults},
+    {"xid", 2, "DEVICE NUMBER", run_xid},
+    {"lose", 2, "DEVICE 0|1", run_lose},
+    {"bandwidth", 4, "DEVICE H2D D2H PAGEABLE", run_bandwidth},
+    {"utilization", 3, "DEVICE GPU_PERCENT MEMORY_PERCENT", run_utilization},
+    {"limit", 4, "GROUP DEVICE SOFT HARD", run_limit},
+};
+
+static int run_locked(const command *chosen, char **arguments) {
+    host_lock();
+    int code = chosen->run(arguments);
+    host_unlock();
+    return code;
+}
+
+static int usage(void) {
+    fprintf(stderr, "usage: softgpu-control create|status");
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        fprintf(stderr, " | %s %s", commands[i].name, commands[i].form);
+    fprintf(stderr, "\n");
+    return 2;
+}
+
+int main(int count, char **arguments) {
+    if (count < 2)
+        return usage();
+    if (!strcmp(arguments[1], "create"))
+        return control_create() ? 1 : 0;
+    if (!strcmp(arguments[1], "status"))
+        return host_attach() ? 1 : run_status(arguments + 2);
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        if (!strcmp(arguments[1], commands[i].name) && count - 2 == commands[i].arguments)
+            return host_attach() ? 1 : run_locked(&commands[i], arguments + 2);
+    return usage();
+}

@@ -1,0 +1,92 @@
+/* cuIpc memory handles: another process opens an allocation by a token. */
+#include "cuda_driver.h"
+
+#include <string.h>
+#include <sys/mman.h>
+
+#define TOKEN_MAGIC 0x43504953ull
+
+typedef struct {
+    uint64_t magic, chunk, id, bytes;
+} token;
+
+_Static_assert(sizeof(token) <= sizeof(CUipcMemHandle), "a token travels in a CUipcMemHandle");
+
+CUDA_EXPORT CUresult cuIpcGetMemHandle(CUipcMemHandle *exported, CUdeviceptr address) {
+    ENTER();
+    if (!exported)
+        return CUDA_ERROR_INVALID_VALUE;
+    driver_lock();
+    const region *allocated = region_at(&regions, address);
+    int is_allocation = allocated && allocated->kind == REGION_ALLOCATED;
+    if (is_allocation) {
+        int chunk = handle_record_of(allocated->handle)->chunk;
+        token made = {TOKEN_MAGIC, (uint64_t)chunk, host->chunks[chunk].id, allocated->bytes};
+        memset(exported, 0, sizeof *exported);
+        memcpy(exported, &made, sizeof made);
+    }
+    driver_unlock();
+    return is_allocation ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+static int open_token(const token *given) {
+    int descriptor = -1;
+    if (given->magic != TOKEN_MAGIC || given->chunk >= CHUNK_MAX)
+        return -1;
+    host_lock();
+    const chunk_record *chunk = &host->chunks[given->chunk];
+    if (chunk->is_used && chunk->id == given->id && chunk->owner != own_process)
+        descriptor = chunk_open((int)given->chunk);
+    host_unlock();
+    return descriptor;
+}
+
+/* With the driver lock held. */
+static CUresult map_token(const token *given, int descriptor, CUdeviceptr *address) {
+    int handle;
+    CUresult result = handle_adopt((int)given->chunk, descriptor, &handle);
+    if (result != CUDA_SUCCESS)
+        return result;
+    uint64_t mapped_bytes = round_up(given->bytes, GRANULARITY);
+    void *base = reserve_addresses(mapped_bytes, GRANULARITY);
+    region added = {.base = (uint64_t)base,
+                    .bytes = given->bytes,
+                    .mapped_bytes = mapped_bytes,
+                    .kind = REGION_IPC,
+                    .handle = handle,
+                    .access = CU_MEM_ACCESS_READWRITE,
+                    .context = context_current()};
+    if (!base || region_insert(&regions, added)) {
+        handle_release(handle);
+        return CUDA_ERROR_OPERATING_SYSTEM;
+    }
+    handle_record_of(handle)->mappings = 1;
+    handle_record_of(handle)->references = 0;
+    *address = (CUdeviceptr)base;
+    return CUDA_SUCCESS;
+}
+
+CUDA_EXPORT CUresult cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle exported, unsigned flags) {
+    ENTER_WITH_CONTEXT();
+    (void)flags;
+    token given;
+    memcpy(&given, &exported, sizeof given);
+    int descriptor = open_token(&given);
+    if (descriptor < 0)
+        return CUDA_ERROR_INVALID_VALUE;
+    driver_lock();
+    CUresult result = map_token(&given, descriptor, address);
+    driver_unlock();
+    return result;
+}
+
+CUDA_EXPORT CUresult cuIpcCloseMemHandle(CUdeviceptr address) {
+    ENTER();
+    streams_finish(1);
+    driver_lock();
+    region *opened = region_of_base(&regions, address, REGION_IPC);
+    if (opened)
+        allocation_free(opened);
+    driver_unlock();
+    return opened ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}

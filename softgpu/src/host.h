@@ -1,0 +1,194 @@
+/* One software GPU host: the state that all processes share, and the rules that keep it true.
+ *
+ * A host is a directory:
+ *   settings   what it was created with (text)
+ *   state      the tables below, mapped by every process, guarded by one robust mutex
+ *   processes  nothing in it; each process locks one byte, so that the kernel tells when it has died
+ *   c<id>      one file for each chunk of device memory (see host_chunk.c)
+ *
+ * A process can be killed between any two instructions. So: what is recorded is written before what it
+ * describes comes into being, sums are derived from the records (host_recount), and whoever finds a dead
+ * owner tidies up.
+ */
+#ifndef SOFTGPU_HOST_H
+#define SOFTGPU_HOST_H
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define HOST_MAGIC 0x3155504754464f53ull /* raise the digit when the layout of host_state changes */
+
+enum {
+    DEVICE_MAX = 16,
+    PROCESS_MAX = 256,
+    CHUNK_MAX = 65536, /* an 80 GiB device in 2 MiB chunks is 40,960 */
+    EVENT_MAX = 64,    /* a reader that falls further behind misses the oldest */
+    FAULT_MAX = 16,
+    GROUP_MAX = 256,
+    GROUP_DEPTH_MAX = 8, /* a process's cgroup and its ancestors */
+    GROUP_NAME_MAX = 64,
+};
+
+#define GIB (1ull << 30)
+#define GRANULARITY (2ull << 20) /* of cuMemCreate, cuMemMap and large cuMemAlloc, as on all GPUs so far */
+#define NO_LIMIT UINT64_MAX      /* NVML_DEVICE_MEMORY_LIMIT_MAX */
+
+typedef enum { HOST_TO_DEVICE, DEVICE_TO_HOST, DIRECTION_COUNT } direction;
+
+/* Calls whose duration is modelled. Order and names are those of call_names in host_cost.c. */
+typedef enum {
+    CALL_CONTEXT_CREATE,
+    CALL_MEM_ALLOC,
+    CALL_MEM_FREE,
+    CALL_MEM_CREATE,
+    CALL_MEM_MAP,
+    CALL_MEM_SET_ACCESS,
+    CALL_MEM_UNMAP,
+    CALL_MEM_RELEASE,
+    CALL_HOST_ALLOC,
+    CALL_HOST_REGISTER,
+    CALL_COUNT
+} call;
+
+typedef struct {
+    uint64_t call_ns; /* each call takes at least this */
+    uint64_t gib_ns;  /* plus this for each GiB it touches */
+} call_cost;
+
+typedef struct {
+    uint64_t bytes_per_s;   /* 0: as fast as this machine copies */
+    uint64_t busy_until_ns; /* CLOCK_MONOTONIC; the engine's time is booked up to here */
+    uint64_t moved_bytes;
+} copy_engine;
+
+typedef struct {
+    char name[96];
+    char uuid[48];
+    uint8_t uuid_bytes[16];
+    uint32_t compute_major, compute_minor, multiprocessor_count, architecture;
+    uint32_t pci_bus, pci_device_id, pcie_generation, pcie_width;
+    uint32_t temperature_c, power_mw, power_limit_mw;
+    uint32_t utilization_gpu_percent, utilization_memory_percent;
+    uint64_t total_bytes;    /* as NVML reports it */
+    uint64_t reserved_bytes; /* the driver's own part; total less this is what CUDA shows */
+    uint64_t context_bytes;  /* what the first context of each process takes */
+    uint64_t used_bytes;     /* all live chunks and contexts; with reserved_bytes never above total_bytes */
+    uint64_t pageable_bytes_per_s;
+    copy_engine engines[DIRECTION_COUNT];
+    uint32_t is_lost;
+} device;
+
+typedef struct {
+    uint32_t is_used;
+    int32_t pid;                          /* in the process's own pid namespace; for others see process_pid */
+    uint64_t group_keys[GROUP_DEPTH_MAX]; /* the groups it belongs to, leaf first; 0 ends the list */
+    uint64_t context_bytes[DEVICE_MAX];
+    uint64_t charged_bytes[DEVICE_MAX]; /* the chunks it created and that still exist */
+    char command[16];
+    char group_name[GROUP_NAME_MAX];
+} process_record;
+
+#define CHUNK_UNOWNED (-1)
+typedef struct {
+    uint32_t is_used;
+    uint32_t device;
+    int32_t
+        owner; /* the process that created it and is charged for it, or CHUNK_UNOWNED once that has died */
+    uint32_t is_detached; /* the owner lives but let go of it: it exists only while somebody else holds it */
+    uint64_t id;
+    uint64_t bytes;
+    uint64_t inode;
+} chunk_record;
+
+typedef struct {
+    uint64_t key; /* see host_group.c; 0 means the row is free */
+    char name[GROUP_NAME_MAX];
+    uint64_t soft_bytes[DEVICE_MAX], hard_bytes[DEVICE_MAX];
+} group_record;
+
+typedef struct {
+    uint64_t type, data;
+    uint32_t device;
+} event_record;
+
+typedef struct {
+    char function[64]; /* without a version suffix: cuMemCreate, nvmlDeviceGetMemoryInfo */
+    int32_t after;     /* so many calls succeed first */
+    int32_t times;     /* then so many fail; below zero: all */
+    int32_t code;
+} fault_record;
+
+typedef struct {
+    uint64_t magic;
+    uint64_t bytes; /* of this structure: libraries of another build must not touch it */
+    pthread_mutex_t mutex;
+    uint32_t device_count, driver_version;
+    uint32_t is_phantom; /* big copies take their time and move no bytes */
+    uint32_t is_clean;   /* new memory reads as zero instead of as another's leavings */
+    uint32_t fault_count, detached_count;
+    uint64_t last_chunk_id, event_count;
+    uint32_t group_end;    /* no used group row at or above this index */
+    uint32_t cgroup_count; /* limits set on cgroups; while 0, processes need not look up their own */
+    uint32_t chunk_end;    /* no used chunk at or above this index */
+    uint32_t chunk_next;   /* where to look for a free row first */
+    char driver_text[32];
+    call_cost costs[CALL_COUNT];
+    device devices[DEVICE_MAX];
+    process_record processes[PROCESS_MAX];
+    group_record groups[GROUP_MAX];
+    event_record events[EVENT_MAX];
+    fault_record faults[FAULT_MAX];
+    chunk_record chunks[CHUNK_MAX];
+} host_state;
+
+/* host_state.c */
+extern host_state *host;          /* NULL until host_attach succeeds; never unmapped after */
+int host_attach(void);            /* 0, or -1 when SOFTGPU_DIR names no usable host */
+const char *host_directory(void); /* valid after host_attach, or once SOFTGPU_DIR was read */
+void host_path(char *path, size_t size, const char *name);
+void host_lock(void);
+void host_unlock(void);
+void host_prepare_mutex(host_state *fresh); /* for the creator of a state file */
+
+/* host_process.c (all but process_pid with the lock held) */
+int process_attach(void);   /* opens the liveness file; called once by host_attach */
+int process_enter(void);    /* this process's row, or -1 */
+int process_pid(int index); /* as the caller's pid namespace sees it; 0 unseen, -1 dead */
+void host_reap(void);       /* frees what only the dead held */
+
+/* host_chunk.c (with the lock held) */
+int chunk_create(int device_index, uint64_t bytes, int owner, int *descriptor); /* row, or a chunk_failure */
+enum chunk_failure { CHUNK_NO_ROOM = -1, CHUNK_OS_ERROR = -2 };
+int chunk_open(int index);               /* a new descriptor that keeps the chunk alive, or -1 */
+int chunk_of_descriptor(int descriptor); /* row, or -1 when it is not a live chunk of this host */
+void chunk_let_go(int index, int owner); /* the caller has closed its descriptors of it */
+void chunk_settle(int index);            /* frees it when nobody holds it, else leaves it to its holders */
+int chunk_reserve(int device_index, int owner, uint64_t bytes); /* 1 when so much may be taken now */
+
+/* host_group.c (with the lock held) */
+uint64_t group_key_of_path(const char *path); /* 0 when there is no such directory */
+uint64_t group_key_of_name(const char *name);
+void group_locate(process_record *process);  /* finds the groups of the calling process */
+void group_refresh(process_record *process); /* the same, where a move to another cgroup could matter */
+int group_admits(const process_record *process, int device_index, uint64_t bytes);
+uint64_t group_used(uint64_t key, int device_index);
+void group_recount(void);
+group_record *group_find(uint64_t key);
+int group_set(uint64_t key, const char *name, int device_index, uint64_t soft_bytes, uint64_t hard_bytes);
+
+/* host_cost.c */
+extern const char *const call_names[CALL_COUNT];
+uint64_t clock_ns(void);
+void sleep_until(uint64_t deadline_ns);                   /* may wake up some tens of microseconds late */
+void pay(call kind, uint64_t started_ns, uint64_t bytes); /* returns when the call has lasted long enough */
+
+/* host_engine.c (takes the lock itself) */
+uint64_t engine_book(int device_index, direction way, int is_pageable, uint64_t bytes, uint64_t earliest_ns);
+
+/* host_fault.c (takes the lock itself) */
+int fault_code(const char *function); /* what this call must return instead of doing its work; 0: nothing */
+
+uint64_t round_up(uint64_t value, uint64_t multiple);
+
+#endif

@@ -1,0 +1,156 @@
+/* Physical device memory: its rows, its files, and how long it lives.
+ *
+ * A chunk is a sparse file. Everyone who can still reach it (an allocation, a handle, a mapping, an exported
+ * descriptor, a descriptor waiting in a socket) does so through an open description with a shared flock. When
+ * an exclusive flock succeeds, nobody can reach it any more and it is freed. That is CUDA's own rule: memory
+ * outlives its creator exactly while somebody can map it.
+ *
+ * Order of writes: the row is complete before the file appears, and the file is gone before the row is free.
+ * A death in between leaves a row without a file, which the next reaper frees.
+ */
+#define _GNU_SOURCE
+#include "chunk_file.h"
+#include "host.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static void chunk_path(char *path, size_t size, uint64_t id) {
+    char name[32];
+    snprintf(name, sizeof name, "c%llu", (unsigned long long)id);
+    host_path(path, size, name);
+}
+
+static int fits(int device_index, uint64_t bytes) {
+    const device *gpu = &host->devices[device_index];
+    uint64_t taken_bytes = gpu->used_bytes + gpu->reserved_bytes;
+    return taken_bytes <= gpu->total_bytes && bytes <= gpu->total_bytes - taken_bytes;
+}
+
+int chunk_reserve(int device_index, int owner, uint64_t bytes) {
+    process_record *process = &host->processes[owner];
+    group_refresh(process);
+    if (!group_admits(process, device_index, bytes)) {
+        host_reap(); /* a dead member of the group may still be charged */
+        if (!group_admits(process, device_index, bytes))
+            return 0;
+    }
+    if (fits(device_index, bytes))
+        return 1;
+    host_reap();
+    return fits(device_index, bytes);
+}
+
+static int free_row(void) {
+    for (uint32_t step = 0; step < CHUNK_MAX; step++) {
+        uint32_t i = (host->chunk_next + step) % CHUNK_MAX;
+        if (!host->chunks[i].is_used)
+            return (int)i;
+    }
+    return -1;
+}
+
+static int create_file(chunk_record *chunk, int index) {
+    char path[320];
+    struct stat status;
+    chunk_path(path, sizeof path, chunk->id);
+    int descriptor = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (descriptor < 0)
+        return -1;
+    if (chunk_file_format(descriptor, index, chunk->id, chunk->bytes) || fstat(descriptor, &status) ||
+        flock(descriptor, LOCK_SH)) {
+        close(descriptor);
+        unlink(path);
+        return -1;
+    }
+    chunk->inode = status.st_ino;
+    return descriptor;
+}
+
+int chunk_create(int device_index, uint64_t bytes, int owner, int *descriptor) {
+    if (!chunk_reserve(device_index, owner, bytes))
+        return CHUNK_NO_ROOM;
+    int index = free_row();
+    if (index < 0)
+        return CHUNK_OS_ERROR;
+    chunk_record *chunk = &host->chunks[index];
+    *chunk = (chunk_record){
+        .device = (uint32_t)device_index, .owner = owner, .bytes = bytes, .id = ++host->last_chunk_id};
+    __atomic_store_n(&chunk->is_used, 1, __ATOMIC_RELEASE);
+    if ((uint32_t)index >= host->chunk_end)
+        host->chunk_end = (uint32_t)index + 1;
+    *descriptor = create_file(chunk, index);
+    if (*descriptor < 0) {
+        __atomic_store_n(&chunk->is_used, 0, __ATOMIC_RELEASE);
+        return CHUNK_OS_ERROR;
+    }
+    host->chunk_next = (uint32_t)index + 1;
+    host->devices[device_index].used_bytes += bytes;
+    host->processes[owner].charged_bytes[device_index] += bytes;
+    return index;
+}
+
+int chunk_open(int index) {
+    char path[320];
+    chunk_path(path, sizeof path, host->chunks[index].id);
+    int descriptor = open(path, O_RDWR | O_CLOEXEC);
+    if (descriptor >= 0)
+        flock(descriptor, LOCK_SH);
+    return descriptor;
+}
+
+int chunk_of_descriptor(int descriptor) {
+    struct stat status;
+    chunk_footer footer;
+    if (fstat(descriptor, &status) || chunk_file_identify(descriptor, (uint64_t)status.st_size, &footer))
+        return -1;
+    if (footer.index >= CHUNK_MAX)
+        return -1;
+    const chunk_record *chunk = &host->chunks[footer.index];
+    int is_same = chunk->is_used && chunk->id == footer.id && chunk->inode == status.st_ino;
+    return is_same ? (int)footer.index : -1;
+}
+
+static int is_held(const chunk_record *chunk) {
+    char path[320];
+    chunk_path(path, sizeof path, chunk->id);
+    int descriptor = open(path, O_RDWR | O_CLOEXEC);
+    if (descriptor < 0)
+        return 0;
+    int held = flock(descriptor, LOCK_EX | LOCK_NB) != 0;
+    close(descriptor);
+    return held;
+}
+
+static void destroy(chunk_record *chunk) {
+    char path[320];
+    chunk_path(path, sizeof path, chunk->id);
+    unlink(path);
+    __atomic_store_n(&chunk->is_used, 0, __ATOMIC_RELEASE);
+    host->devices[chunk->device].used_bytes -= chunk->bytes;
+    if (chunk->owner != CHUNK_UNOWNED)
+        host->processes[chunk->owner].charged_bytes[chunk->device] -= chunk->bytes;
+    if (chunk->is_detached)
+        host->detached_count--;
+    host->chunk_next = (uint32_t)(chunk - host->chunks);
+}
+
+void chunk_settle(int index) {
+    chunk_record *chunk = &host->chunks[index];
+    if (!is_held(chunk)) {
+        destroy(chunk);
+    } else if (!chunk->is_detached) {
+        chunk->is_detached = 1;
+        host->detached_count++;
+    }
+}
+
+void chunk_let_go(int index, int owner) {
+    const chunk_record *chunk = &host->chunks[index];
+    if (chunk->is_used && (chunk->owner == owner || chunk->is_detached))
+        chunk_settle(index);
+}

@@ -1,0 +1,162 @@
+/* Devices: finding them, and what they say about themselves. */
+#include "nvml.h"
+
+#include <stdio.h>
+#include <string.h>
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetCount_v2(unsigned *count) {
+    NVML_ENTER();
+    *count = host->device_count;
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice *gpu) {
+    NVML_ENTER();
+    if (index >= host->device_count)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    *gpu = &host->devices[index];
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice *gpu) {
+    NVML_ENTER();
+    for (uint32_t i = 0; i < host->device_count; i++) {
+        if (strcmp(uuid, host->devices[i].uuid))
+            continue;
+        *gpu = &host->devices[i];
+        return NVML_SUCCESS;
+    }
+    return NVML_ERROR_NOT_FOUND;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetHandleByPciBusId_v2(const char *text, nvmlDevice *gpu) {
+    NVML_ENTER();
+    unsigned domain, bus, slot;
+    if (sscanf(text, "%x:%x:%x", &domain, &bus, &slot) != 3)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    for (uint32_t i = 0; i < host->device_count; i++) {
+        if (host->devices[i].pci_bus != bus)
+            continue;
+        *gpu = &host->devices[i];
+        return NVML_SUCCESS;
+    }
+    return NVML_ERROR_NOT_FOUND;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetName(nvmlDevice gpu, char *text, unsigned size) {
+    NVML_ENTER_DEVICE(gpu);
+    snprintf(text, size, "%s", gpu->name);
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetUUID(nvmlDevice gpu, char *text, unsigned size) {
+    NVML_ENTER_DEVICE(gpu);
+    snprintf(text, size, "%s", gpu->uuid);
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetPciInfo_v3(nvmlDevice gpu, nvmlPciInfo *pci) {
+    NVML_ENTER_DEVICE(gpu);
+    memset(pci, 0, sizeof *pci);
+    pci->bus = gpu->pci_bus;
+    pci->pciDeviceId = gpu->pci_device_id;
+    snprintf(pci->busIdLegacy, sizeof pci->busIdLegacy, "0000:%02X:00.0", gpu->pci_bus);
+    snprintf(pci->busId, sizeof pci->busId, "00000000:%02X:00.0", gpu->pci_bus);
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetCudaComputeCapability(nvmlDevice gpu, int *major, int *minor) {
+    NVML_ENTER_DEVICE(gpu);
+    *major = (int)gpu->compute_major;
+    *minor = (int)gpu->compute_minor;
+    return NVML_SUCCESS;
+}
+
+/* The plain questions, all of one form. */
+#define DEVICE_QUESTION(function, answer)                              \
+    NVML_EXPORT nvmlReturn function(nvmlDevice gpu, unsigned *value) { \
+        NVML_ENTER_DEVICE(gpu);                                        \
+        *value = (unsigned)(answer);                                   \
+        return NVML_SUCCESS;                                           \
+    }
+
+DEVICE_QUESTION(nvmlDeviceGetIndex, nvml_index(gpu))
+DEVICE_QUESTION(nvmlDeviceGetMinorNumber, nvml_index(gpu))
+DEVICE_QUESTION(nvmlDeviceGetArchitecture, gpu->architecture)
+DEVICE_QUESTION(nvmlDeviceGetPersistenceMode, 1)
+DEVICE_QUESTION(nvmlDeviceGetComputeMode, 0)
+DEVICE_QUESTION(nvmlDeviceGetPowerUsage, gpu->power_mw)
+DEVICE_QUESTION(nvmlDeviceGetEnforcedPowerLimit, gpu->power_limit_mw)
+DEVICE_QUESTION(nvmlDeviceGetPowerManagementLimit, gpu->power_limit_mw)
+DEVICE_QUESTION(nvmlDeviceGetMaxPcieLinkGeneration, gpu->pcie_generation)
+DEVICE_QUESTION(nvmlDeviceGetCurrPcieLinkGeneration, gpu->pcie_generation)
+DEVICE_QUESTION(nvmlDeviceGetMaxPcieLinkWidth, gpu->pcie_width)
+DEVICE_QUESTION(nvmlDeviceGetCurrPcieLinkWidth, gpu->pcie_width)
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetTemperature(nvmlDevice gpu, unsigned sensor, unsigned *value) {
+    NVML_ENTER_DEVICE(gpu);
+    if (sensor)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    *value = gpu->temperature_c;
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetUtilizationRates(nvmlDevice gpu, nvmlUtilization *rates) {
+    NVML_ENTER_DEVICE(gpu);
+    *rates = (nvmlUtilization){gpu->utilization_gpu_percent, gpu->utilization_memory_percent};
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetMigMode(nvmlDevice gpu, unsigned *current, unsigned *pending) {
+    NVML_ENTER_DEVICE(gpu);
+    (void)current, (void)pending;
+    return NVML_ERROR_NOT_SUPPORTED;
+}
+
+/* ---- memory ---- */
+
+static nvmlMemoryV2 memory_now(const device *gpu) {
+    nvmlMemoryV2 memory = {.total = gpu->total_bytes, .reserved = gpu->reserved_bytes};
+    host_lock();
+    host_reap();
+    memory.used = gpu->used_bytes;
+    host_unlock();
+    memory.free = memory.total - memory.reserved - memory.used;
+    return memory;
+}
+
+/* The first version counts the reserved part as used. */
+NVML_EXPORT nvmlReturn nvmlDeviceGetMemoryInfo(nvmlDevice gpu, nvmlMemory *memory) {
+    NVML_ENTER_DEVICE(gpu);
+    nvmlMemoryV2 now = memory_now(gpu);
+    *memory = (nvmlMemory){.total = now.total, .free = now.free, .used = now.used + now.reserved};
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetMemoryInfo_v2(nvmlDevice gpu, nvmlMemoryV2 *memory) {
+    NVML_ENTER_DEVICE(gpu);
+    unsigned version = memory->version;
+    if (version != (sizeof *memory | 2u << 24))
+        return NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
+    *memory = memory_now(gpu);
+    memory->version = version;
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetBAR1MemoryInfo(nvmlDevice gpu, nvmlMemory *memory) {
+    NVML_ENTER_DEVICE(gpu);
+    *memory = (nvmlMemory){.total = gpu->total_bytes, .free = gpu->total_bytes};
+    return NVML_SUCCESS;
+}
+
+/* The names without a version, for clients that look them up. */
+NVML_EXPORT nvmlReturn nvmlDeviceGetCount(unsigned *count) { return nvmlDeviceGetCount_v2(count); }
+NVML_EXPORT nvmlReturn nvmlDeviceGetHandleByIndex(unsigned index, nvmlDevice *gpu) {
+    return nvmlDeviceGetHandleByIndex_v2(index, gpu);
+}
+NVML_EXPORT nvmlReturn nvmlDeviceGetHandleByPciBusId(const char *text, nvmlDevice *gpu) {
+    return nvmlDeviceGetHandleByPciBusId_v2(text, gpu);
+}
+NVML_EXPORT nvmlReturn nvmlDeviceGetPciInfo(nvmlDevice gpu, nvmlPciInfo *pci) {
+    return nvmlDeviceGetPciInfo_v3(gpu, pci);
+}

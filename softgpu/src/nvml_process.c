@@ -1,0 +1,55 @@
+/* Who uses a device, and how much of it. */
+#include "nvml.h"
+
+/* The bytes of a process are its contexts and the chunks it created, shared or not. */
+static unsigned list_processes(int index, nvmlProcessInfo *list, unsigned room) {
+    unsigned count = 0;
+    for (int i = 0; i < PROCESS_MAX; i++) {
+        const process_record *process = &host->processes[i];
+        uint64_t used_bytes = process->context_bytes[index] + process->charged_bytes[index];
+        if (!process->is_used || !used_bytes)
+            continue;
+        int pid = process_pid(i);
+        if (pid <= 0) /* outside the asker's pid namespace: NVML cannot name it either */
+            continue;
+        if (count < room)
+            list[count] = (nvmlProcessInfo){(unsigned)pid, used_bytes, NO_INSTANCE, NO_INSTANCE};
+        count++;
+    }
+    return count;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice gpu, unsigned *count,
+                                                               nvmlProcessInfo *list) {
+    NVML_ENTER_DEVICE(gpu);
+    unsigned room = list ? *count : 0;
+    host_lock();
+    host_reap();
+    *count = list_processes(nvml_index(gpu), list, room);
+    host_unlock();
+    return *count > room ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetComputeRunningProcesses_v2(nvmlDevice gpu, unsigned *count,
+                                                               nvmlProcessInfo *list) {
+    return nvmlDeviceGetComputeRunningProcesses_v3(gpu, count, list);
+}
+
+static nvmlReturn nobody(const char *function, nvmlDevice gpu, unsigned *count) {
+    nvmlReturn entered = nvml_enter_device(function, gpu);
+    if (entered == NVML_SUCCESS)
+        *count = 0;
+    return entered;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice gpu, unsigned *count,
+                                                                nvmlProcessInfo *list) {
+    (void)list;
+    return nobody(__func__, gpu, count);
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice gpu, unsigned *count,
+                                                                  nvmlProcessInfo *list) {
+    (void)list;
+    return nobody(__func__, gpu, count);
+}
