@@ -1,0 +1,393 @@
+"""The bus over NATS JetStream. nats-py carries the bytes and reconnects; all else is ours (docs/adr/0010)."""
+
+import asyncio
+import base64
+import json
+import logging
+import secrets
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Self
+
+import anyio
+from nats.aio.client import Client
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from kit.bus import (
+    APPEND_ENTRIES_MAX,
+    Acknowledged,
+    AppendRefused,
+    AppendUnknown,
+    BusError,
+    Entry,
+    Forbidden,
+    NoAnswer,
+    Received,
+    Stored,
+    Stream,
+    subject_matches,
+)
+from kit.nats_connection import Answer, Connection, Receive, Unanswered
+from kit.nats_lease import Leases
+from kit.nats_reading import NatsReading
+from kit.nats_wire import (
+    DEDUPLICATION_HEADER,
+    NO_MESSAGE_FOUND,
+    TRACE_HEADER,
+    ApiError,
+    append_error,
+    entry_headers,
+    frame,
+    header_block,
+    parsed_headers,
+    status_of,
+    stored_message,
+    unix_seconds,
+)
+
+CONNECT_TIMEOUT_S: Final = 10.0
+"""For the first connection; afterwards it reconnects for ever."""
+RECONNECT_WAIT_S: Final = 0.1
+PING_INTERVAL_S: Final = 5
+PINGS_OUTSTANDING_MAX: Final = 2
+"""A peer that vanished without a word is noticed within 15 s."""
+CLOSE_TIMEOUT_S: Final = 3.0
+STORE_TIMEOUT_S: Final = 15.0
+"""A three-node cluster chooses a new leader within 10 s."""
+STORE_BACKOFF_FIRST_S: Final = 0.05
+STORE_BACKOFF_MAX_S: Final = 1.0
+# Written while the peer is slow to read; beyond it `publish` waits.
+PENDING_BYTES_MAX: Final = 8 * 1024 * 1024
+
+log = logging.getLogger(__name__)
+
+
+class _Client(Client):
+    """nats-py as a `kit.nats_connection.Transport`.
+
+    Messages of our own subscriptions reach their receiver in the read loop: no queue, no task, no header parsing, half
+    the cost of a message. For that, private names of nats-py are used; `tests/integration/bus` guards the list.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._receivers: dict[int, Receive] = {}
+        self._on_denied: Callable[[str], None] = log.warning
+
+    async def start(
+        self, url: str, connection: Connection, *, nkey_seed: str | None, tls: ssl.SSLContext | None, timeout_s: float
+    ) -> None:
+        """Connects, or raises `Forbidden` or `BusError` with a sentence that says why not."""
+        refusal = ""
+
+        async def on_error(error: Exception) -> None:
+            nonlocal refusal
+            log.debug("NATS connection", extra={"reason": str(error)})
+            if "authorization violation" in str(error).lower() and self.stats["reconnects"] == 0:
+                refusal = str(error)
+                scope.cancel()
+
+        async def on_lost() -> None:
+            connection.lost()
+
+        async def on_back() -> None:
+            connection.back()
+
+        self._on_denied = connection.denied
+        with anyio.move_on_after(timeout_s) as scope:
+            await self.connect(
+                servers=[server.strip() for server in url.split(",")],
+                error_cb=on_error,
+                disconnected_cb=on_lost,
+                reconnected_cb=on_back,
+                name=connection.user,
+                connect_timeout=2,
+                reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # Passed on to asyncio.sleep.
+                max_reconnect_attempts=-1,
+                ping_interval=PING_INTERVAL_S,
+                max_outstanding_pings=PINGS_OUTSTANDING_MAX,
+                nkeys_seed_str=nkey_seed,
+                tls=tls,
+            )
+        if refusal:
+            raise Forbidden(f"the NATS server at {url} does not know this key: {refusal}")
+        if not self.is_connected:
+            raise BusError(f"no NATS server answers at {url} within {timeout_s} s: {self.last_error}")
+
+    async def stop(self) -> None:
+        """Closed within `CLOSE_TIMEOUT_S`, whatever state it is in; none of its tasks is left."""
+        tasks = (self._reading_task, self._ping_interval_task, self._flusher_task, self._reconnection_task)
+        # A task of its own: closing during a reconnect can end with a cancellation that nobody asked for.
+        closing = asyncio.ensure_future(self.close())
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
+            running = [task for task in (closing, *tasks) if task is not None and not task.done()]
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running, timeout=CLOSE_TIMEOUT_S)
+        if closing.done() and not closing.cancelled() and (error := closing.exception()):
+            log.debug("closing the NATS connection", extra={"reason": repr(error)})
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    # ---- kit.nats_connection.Transport -------------------------------------------------------------------------
+
+    def send(self, frames: bytes) -> bool:
+        if not self.is_connected or self._transport is None:
+            return False
+        self._transport.write(frames)
+        return True
+
+    def add_subscription(self, subject: str, queue: str, receive: Receive) -> int:
+        self._sid += 1
+        self._receivers[self._sid] = receive
+        self._subs[self._sid] = Subscription(self, self._sid, subject, queue=queue)
+        self.send(f"SUB {subject} {queue} {self._sid}\r\n".encode())
+        return self._sid
+
+    def remove_subscription(self, sid: int) -> None:
+        self._subs.pop(sid, None)
+        if self._receivers.pop(sid, None) is not None:
+            self.send(b"UNSUB %d\r\n" % sid)
+
+    def ping(self) -> asyncio.Future[bool]:
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if self.is_connected and self._transport is not None:
+            self._pongs.append(future)
+            self._transport.write(b"PING\r\n")
+        return future
+
+    async def drained(self) -> None:
+        """Returns when the peer reads fast enough for more."""
+        if self._transport is not None:
+            try:
+                await self._transport.drain()  # type: ignore[no-untyped-call]
+            except OSError:
+                return  # The read loop sees it too, and reconnects.
+
+    # ---- overridden --------------------------------------------------------------------------------------------
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        receive = self._receivers.get(sid)
+        if receive is None:
+            return
+        try:
+            receive(subject, reply, headers, data)
+        except Exception:
+            # A receiver's bug must not end the read loop, which would leave a connection that looks alive.
+            log.exception("a receiver failed", extra={"subject": subject.decode(errors="replace")})
+
+    async def _process_err(self, err_msg: str) -> None:
+        if "permissions violation" in err_msg:
+            self._on_denied(err_msg)
+            return
+        # nats-py would close for good; we come back, for ever.
+        log.warning("NATS server error", extra={"reason": err_msg})
+        await self._process_op_err(NatsError(err_msg))
+
+
+class NatsBus:
+    """One connection; enter it to connect. See `kit.bus.Bus`. For asyncio, with or without uvloop."""
+
+    def __init__(
+        self,
+        url: str,
+        nkey_seed: str | None = None,
+        name: str = "anonymous",
+        *,
+        tls: ssl.SSLContext | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        """`url`: several servers with commas. `name`: the user that has the permissions; its inbox follows from it."""
+        self._url = url
+        self._nkey_seed = nkey_seed
+        self._tls = tls
+        self._connect_timeout_s = connect_timeout_s
+        self._client = _Client()
+        self._connection = Connection(self._client, name)
+        self._leases = Leases(self._connection)
+        self._callbacks: list[Callable[[], Awaitable[None]]] = []
+        self._callback_tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._client.start(
+                self._url,
+                self._connection,
+                nkey_seed=self._nkey_seed,
+                tls=self._tls,
+                timeout_s=self._connect_timeout_s,
+            )
+        except BaseException:
+            await self._client.stop()
+            raise
+        self._connection.open()
+        self._connection.on_back = self._start_callbacks
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self._connection.close()
+        for task in self._callback_tasks:
+            task.cancel()
+        await self._client.stop()
+
+    # ---- stored ------------------------------------------------------------------------------------------------
+
+    async def append(self, prefix: str, entries: Sequence[Entry], *, last_seq: int) -> Acknowledged:
+        """See `kit.bus.Bus`."""
+        assert 0 < len(entries) <= APPEND_ENTRIES_MAX, len(entries)
+        assert all(subject_matches(prefix, entry.subject) for entry in entries), prefix
+        check = [
+            ("Nats-Expected-Last-Subject-Sequence", str(last_seq)),
+            ("Nats-Expected-Last-Subject-Sequence-Subject", prefix),
+        ]
+        final, earlier = entries[-1], entries[:-1]
+        if not earlier:
+            return await self._append(final, header_block([*check, *entry_headers(final)]), before=())
+        # The check is on the first; all or none are stored. A new attempt is a new batch to the server: what is left of
+        # an old one is dropped by it after a while.
+        batch_id = secrets.token_hex(8)
+        before = []
+        for number, entry in enumerate(earlier, start=1):
+            batch = [("Nats-Batch-Id", batch_id), ("Nats-Batch-Sequence", str(number))]
+            headers = header_block([*batch, *(check if number == 1 else ()), *entry_headers(entry)])
+            before.append((entry.subject, frame(entry.subject, entry.body, headers=headers)))
+        commit = [
+            ("Nats-Batch-Id", batch_id),
+            ("Nats-Batch-Sequence", str(len(entries))),
+            ("Nats-Batch-Commit", "1"),
+        ]
+        return await self._append(final, header_block([*commit, *entry_headers(final)]), before=before)
+
+    async def _append(self, entry: Entry, headers: bytes, *, before: Sequence[tuple[str, bytes]]) -> Acknowledged:
+        try:
+            answer = await self._connection.ask(entry.subject, entry.body, headers=headers, before=before)
+        except Unanswered as error:
+            raise AppendUnknown(str(error)) from error
+        except Forbidden as error:
+            raise AppendRefused(str(error)) from error
+        return Acknowledged(last_seq=_acknowledged_seq(answer))
+
+    async def publish_stored(self, subject: str, body: bytes, *, id: str, traceparent: str = "") -> int:
+        """See `kit.bus.Bus`. The server's table of ids makes resending harmless."""
+        headers = [(DEDUPLICATION_HEADER, id)]
+        if traceparent:
+            headers.append((TRACE_HEADER, traceparent))
+        block = header_block(headers)
+        backoff_s = STORE_BACKOFF_FIRST_S
+        ends_at = anyio.current_time() + STORE_TIMEOUT_S
+        while True:
+            try:
+                return _acknowledged_seq(await self._connection.ask(subject, body, headers=block))
+            except Forbidden as error:
+                raise AppendRefused(str(error)) from error
+            except (Unanswered, AppendUnknown) as error:
+                if anyio.current_time() + backoff_s > ends_at:
+                    raise AppendUnknown(f"not stored within {STORE_TIMEOUT_S} s: {error}") from error
+            await anyio.sleep(backoff_s)
+            backoff_s = min(STORE_BACKOFF_MAX_S, backoff_s * 2)
+
+    async def last(self, prefix: str) -> Stored | None:
+        """See `kit.bus.Bus`."""
+        try:
+            answered = await self._connection.api(f"STREAM.MSG.GET.{Stream.HISTORY}", {"last_by_subj": prefix})
+        except ApiError as error:
+            if error.error_code == NO_MESSAGE_FOUND:
+                return None
+            raise
+        found = answered["message"]
+        return stored_message(
+            found["seq"],
+            unix_seconds(found["time"]),
+            found["subject"],
+            base64.b64decode(found.get("data", "")),
+            base64.b64decode(found.get("hdrs", "")),
+        )
+
+    def read(self, stream: Stream, filters: Sequence[str], *, after_seq: int, stream_id: str = "") -> NatsReading:
+        """See `kit.bus.Bus`."""
+        return NatsReading(self._connection, stream, tuple(filters), after_seq=after_seq, stream_id=stream_id)
+
+    # ---- fleeting ----------------------------------------------------------------------------------------------
+
+    async def publish(self, subject: str, body: bytes, *, traceparent: str = "", reply_subject: str = "") -> None:
+        """See `kit.bus.Bus`. A forbidden subject is logged and counted: the server tells later, and nobody waits."""
+        headers = header_block([(TRACE_HEADER, traceparent)]) if traceparent else b""
+        self._client.send(frame(subject, body, reply=reply_subject, headers=headers))
+        await self._client.drained()
+
+    @asynccontextmanager
+    async def subscribe(
+        self, subject: str, receive: Callable[[Received], None], *, queue: str = ""
+    ) -> AsyncIterator[None]:
+        """See `kit.bus.Bus`."""
+
+        def receive_raw(subject: bytes, reply: bytes, headers: bytes | None, body: bytes) -> None:
+            trace = parsed_headers(headers).get(b"traceparent", b"") if headers else b""
+            receive(
+                Received(
+                    subject=subject.decode(),
+                    body=body,
+                    reply_subject=reply.decode(),
+                    traceparent=trace.decode(errors="replace"),
+                )
+            )
+
+        sid = await self._connection.subscribe(subject, receive_raw, queue=queue)
+        try:
+            yield
+        finally:
+            self._client.remove_subscription(sid)
+
+    async def request(self, subject: str, body: bytes, *, timeout_s: float, traceparent: str = "") -> bytes:
+        """See `kit.bus.Bus`."""
+        headers = header_block([(TRACE_HEADER, traceparent)]) if traceparent else b""
+        try:
+            answer = await self._connection.ask(subject, body, headers=headers, timeout_s=timeout_s)
+        except Unanswered as error:
+            raise NoAnswer(f"{subject}: {error}") from error
+        if status_of(answer.headers)[0]:
+            raise NoAnswer(f"nobody answers on {subject}")
+        return answer.body
+
+    async def acquire_lease(self, name: str, holder: str, *, term_s: float) -> bool:
+        """See `kit.bus.Bus`."""
+        return await self._leases.acquire(name, holder, term_s=term_s)
+
+    # ---- about the connection ----------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        return bool(self._client.is_connected)
+
+    @property
+    def denied_count(self) -> int:
+        """How often the server refused something for want of a permission."""
+        return self._connection.denied_count
+
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """See `kit.bus.Bus`."""
+        self._callbacks.append(callback)
+
+    async def api(self, name: str, request: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One call of JetStream's API, for administration. Raises `kit.nats_wire.ApiError`, `BusError`."""
+        return await self._connection.api(name, request)
+
+    def _start_callbacks(self) -> None:
+        for callback in self._callbacks:
+            task = asyncio.ensure_future(callback())
+            self._callback_tasks.add(task)
+            task.add_done_callback(self._callback_tasks.discard)
+
+
+def _acknowledged_seq(answer: Answer) -> int:
+    if status_of(answer.headers)[0]:
+        raise AppendUnknown("no stream takes it now")
+    answered = json.loads(answer.body)
+    if "error" in answered:
+        raise append_error(answered["error"])
+    return int(answered["seq"])
