@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from schemas.deployments import IsolationGrade
 from schemas.messages import NODE_WRITER, Fact
+from schemas.placement import ReplicaProposal
 from schemas.units import Bytes, Epoch, Fraction, Identifier, ModelName, Name, Seconds, UnixSeconds
 
 
@@ -69,7 +70,9 @@ class LeaseGranted(NodeFact, frozen=True, tag="nodes.lease_granted.v1"):
 
     proposal_id: Identifier
     leases: tuple[Lease, ...]
-    replica_ids: tuple[Identifier, ...]
+    """One per replica, in the same order."""
+    replicas: tuple[ReplicaProposal, ...]
+    """What was granted, whole, so that this node's part of history explains itself."""
 
 
 class RefusalReason(StrEnum):
@@ -130,9 +133,10 @@ class ReplicaReady(NodeFact, frozen=True, tag="nodes.replica_ready.v1"):
 
 
 class ReplicaDraining(ReplicaFact, frozen=True, tag="nodes.replica_draining.v1"):
-    """No new request is routed to it; it parks when its last one has ended."""
+    """No new request is routed to it; it parks, or is released, when its last one has ended."""
 
     reason: str
+    is_release: bool = False
 
 
 class ReplicaParked(ReplicaFact, frozen=True, tag="nodes.replica_parked.v1"):
@@ -149,10 +153,18 @@ class ReplicaParked(ReplicaFact, frozen=True, tag="nodes.replica_parked.v1"):
 
 
 class ReplicaWaking(ReplicaFact, frozen=True, tag="nodes.replica_waking.v1"):
-    """Device bytes are reserved; named victims give theirs first."""
+    """On its way back. First its victims give their bytes; with `is_reserved` its own share is held and restore starts."""
 
     wake_epoch: Epoch
     victim_ids: tuple[Identifier, ...] = ()
+    is_reserved: bool = False
+
+
+class ParkAbandoned(ReplicaFact, frozen=True, tag="nodes.park_abandoned.v1"):
+    """The replica stays resident: it was still busy at the deadline, or its engine refused to park."""
+
+    wake_epoch: Epoch
+    reason: str
 
 
 class ReplicaResident(ReplicaFact, frozen=True, tag="nodes.replica_resident.v1"):
@@ -182,6 +194,8 @@ class ReplicaFailed(ReplicaFact, frozen=True, tag="nodes.replica_failed.v1"):
     reason: str
     attempt_count: int
     is_final: bool
+    wake_epoch: Epoch
+    """Of its next start."""
 
 
 class GpuObserved(NodeFact, frozen=True, tag="nodes.gpu_observed.v1"):

@@ -1,0 +1,1 @@
+"""The autoscaler: decides how many replicas a deployment has; zero is cold."""

@@ -1,0 +1,127 @@
+"""The node agent's slow work (effects) and what comes back of it (inputs). `lease_epoch` makes each harmless to repeat."""
+
+from dataclasses import dataclass
+
+from kit.outcomes import Effect, Input
+from schemas.nodes import GpuOffer
+from schemas.placement import ReplicaProposal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeNode(Effect):
+    """Look at the GPUs, their guard and the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeProbed(Input):
+    machine_id: str
+    gpus: tuple[GpuOffer, ...]
+    host_budget_bytes: int
+    holder_url: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEffect(Effect):
+    """Work on one replica's engine."""
+
+    replica: ReplicaProposal
+    lease_epoch: int
+    wake_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartEngine(EngineEffect):
+    """Start it behind its gate, set and read back its limit, open the gate, wait until ready, verify, open its route."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkEngine(EngineEffect):
+    """Close its route, wait until it has nothing in flight, park it, prove its bytes free."""
+
+    drain_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WakeEngine(EngineEffect):
+    """Raise its limit, restore, verify one token, open its route."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopEngine(EngineEffect):
+    """Close its route, drain, stop the process, clear its limit, prove its bytes free."""
+
+    drain_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptEngine(EngineEffect):
+    """After the agent's own restart: is the engine still there, and as it should be?"""
+
+    should_be_parked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInput(Input):
+    """About one replica's engine; ignored when the lease has moved on."""
+
+    replica_id: str
+    lease_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStarted(EngineInput):
+    endpoint: str
+    start_s: float
+    enforced_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParked(EngineInput):
+    residue_bytes: int
+    host_bytes: int
+    copied_bytes: int
+    park_s: float
+    drain_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStayed(EngineInput):
+    """A park that did not happen; the replica serves on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineWoken(EngineInput):
+    endpoint: str
+    copied_bytes: int
+    restore_s: float
+    verify_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNotWoken(EngineInput):
+    """A restore that was rolled back; the replica is parked as before."""
+
+    reason: str
+    short_by_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStopped(EngineInput):
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLost(EngineInput):
+    """The process ended, would not start, or does not answer; its bytes are proven free."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartDue(EngineInput):
+    """Time to try a failed start again."""

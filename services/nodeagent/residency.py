@@ -1,0 +1,250 @@
+"""The residency machine: starts, parks and wakes, and in which order bytes change hands."""
+
+from collections.abc import Sequence
+
+from kit.outcomes import Context, Outcome, Timer
+from schemas.nodes import (
+    ParkAbandoned,
+    Ready,
+    ReplicaDraining,
+    ReplicaFailed,
+    ReplicaParked,
+    ReplicaReady,
+    ReplicaResident,
+    ReplicaWaking,
+)
+from schemas.orders import ParkOrdered, WakeOrdered
+from services.nodeagent.core import SERVICE, current, effect, is_stale, names, released, starting, wake_refused
+from services.nodeagent.inputs import (
+    EngineLost,
+    EngineNotWoken,
+    EngineParked,
+    EngineStarted,
+    EngineStayed,
+    EngineWoken,
+    ParkEngine,
+    RestartDue,
+    StartEngine,
+    WakeEngine,
+)
+from services.nodeagent.ledger import Ledger
+from services.nodeagent.state import NodeState, Replica, Residency
+
+# --- Starts -----------------------------------------------------------------------------------------------------------
+
+
+@SERVICE.on(EngineStarted)
+def engine_started(state: NodeState, started: EngineStarted, ctx: Context) -> Sequence[Outcome]:
+    replica = current(state, started)
+    if replica is None or replica.residency is not Residency.STARTING:
+        return []
+    ready = Ready(
+        replica_id=started.replica_id,
+        deployment_id=replica.proposal.deployment_id,
+        model=replica.proposal.deployment.name,
+        endpoint=started.endpoint,
+        wake_epoch=replica.wake_epoch,
+        start_s=started.start_s,
+        enforced_bytes=started.enforced_bytes,
+    )
+    return [ReplicaReady(node=state.settings.node, at_s=ctx.now_s, replicas=(ready,))]
+
+
+@SERVICE.on(EngineLost)
+def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Outcome]:
+    """Its process is gone: try again with back-off, a bounded number of times; waiting wakes may use its bytes."""
+    replica = current(state, lost)
+    if replica is None or replica.residency in (Residency.GRANTED, Residency.FAILED):
+        return []
+    if replica.residency is Residency.RELEASING:
+        return [released(state, replica, lost.reason, ctx), *next_wakes(state, ctx, freed=replica)]
+    attempt_count = replica.attempt_count + 1
+    is_final = attempt_count >= state.settings.start_attempt_count
+    failed = ReplicaFailed(
+        **names(state, replica, ctx),
+        reason=lost.reason,
+        attempt_count=attempt_count,
+        is_final=is_final,
+        wake_epoch=replica.wake_epoch + 1,
+    )
+    outcomes: list[Outcome] = [failed]
+    if not is_final:
+        backoff_s = state.settings.restart_backoff_s * 2 ** (attempt_count - 1)
+        due = RestartDue(replica_id=lost.replica_id, lease_epoch=replica.lease_epoch + 1)
+        outcomes.append(Timer(due_s=ctx.now_s + backoff_s, input=due))
+    residue_bytes = 0 if is_final else max(replica.residue_bytes, state.settings.residue_bytes)
+    return [*outcomes, *next_wakes(state, ctx, freed=replica, residue_bytes=residue_bytes)]
+
+
+@SERVICE.on(RestartDue)
+def restart_due(state: NodeState, due: RestartDue, ctx: Context) -> Sequence[Outcome]:
+    """Start again if there is room now; else the next wake starts it."""
+    replica = current(state, due)
+    if replica is None or replica.residency is not Residency.GRANTED:
+        return []
+    if Ledger(state).unclaimed_bytes(replica.gpu_uuid) < replica.share_bytes - replica.held_bytes:
+        return []
+    return _start(state, replica, ctx)
+
+
+# --- Parking ----------------------------------------------------------------------------------------------------------
+
+
+@SERVICE.on(ParkOrdered)
+def park_ordered(state: NodeState, order: ParkOrdered, ctx: Context) -> Sequence[Outcome]:
+    replica = state.replicas.get(order.replica_id)
+    if is_stale(state, "swapper", order.writer_epoch) or replica is None:
+        return []
+    if replica.residency is not Residency.RESIDENT or replica.wake_epoch != order.wake_epoch:
+        return []
+    return _park(state, replica, order.reason, ctx)
+
+
+def _park(state: NodeState, replica: Replica, reason: str, ctx: Context) -> list[Outcome]:
+    return [
+        ReplicaDraining(**names(state, replica, ctx), reason=reason),
+        effect(ParkEngine, replica, drain_s=state.settings.drain_s, reason=reason),
+    ]
+
+
+@SERVICE.on(EngineParked)
+def engine_parked(state: NodeState, parked: EngineParked, ctx: Context) -> Sequence[Outcome]:
+    replica = current(state, parked)
+    if replica is None or replica.residency is not Residency.DRAINING:
+        return []
+    fact = ReplicaParked(
+        **names(state, replica, ctx),
+        wake_epoch=replica.wake_epoch + 1,
+        residue_bytes=parked.residue_bytes,
+        host_bytes=parked.host_bytes,
+        copied_bytes=parked.copied_bytes,
+        park_s=parked.park_s,
+        drain_s=parked.drain_s,
+        reason=parked.reason,
+    )
+    return [fact, *next_wakes(state, ctx, freed=replica, residue_bytes=parked.residue_bytes)]
+
+
+@SERVICE.on(EngineStayed)
+def engine_stayed(state: NodeState, stayed: EngineStayed, ctx: Context) -> Sequence[Outcome]:
+    """A victim kept its bytes: wakes that counted on them are refused, so that the swapper can choose again."""
+    replica = current(state, stayed)
+    if replica is None or replica.residency is not Residency.DRAINING:
+        return []
+    outcomes: list[Outcome] = [
+        ParkAbandoned(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, reason=stayed.reason)
+    ]
+    for waiting in _waiting(state, replica.gpu_uuid):
+        if stayed.replica_id in waiting.victim_ids:
+            missing_bytes = replica.share_bytes - replica.residue_bytes
+            reason = f"{replica.proposal.deployment.name} did not park: {stayed.reason}"
+            outcomes.append(wake_refused(state, waiting, reason, missing_bytes, ctx))
+    return outcomes
+
+
+# --- Waking -----------------------------------------------------------------------------------------------------------
+
+
+@SERVICE.on(WakeOrdered)
+def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence[Outcome]:
+    """Accept a wake whose bytes are free or will be freed by the named victims; else refuse with what is missing.
+
+    A repeat finds the replica on its way already and changes nothing: the standing plan goes on.
+    """
+    replica = state.replicas.get(order.replica_id)
+    if is_stale(state, "swapper", order.writer_epoch) or replica is None:
+        return []
+    if replica.residency not in (Residency.PARKED, Residency.GRANTED) or replica.wake_epoch != order.wake_epoch:
+        return []
+    ledger = Ledger(state)
+    wanted_bytes = replica.share_bytes - replica.held_bytes
+    if ledger.unclaimed_bytes(replica.gpu_uuid) >= wanted_bytes:
+        return _begin(state, replica, ctx)
+    victims = [
+        victim
+        for victim_id in order.victim_ids
+        if (victim := state.replicas.get(victim_id)) is not None
+        and victim.gpu_uuid == replica.gpu_uuid
+        and victim.proposal.deployment.swap.is_parkable
+    ]
+    parkable = [victim for victim in victims if victim.residency is Residency.RESIDENT]
+    freed_bytes = sum(victim.share_bytes - victim.residue_bytes for victim in parkable)
+    short_bytes = wanted_bytes - ledger.promised_free_bytes(replica.gpu_uuid) - freed_bytes
+    if short_bytes > 0:
+        return [wake_refused(state, replica, "the named victims do not free enough", short_bytes, ctx)]
+    giving = [victim for victim in victims if victim.residency in (Residency.RESIDENT, Residency.DRAINING)]
+    waking = ReplicaWaking(
+        **names(state, replica, ctx),
+        wake_epoch=replica.wake_epoch,
+        victim_ids=tuple(victim.proposal.replica_id for victim in giving),
+    )
+    outcomes: list[Outcome] = [waking]
+    for victim in parkable:
+        outcomes += _park(state, victim, f"room for {replica.proposal.deployment.name}", ctx)
+    return outcomes
+
+
+def _begin(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
+    """Hold the share, then restore; a replica that was never started is started."""
+    if not replica.is_started:
+        return _start(state, replica, ctx)
+    waking = ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, is_reserved=True)
+    if replica.residency is Residency.WAITING:
+        return [waking, effect(WakeEngine, replica)]
+    asked = ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch)
+    return [asked, waking, effect(WakeEngine, replica)]
+
+
+def _start(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
+    return [starting(state, replica.proposal, wake_epoch=replica.wake_epoch, ctx=ctx), effect(StartEngine, replica)]
+
+
+def next_wakes(state: NodeState, ctx: Context, *, freed: Replica, residue_bytes: int = 0) -> list[Outcome]:
+    """Begin waiting wakes, oldest first, with the bytes that `freed` gives back in the fact that precedes this."""
+    ledger = Ledger(state)
+    ledger.hold(freed.gpu_uuid, residue_bytes - freed.held_bytes)
+    outcomes: list[Outcome] = []
+    for waiting in _waiting(state, freed.gpu_uuid):
+        if waiting is freed:
+            continue
+        wanted_bytes = waiting.share_bytes - waiting.held_bytes
+        if ledger.free_bytes(waiting.gpu_uuid) < wanted_bytes:
+            break
+        ledger.hold(waiting.gpu_uuid, wanted_bytes)
+        outcomes += _begin(state, waiting, ctx)
+    return outcomes
+
+
+def _waiting(state: NodeState, gpu_uuid: str) -> list[Replica]:
+    """Accepted wakes on this GPU that wait for bytes, in the order of their orders; ties by replica id."""
+    found = [r for r in state.replicas.values() if r.gpu_uuid == gpu_uuid and r.residency is Residency.WAITING]
+    return sorted(found, key=lambda replica: (replica.ordered_at_s, replica.proposal.replica_id))
+
+
+@SERVICE.on(EngineWoken)
+def engine_woken(state: NodeState, woken: EngineWoken, ctx: Context) -> Sequence[Outcome]:
+    replica = current(state, woken)
+    if replica is None or replica.residency is not Residency.WAKING:
+        return []
+    return [
+        ReplicaResident(
+            **names(state, replica, ctx),
+            wake_epoch=replica.wake_epoch,
+            endpoint=woken.endpoint,
+            copied_bytes=woken.copied_bytes,
+            reserve_s=max(0.0, replica.reserved_at_s - replica.ordered_at_s),
+            restore_s=woken.restore_s,
+            verify_s=woken.verify_s,
+            wake_s=max(0.0, ctx.now_s - replica.ordered_at_s),
+        )
+    ]
+
+
+@SERVICE.on(EngineNotWoken)
+def engine_not_woken(state: NodeState, failed: EngineNotWoken, ctx: Context) -> Sequence[Outcome]:
+    """Rolled back: parked as before, its bytes are free for the next in line."""
+    replica = current(state, failed)
+    if replica is None or replica.residency is not Residency.WAKING:
+        return []
+    refused = wake_refused(state, replica, failed.reason, failed.short_by_bytes, ctx)
+    return [refused, *next_wakes(state, ctx, freed=replica, residue_bytes=replica.residue_bytes)]

@@ -1,0 +1,40 @@
+"""Settings of the node agent; variables ``SUBLET_NODEAGENT_<NAME>``."""
+
+from msgspec import Struct
+
+from schemas.units import GiB, MiB
+
+
+class NodeAgentSettings(Struct, frozen=True, kw_only=True):
+    """One per host."""
+
+    node: str = "node-0"
+    """This host's name in every fact; lower-case letters, digits and hyphens."""
+    state_dir: str = ".sublet/nodeagent"
+    """Journal and engine logs. Kept over restarts: it is the node's memory of its leases."""
+    holder_socket: str = ".sublet/holder.sock"
+    """Private socket of this host's holder."""
+    holder_url: str = "http://127.0.0.1:8090"
+    """Where gateways reach the holder for their route leases."""
+    reserve_bytes: int = 2 * GiB
+    """Kept free on each GPU: driver allocations that leases cannot see. Not a fraction: it does not grow with the card."""
+    residue_bytes: int = 640 * MiB
+    """Expected device bytes of a parked engine (its context) until the first park measures it."""
+    host_budget_bytes: int = 0
+    """Host memory for parked weights. 0: half of the memory that is available at the start."""
+    drain_s: float = 10.0
+    """How long a replica may finish its requests before a park is abandoned."""
+    stop_grace_s: float = 5.0
+    """Between the polite signal to an engine and the kill."""
+    start_deadline_s: float = 600.0
+    """A cold start that takes longer has failed. NIM and vLLM need up to three minutes for the article's models."""
+    wake_deadline_s: float = 30.0
+    """A restore that takes longer has failed."""
+    start_attempt_count: int = 5
+    """After so many failed starts in a row a replica is given up and reported."""
+    restart_backoff_s: float = 1.0
+    """Before the first restart of a failed engine; doubles each time."""
+    cold_start_s: float = 10.0
+    """Simulated engines without their own setting take this long to start before weights are loaded."""
+    engine_python: str = ""
+    """Interpreter for the engines that we ship; empty: the agent's own."""

@@ -1,0 +1,219 @@
+"""What the node agent knows: its GPUs, its leases, and where each replica is in the residency machine."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from schemas.nodes import (
+    GpuOffer,
+    LeaseGranted,
+    LeaseReleased,
+    NodeJoined,
+    ParkAbandoned,
+    ReplicaDraining,
+    ReplicaFailed,
+    ReplicaParked,
+    ReplicaReady,
+    ReplicaResident,
+    ReplicaStarting,
+    ReplicaWaking,
+    WakeRefused,
+)
+from schemas.placement import ReplicaProposal
+from services.nodeagent.settings import NodeAgentSettings
+
+
+class Residency(StrEnum):
+    """Where a replica is. The comment names what its lease holds on the device."""
+
+    GRANTED = "granted"  # Residue, reserved for its context; no process.
+    STARTING = "starting"  # Its share.
+    RESIDENT = "resident"  # Its share.
+    DRAINING = "draining"  # Its share, until the park has proven its bytes free.
+    PARKED = "parked"  # Its measured residue.
+    WAITING = "waiting"  # Residue: its wake is accepted, victims give their bytes first.
+    WAKING = "waking"  # Its share: a transition counts as the larger of both sides.
+    RELEASING = "releasing"  # Its share, until the stop has proven its bytes free.
+    FAILED = "failed"  # Nothing: its process is gone and it will not be tried again.
+
+
+HOLDING_SHARE = frozenset(
+    {Residency.STARTING, Residency.RESIDENT, Residency.DRAINING, Residency.WAKING, Residency.RELEASING}
+)
+HAS_PROCESS = HOLDING_SHARE | {Residency.PARKED}
+
+
+@dataclass(slots=True)
+class Replica:
+    """One lease and its engine."""
+
+    proposal: ReplicaProposal
+    lease_epoch: int
+    """Raised whenever the engine is given up; results that name an older one are ignored."""
+    residency: Residency
+    since_s: float
+    residue_bytes: int
+    """Expected at first, measured from the first park on."""
+    wake_epoch: int = 1
+    """Raised at each park."""
+    endpoint: str = ""
+    is_started: bool = False
+    """Its engine is a process that can be parked and woken; a wake of one that is not started is a cold start."""
+    attempt_count: int = 0
+    """Failed starts in a row."""
+    victim_ids: tuple[str, ...] = ()
+    """While waiting: whose bytes it waits for."""
+    ordered_at_s: float = 0.0
+    reserved_at_s: float = 0.0
+
+    @property
+    def share_bytes(self) -> int:
+        return self.proposal.shares[0].request_bytes
+
+    @property
+    def gpu_uuid(self) -> str:
+        return self.proposal.shares[0].gpu_uuid
+
+    @property
+    def held_bytes(self) -> int:
+        """What its lease holds on its GPU now."""
+        if self.residency in HOLDING_SHARE:
+            return self.share_bytes
+        return 0 if self.residency is Residency.FAILED else self.residue_bytes
+
+
+@dataclass(slots=True)
+class Observed:
+    """Not history: lost at a restart."""
+
+    writer_epochs: dict[str, int] = field(default_factory=dict)
+    """{kind of order: newest writer epoch seen}; older ones are refused."""
+
+
+@dataclass(slots=True)
+class NodeState:
+    """The fold of this node's facts."""
+
+    settings: NodeAgentSettings
+    gpus: dict[str, GpuOffer] = field(default_factory=dict)
+    """{gpu_uuid: offer}"""
+    host_budget_bytes: int = 0
+    machine_id: str = ""
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    """{replica_id: replica}, in the order of their grants."""
+    observed: Observed = field(default_factory=Observed)
+
+    def held_bytes(self, gpu_uuid: str) -> int:
+        """Sum over all leases on the GPU; never above what it offers."""
+        return sum(r.held_bytes for r in self.replicas.values() if r.gpu_uuid == gpu_uuid)
+
+    def host_bytes(self) -> int:
+        """Host memory that the sealed weights of all parkable replicas take."""
+        return sum(
+            r.proposal.deployment.engine.weights_bytes
+            for r in self.replicas.values()
+            if r.proposal.deployment.swap.is_parkable
+        )
+
+
+def new_state(settings: NodeAgentSettings) -> NodeState:
+    return NodeState(settings=settings)
+
+
+def fold_joined(state: NodeState, fact: NodeJoined) -> None:
+    state.gpus = {gpu.gpu_uuid: gpu for gpu in fact.gpus}
+    state.host_budget_bytes = fact.host_budget_bytes
+    state.machine_id = fact.machine_id
+
+
+def fold_granted(state: NodeState, fact: LeaseGranted) -> None:
+    for proposal, lease in zip(fact.replicas, fact.leases, strict=True):
+        state.replicas[lease.replica_id] = Replica(
+            proposal=proposal,
+            lease_epoch=lease.lease_epoch,
+            residency=Residency.GRANTED,
+            since_s=fact.at_s,
+            residue_bytes=lease.residue_bytes,
+        )
+
+
+def fold_released(state: NodeState, fact: LeaseReleased) -> None:
+    state.replicas.pop(fact.replica_id, None)
+
+
+def _move(state: NodeState, replica_id: str, residency: Residency, at_s: float) -> Replica | None:
+    replica = state.replicas.get(replica_id)
+    if replica is not None:
+        replica.residency = residency
+        replica.since_s = at_s
+    return replica
+
+
+def fold_starting(state: NodeState, fact: ReplicaStarting) -> None:
+    replica = _move(state, fact.replica_id, Residency.STARTING, fact.at_s)
+    if replica is not None:
+        replica.victim_ids = ()
+
+
+def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
+    for ready in fact.replicas:
+        replica = _move(state, ready.replica_id, Residency.RESIDENT, fact.at_s)
+        if replica is not None:
+            replica.endpoint = ready.endpoint
+            replica.is_started = True
+            replica.attempt_count = 0
+
+
+def fold_draining(state: NodeState, fact: ReplicaDraining) -> None:
+    residency = Residency.RELEASING if fact.is_release else Residency.DRAINING
+    _move(state, fact.replica_id, residency, fact.at_s)
+
+
+def fold_abandoned(state: NodeState, fact: ParkAbandoned) -> None:
+    _move(state, fact.replica_id, Residency.RESIDENT, fact.at_s)
+
+
+def fold_parked(state: NodeState, fact: ReplicaParked) -> None:
+    replica = _move(state, fact.replica_id, Residency.PARKED, fact.at_s)
+    if replica is not None:
+        replica.wake_epoch = fact.wake_epoch
+        replica.residue_bytes = fact.residue_bytes
+
+
+def fold_waking(state: NodeState, fact: ReplicaWaking) -> None:
+    residency = Residency.WAKING if fact.is_reserved else Residency.WAITING
+    replica = _move(state, fact.replica_id, residency, fact.at_s)
+    if replica is None:
+        return
+    if fact.is_reserved:
+        replica.reserved_at_s = fact.at_s
+        replica.victim_ids = ()
+    else:
+        replica.ordered_at_s = fact.at_s
+        replica.victim_ids = fact.victim_ids
+
+
+def fold_resident(state: NodeState, fact: ReplicaResident) -> None:
+    replica = _move(state, fact.replica_id, Residency.RESIDENT, fact.at_s)
+    if replica is not None:
+        replica.endpoint = fact.endpoint
+
+
+def fold_wake_refused(state: NodeState, fact: WakeRefused) -> None:
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None and replica.residency in (Residency.WAITING, Residency.WAKING):
+        resting = Residency.PARKED if replica.is_started else Residency.GRANTED
+        _move(state, fact.replica_id, resting, fact.at_s)
+        replica.victim_ids = ()
+
+
+def fold_failed(state: NodeState, fact: ReplicaFailed) -> None:
+    residency = Residency.FAILED if fact.is_final else Residency.GRANTED
+    replica = _move(state, fact.replica_id, residency, fact.at_s)
+    if replica is not None:
+        replica.lease_epoch += 1
+        replica.wake_epoch = fact.wake_epoch
+        replica.attempt_count = fact.attempt_count
+        replica.is_started = False
+        replica.endpoint = ""
+        replica.victim_ids = ()
+        replica.residue_bytes = max(replica.residue_bytes, state.settings.residue_bytes)

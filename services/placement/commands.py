@@ -1,0 +1,176 @@
+"""Commands of the inbox: each leads to exactly one fact that names it, and to one answer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kit.outcomes import Context, Outcome, Reply, UnreadableCommand
+from schemas.deployments import problems_of
+from schemas.inbox import (
+    CommandAnswered,
+    DeployRequested,
+    KeyCreateRequested,
+    KeyRevokeRequested,
+    ParkRequested,
+    RetireRequested,
+    Verdict,
+    WakeRequested,
+)
+from schemas.messages import Command
+from schemas.placement import (
+    CommandDuplicated,
+    CommandFact,
+    CommandRejected,
+    DeploymentAdmitted,
+    DeploymentRetired,
+    KeyAdded,
+    KeyRevoked,
+    ParkAsked,
+    WakeAsked,
+)
+from services.placement.core import SERVICE, place, release_all
+from services.placement.state import ClusterState, Deployment
+
+
+def _duplicate(state: ClusterState, command: Command, ctx: Context) -> list[Outcome]:
+    """The answer to a command that was handled before, else nothing."""
+    verdict = state.command_ids.get(f"{ctx.tenant}/{command.command_id}")
+    if verdict is None:
+        return []
+    return _same(command, f"this command was handled before ({verdict})", ctx)
+
+
+def _same(command: Command, message: str, ctx: Context) -> list[Outcome]:
+    fact = CommandDuplicated(**_command(command, ctx), message=message)
+    return [fact, _reply(command, Verdict.DUPLICATE, message, ctx)]
+
+
+def _reject(command: Command | UnreadableCommand, code: str, message: str, ctx: Context) -> list[Outcome]:
+    fact = CommandRejected(**_command(command, ctx), code=code, message=message)
+    return [fact, _reply(command, Verdict.REJECTED, message, ctx, code)]
+
+
+def _admit(command: Command, fact: CommandFact, message: str, ctx: Context) -> list[Outcome]:
+    return [fact, _reply(command, Verdict.ADMITTED, message, ctx)]
+
+
+def _command(command: Command | UnreadableCommand, ctx: Context) -> dict[str, Any]:
+    return {
+        "at_s": ctx.now_s,
+        "inbox_seq": ctx.cause_seq,
+        "command_id": command.command_id,
+        "tenant": ctx.tenant,
+    }
+
+
+def _reply(command: Command | UnreadableCommand, verdict: Verdict, message: str, ctx: Context, code: str = "") -> Reply:
+    answer = CommandAnswered(
+        command_id=command.command_id, verdict=verdict, message=message, code=code, inbox_seq=ctx.cause_seq
+    )
+    return Reply(tenant=ctx.tenant, answer=answer)
+
+
+@SERVICE.on(DeployRequested)
+def deploy_requested(state: ClusterState, command: DeployRequested, ctx: Context) -> Sequence[Outcome]:
+    """Admit a sound wish; the same wish again changes nothing, another one for the same name replaces the old."""
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    spec = command.deployment
+    if problems := problems_of(spec):
+        return _reject(command, "SUB-ADM-001", " ".join(problems), ctx)
+    present = state.named(ctx.tenant, spec.name)
+    if present is not None and present.spec == spec:
+        return _same(command, f"{spec.name} is deployed like this already", ctx)
+    outcomes: list[Outcome] = []
+    revision_count = 1
+    if present is not None:
+        revision_count = present.revision_count + 1
+        outcomes += release_all(state, present, f"replaced by revision {revision_count}", ctx)
+        retired = DeploymentRetired(**_command(command, ctx), deployment_id=present.deployment_id, model=spec.name)
+        outcomes.append(retired)
+    admitted = DeploymentAdmitted(
+        **_command(command, ctx),
+        deployment_id=f"d{ctx.cause_seq}",
+        revision_count=revision_count,
+        deployment=spec,
+    )
+    outcomes += _admit(command, admitted, f"{spec.name} is admitted", ctx)
+    wish = Deployment(
+        deployment_id=admitted.deployment_id,
+        tenant=ctx.tenant,
+        spec=spec,
+        admitted_at_s=ctx.now_s,
+        revision_count=revision_count,
+        replica_count=spec.replica_count,
+    )
+    return [*outcomes, *place(state, wish, ctx)]
+
+
+@SERVICE.on(RetireRequested)
+def retire_requested(state: ClusterState, command: RetireRequested, ctx: Context) -> Sequence[Outcome]:
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    deployment = state.named(ctx.tenant, command.model)
+    if deployment is None:
+        return _unknown_model(state, command, command.model, ctx)
+    fact = DeploymentRetired(**_command(command, ctx), deployment_id=deployment.deployment_id, model=command.model)
+    admitted = _admit(command, fact, f"{command.model} is being retired", ctx)
+    return [*admitted, *release_all(state, deployment, "retired", ctx)]
+
+
+@SERVICE.on(ParkRequested)
+def park_requested(state: ClusterState, command: ParkRequested, ctx: Context) -> Sequence[Outcome]:
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    deployment = state.named(ctx.tenant, command.model)
+    if deployment is None:
+        return _unknown_model(state, command, command.model, ctx)
+    if not deployment.spec.swap.is_parkable:
+        return _reject(command, "SUB-SWP-001", f"{command.model} is not parkable (swap.is_parkable is false)", ctx)
+    fact = ParkAsked(**_command(command, ctx), deployment_id=deployment.deployment_id)
+    return _admit(command, fact, f"{command.model} is being parked", ctx)
+
+
+@SERVICE.on(WakeRequested)
+def wake_requested(state: ClusterState, command: WakeRequested, ctx: Context) -> Sequence[Outcome]:
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    deployment = state.named(ctx.tenant, command.model)
+    if deployment is None:
+        return _unknown_model(state, command, command.model, ctx)
+    fact = WakeAsked(**_command(command, ctx), deployment_id=deployment.deployment_id)
+    return _admit(command, fact, f"{command.model} is being woken", ctx)
+
+
+@SERVICE.on(KeyCreateRequested)
+def key_create_requested(state: ClusterState, command: KeyCreateRequested, ctx: Context) -> Sequence[Outcome]:
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    if len(command.key_hash) != 64 or not set(command.key_hash) <= set("0123456789abcdef"):
+        return _reject(command, "SUB-KEY-001", "key_hash must be a SHA-256 in lower-case hexadecimal", ctx)
+    taken = state.keys.get(command.key_id)
+    if taken is not None:
+        return _reject(command, "SUB-KEY-002", f"a key with the id '{command.key_id}' exists already", ctx)
+    fact = KeyAdded(**_command(command, ctx), key_id=command.key_id, key_hash=command.key_hash, name=command.name)
+    return _admit(command, fact, f"key {command.key_id} is accepted from now on", ctx)
+
+
+@SERVICE.on(KeyRevokeRequested)
+def key_revoke_requested(state: ClusterState, command: KeyRevokeRequested, ctx: Context) -> Sequence[Outcome]:
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    key = state.keys.get(command.key_id)
+    if key is None or key.tenant != ctx.tenant:
+        return _reject(command, "SUB-KEY-003", f"there is no key '{command.key_id}'", ctx)
+    return _admit(command, KeyRevoked(**_command(command, ctx), key_id=command.key_id), "the key is revoked", ctx)
+
+
+@SERVICE.on(UnreadableCommand)
+def unreadable_command(state: ClusterState, command: UnreadableCommand, ctx: Context) -> Sequence[Outcome]:
+    """Nothing is lost and nothing is silent: the bytes stay in the inbox, the reason goes into history and to the sender."""
+    return _reject(command, "SUB-INB-001", f"the command cannot be read: {command.reason}", ctx)
+
+
+def _unknown_model(state: ClusterState, command: Command, model: str, ctx: Context) -> list[Outcome]:
+    known = sorted(d.spec.name for d in state.deployments.values() if d.tenant == ctx.tenant)
+    there = f"there are: {', '.join(known[:20])}" if known else "nothing is deployed"
+    return _reject(command, "SUB-MDL-001", f"there is no deployment '{model}'; {there}", ctx)

@@ -1,0 +1,1 @@
+"""The swapper: decides which parkable replicas are resident and which are parked."""

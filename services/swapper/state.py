@@ -1,0 +1,299 @@
+"""What the swapper knows: GPUs, leases, who is resident, and the decisions that no fact has answered yet."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from schemas.deployments import DeploymentSpec, WorkloadKind
+from schemas.gateways import ModelLoad, ModelWanted
+from schemas.nodes import (
+    LeaseGranted,
+    LeaseReleased,
+    NodeJoined,
+    ParkAbandoned,
+    ReplicaDraining,
+    ReplicaFailed,
+    ReplicaParked,
+    ReplicaReady,
+    ReplicaResident,
+    ReplicaStarting,
+    ReplicaWaking,
+    WakeRefused,
+)
+from schemas.placement import ParkAsked, WakeAsked
+from schemas.swapper import DecisionClosed, ParkDecided, WakeDecided
+from services.swapper.settings import SwapperSettings
+
+
+class Tier(StrEnum):
+    """Where a replica is, as its node's facts say."""
+
+    GRANTED = "granted"
+    STARTING = "starting"
+    RESIDENT = "resident"
+    DRAINING = "draining"
+    PARKED = "parked"
+    WAITING = "waiting"
+    WAKING = "waking"
+    FAILED = "failed"
+
+
+HOLDING_SHARE = frozenset({Tier.STARTING, Tier.RESIDENT, Tier.DRAINING, Tier.WAKING})
+
+
+@dataclass(slots=True)
+class Replica:
+    replica_id: str
+    deployment_id: str
+    spec: DeploymentSpec
+    node: str
+    gpu_uuid: str
+    share_bytes: int
+    residue_bytes: int
+    tier: Tier
+    since_s: float
+    wake_epoch: int = 1
+    is_asked_awake: bool = False
+    """An operator asked for it; holds until it is resident."""
+    is_asked_parked: bool = False
+    refused_at_s: float = 0.0
+
+    @property
+    def held_bytes(self) -> int:
+        if self.tier in HOLDING_SHARE:
+            return self.share_bytes
+        return 0 if self.tier is Tier.FAILED else self.residue_bytes
+
+    @property
+    def freed_bytes(self) -> int:
+        """What parking it gives."""
+        return max(0, self.share_bytes - self.residue_bytes)
+
+    @property
+    def is_training(self) -> bool:
+        return self.spec.kind is WorkloadKind.TRAINING
+
+
+@dataclass(slots=True)
+class Decision:
+    """A wake or park that was decided and that no fact of the node has answered."""
+
+    replica_id: str
+    wake_epoch: int
+    decided_at_s: float
+    is_wake: bool
+    victim_ids: tuple[str, ...]
+    reason: str
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What gateways said about one replica, newest signal."""
+
+    heard_at_s: float
+    since_s: float
+    """When its oldest waiting request arrived."""
+    waiting_count: int
+    traceparent: str = ""
+
+
+@dataclass(slots=True)
+class GatewayLoad:
+    heard_at_s: float
+    models: dict[str, ModelLoad]
+
+
+@dataclass(slots=True)
+class Observed:
+    """Not history: lost at a restart, and then unknown, never zero."""
+
+    wanted: dict[str, Wanted] = field(default_factory=dict)
+    """{replica_id: newest wish}"""
+    gateways: dict[str, GatewayLoad] = field(default_factory=dict)
+    last_used_s: dict[str, float] = field(default_factory=dict)
+    """{deployment_id: when a request for it was last in flight or waiting}"""
+
+
+@dataclass(slots=True)
+class FleetState:
+    """The fold of placement's and the node agents' facts, as far as the swapper needs them."""
+
+    settings: SwapperSettings
+    offered_bytes: dict[str, int] = field(default_factory=dict)
+    """{gpu_uuid: allocatable bytes}"""
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    """{replica_id: open decision}"""
+    room_since_s: dict[str, float] = field(default_factory=dict)
+    """{gpu_uuid: when its leases last changed}"""
+    observed: Observed = field(default_factory=Observed)
+
+    def on_gpu(self, gpu_uuid: str) -> list[Replica]:
+        return [replica for replica in self.replicas.values() if replica.gpu_uuid == gpu_uuid]
+
+
+def new_state(settings: SwapperSettings) -> FleetState:
+    return FleetState(settings=settings)
+
+
+# --- Facts ------------------------------------------------------------------------------------------------------------
+
+
+def fold_joined(state: FleetState, fact: NodeJoined) -> None:
+    for gpu in fact.gpus:
+        state.offered_bytes[gpu.gpu_uuid] = gpu.allocatable_bytes
+
+
+def fold_granted(state: FleetState, fact: LeaseGranted) -> None:
+    for lease, proposal in zip(fact.leases, fact.replicas, strict=True):
+        state.replicas[lease.replica_id] = Replica(
+            replica_id=lease.replica_id,
+            deployment_id=proposal.deployment_id,
+            spec=proposal.deployment,
+            node=fact.node,
+            gpu_uuid=lease.gpu_uuid,
+            share_bytes=lease.granted_bytes,
+            residue_bytes=lease.residue_bytes,
+            tier=Tier.GRANTED,
+            since_s=fact.at_s,
+        )
+
+
+def fold_released(state: FleetState, fact: LeaseReleased) -> None:
+    replica = state.replicas.pop(fact.replica_id, None)
+    state.decisions.pop(fact.replica_id, None)
+    if replica is not None:
+        state.room_since_s[replica.gpu_uuid] = fact.at_s
+
+
+def _move(state: FleetState, replica_id: str, tier: Tier, at_s: float) -> Replica | None:
+    replica = state.replicas.get(replica_id)
+    if replica is not None:
+        replica.tier, replica.since_s = tier, at_s
+        state.room_since_s[replica.gpu_uuid] = at_s
+    return replica
+
+
+def _settle(state: FleetState, replica_id: str, *, is_wake: bool) -> None:
+    """A fact of the node answers the open decision."""
+    decision = state.decisions.get(replica_id)
+    if decision is not None and decision.is_wake == is_wake:
+        del state.decisions[replica_id]
+
+
+def fold_starting(state: FleetState, fact: ReplicaStarting) -> None:
+    _move(state, fact.replica_id, Tier.STARTING, fact.at_s)
+
+
+def fold_ready(state: FleetState, fact: ReplicaReady) -> None:
+    for ready in fact.replicas:
+        replica = _move(state, ready.replica_id, Tier.RESIDENT, fact.at_s)
+        if replica is not None:
+            replica.is_asked_awake = False
+            replica.wake_epoch = ready.wake_epoch
+        _settle(state, ready.replica_id, is_wake=True)
+
+
+def fold_draining(state: FleetState, fact: ReplicaDraining) -> None:
+    _move(state, fact.replica_id, Tier.DRAINING, fact.at_s)
+
+
+def fold_abandoned(state: FleetState, fact: ParkAbandoned) -> None:
+    replica = _move(state, fact.replica_id, Tier.RESIDENT, fact.at_s)
+    if replica is not None:
+        replica.is_asked_parked = False
+    _settle(state, fact.replica_id, is_wake=False)
+
+
+def fold_parked(state: FleetState, fact: ReplicaParked) -> None:
+    replica = _move(state, fact.replica_id, Tier.PARKED, fact.at_s)
+    if replica is not None:
+        replica.wake_epoch = fact.wake_epoch
+        replica.residue_bytes = fact.residue_bytes
+        replica.is_asked_parked = False
+    _settle(state, fact.replica_id, is_wake=False)
+
+
+def fold_waking(state: FleetState, fact: ReplicaWaking) -> None:
+    _move(state, fact.replica_id, Tier.WAKING if fact.is_reserved else Tier.WAITING, fact.at_s)
+
+
+def fold_resident(state: FleetState, fact: ReplicaResident) -> None:
+    replica = _move(state, fact.replica_id, Tier.RESIDENT, fact.at_s)
+    if replica is not None:
+        replica.is_asked_awake = False
+    _settle(state, fact.replica_id, is_wake=True)
+
+
+def fold_wake_refused(state: FleetState, fact: WakeRefused) -> None:
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None:
+        if replica.tier in (Tier.WAITING, Tier.WAKING):
+            _move(state, fact.replica_id, Tier.PARKED if replica.wake_epoch > 1 else Tier.GRANTED, fact.at_s)
+        replica.refused_at_s = fact.at_s
+    _settle(state, fact.replica_id, is_wake=True)
+
+
+def fold_failed(state: FleetState, fact: ReplicaFailed) -> None:
+    replica = _move(state, fact.replica_id, Tier.FAILED if fact.is_final else Tier.GRANTED, fact.at_s)
+    if replica is not None:
+        replica.wake_epoch = fact.wake_epoch
+        replica.refused_at_s = fact.at_s
+    state.decisions.pop(fact.replica_id, None)
+
+
+def fold_park_asked(state: FleetState, fact: ParkAsked) -> None:
+    for replica in state.replicas.values():
+        if replica.deployment_id == fact.deployment_id:
+            replica.is_asked_parked, replica.is_asked_awake = True, False
+
+
+def fold_wake_asked(state: FleetState, fact: WakeAsked) -> None:
+    for replica in state.replicas.values():
+        if replica.deployment_id == fact.deployment_id and replica.tier is not Tier.RESIDENT:
+            replica.is_asked_awake, replica.is_asked_parked = True, False
+
+
+def fold_wake_decided(state: FleetState, fact: WakeDecided) -> None:
+    state.decisions[fact.replica_id] = Decision(
+        replica_id=fact.replica_id,
+        wake_epoch=fact.wake_epoch,
+        decided_at_s=fact.at_s,
+        is_wake=True,
+        victim_ids=fact.victim_ids,
+        reason=fact.reason,
+    )
+
+
+def fold_park_decided(state: FleetState, fact: ParkDecided) -> None:
+    state.decisions[fact.replica_id] = Decision(
+        replica_id=fact.replica_id,
+        wake_epoch=fact.wake_epoch,
+        decided_at_s=fact.at_s,
+        is_wake=False,
+        victim_ids=(),
+        reason=fact.reason,
+    )
+
+
+def fold_closed(state: FleetState, fact: DecisionClosed) -> None:
+    state.decisions.pop(fact.replica_id, None)
+
+
+# --- Observations -----------------------------------------------------------------------------------------------------
+
+
+def observe_wanted(state: FleetState, wanted: ModelWanted, now_s: float) -> None:
+    if wanted.replica_id not in state.replicas:
+        return
+    state.observed.wanted[wanted.replica_id] = Wanted(
+        heard_at_s=now_s, since_s=now_s - wanted.oldest_wait_s, waiting_count=wanted.waiting_count
+    )
+    state.observed.last_used_s[wanted.deployment_id] = now_s
+
+
+def observe_load(state: FleetState, gateway: str, models: tuple[ModelLoad, ...], now_s: float) -> None:
+    state.observed.gateways[gateway] = GatewayLoad(heard_at_s=now_s, models={m.deployment_id: m for m in models})
+    last_used_s = state.observed.last_used_s
+    for model in models:
+        used_s = now_s if model.in_flight_count + model.waiting_count > 0 else model.last_arrival_s
+        last_used_s[model.deployment_id] = max(used_s, last_used_s.get(model.deployment_id, 0.0))
