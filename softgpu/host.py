@@ -74,6 +74,7 @@ class HostStatus(TypedDict):
     driver_version: int
     is_phantom: bool
     is_clean: bool
+    recovery_count: int  # how often a process died while it changed the tables, and they were recounted
     chunk_count: int
     devices: list[DeviceStatus]
     groups: list[GroupStatus]

@@ -121,6 +121,7 @@ void control_status(void) {
     printf(", \"driver_version\": %u, ", host->driver_version);
     printf("\"is_phantom\": %s, ", host->is_phantom ? "true" : "false");
     printf("\"is_clean\": %s, ", host->is_clean ? "true" : "false");
+    number("recovery_count", host->recovery_count);
     printf("\"chunk_count\": %u, \"devices\": [", live_chunks());
     for (uint32_t d = 0; d < host->device_count; d++) {
         printf("%s", d ? ", " : "");

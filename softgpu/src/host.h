@@ -127,6 +127,7 @@ typedef struct {
     uint32_t is_phantom; /* big copies take their time and move no bytes */
     uint32_t is_clean;   /* new memory reads as zero instead of as another's leavings */
     uint32_t fault_count, detached_count;
+    uint64_t recovery_count; /* how often somebody died inside the lock */
     uint64_t last_chunk_id, event_count;
     uint32_t group_end;    /* no used group row at or above this index */
     uint32_t cgroup_count; /* limits set on cgroups; while 0, processes need not look up their own */

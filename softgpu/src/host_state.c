@@ -114,6 +114,7 @@ void host_lock(void) {
     if (pthread_mutex_lock(&host->mutex) != EOWNERDEAD)
         return;
     pthread_mutex_consistent(&host->mutex);
+    host->recovery_count++;
     host_recount();
 }
 

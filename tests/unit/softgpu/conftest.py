@@ -1,118 +1,26 @@
-import json
 import os
 import shutil
-import subprocess
-import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import softgpu
-
-HERE = Path(__file__).resolve().parent
-
-
-class Child:
-    """A process that uses the host: it runs a program over `words.py` and exchanges lines with the test."""
-
-    def __init__(self, program: str, environment: dict[str, str], descriptors: tuple[int, ...] = ()) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from words import *\n" + program],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=descriptors,
-        )
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def hear(self) -> Any:
-        """What it said next."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the child ended with {self.process.wait()}"
-        return json.loads(line)
-
-    def tell(self, text: object = "") -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{text}\n")
-        self.process.stdin.flush()
-
-    def ask(self, text: object = "") -> Any:
-        self.tell(text)
-        return self.hear()
-
-    def kill(self) -> None:
-        """SIGKILL: nothing of its own tidies up."""
-        self.process.kill()
-        self.close()
-
-    def close(self) -> None:
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None and not pipe.closed:
-                pipe.close()
-        self.process.wait(timeout=20)
-
-
-class Machine:
-    """One software GPU host and the processes that a test starts on it."""
-
-    def __init__(self, host: softgpu.Host) -> None:
-        self.host = host.create()
-        self._children: list[Child] = []
-
-    def environment(self, group: str | None = None) -> dict[str, str]:
-        return {**os.environ, **self.host.environment(group=group), "PYTHONPATH": str(HERE)}
-
-    def start(
-        self, program: str, *, group: str | None = None, descriptors: tuple[int, ...] = (), **extra: str
-    ) -> Child:
-        child = Child(program, {**self.environment(group), **extra}, descriptors)
-        self._children.append(child)
-        return child
-
-    def run(self, program: str, *, group: str | None = None) -> Any:
-        """Runs a program to its end; what it said last."""
-        command = [sys.executable, "-c", "from words import *\n" + program]
-        finished = subprocess.run(
-            command, env=self.environment(group), capture_output=True, text=True, timeout=60, check=False
-        )
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        return json.loads(finished.stdout.splitlines()[-1]) if finished.stdout else None
-
-    def used_bytes(self, index: int = 0) -> int:
-        return self.host.status()["devices"][index]["used_bytes"]
-
-    def chunk_files(self) -> list[str]:
-        return [path.name for path in self.host.state_dir.glob("c*")]
-
-    def close(self) -> None:
-        for child in self._children:
-            if child.process.poll() is None:
-                child.kill()
-            child.close()
-        self.host.remove()
-
-
-type_of_factory = Callable[..., Machine]
+from tests.unit.softgpu.machines import Machine, MakeMachine
 
 
 @pytest.fixture
-def machine() -> Iterator[type_of_factory]:
-    """Makes hosts: 256 MiB, free of charge, one GPU, unless the test says otherwise."""
+def machine() -> Iterator[MakeMachine]:
     if shutil.which(os.environ.get("CC", "cc")) is None:
         pytest.skip("needs a C compiler")
     made: list[Machine] = []
 
     def make(**settings: Any) -> Machine:
         values = {"gpus": 1, "profile": "test-1", "total_bytes": 256 << 20, **settings}
-        made.append(Machine(softgpu.Host(Path("/dev/shm") / f"softgpu-test-{uuid.uuid4().hex[:12]}", **values)))
+        state_dir = Path("/dev/shm") / f"softgpu-test-{uuid.uuid4().hex[:12]}"
+        made.append(Machine(softgpu.Host(state_dir, **values)))
         return made[-1]
 
     yield make

@@ -5,12 +5,14 @@ import os
 import socket
 from pathlib import Path
 
+from tests.unit.softgpu.machines import Child, Machine, MakeMachine
+
 MiB = 1 << 20
 
 HOLD = "context(); address = ok(cu.cuMemAlloc(int(os.environ['BYTES']))); say('up'); wait()"
 
 
-def test_capacity_is_one_for_all_processes(machine):
+def test_capacity_is_one_for_all_processes(machine: MakeMachine) -> None:
     one = machine()
     owner = one.start(HOLD, BYTES=str(200 * MiB))
     owner.hear()
@@ -21,7 +23,7 @@ def test_capacity_is_one_for_all_processes(machine):
     ]
 
 
-def test_a_killed_process_leaves_nothing(machine):
+def test_a_killed_process_leaves_nothing(machine: MakeMachine) -> None:
     one = machine(context_bytes=8 * MiB)
     owner = one.start(HOLD, BYTES=str(100 * MiB))
     owner.hear()
@@ -55,7 +57,7 @@ ok(cu.cuMemUnmap(address, 64 * MiB)); ok(cu.cuMemAddressFree(address, 64 * MiB))
 """
 
 
-def export_and_import(one):
+def export_and_import(one: Machine) -> tuple[Child, Child]:
     left, right = socket.socketpair()
     with left, right:
         owner = one.start(EXPORT, descriptors=(left.fileno(),), TEST_SOCKET=str(left.fileno()))
@@ -66,7 +68,7 @@ def export_and_import(one):
     return owner, user
 
 
-def test_two_processes_map_the_same_bytes_and_pay_once(machine):
+def test_two_processes_map_the_same_bytes_and_pay_once(machine: MakeMachine) -> None:
     one = machine()
     owner, _user = export_and_import(one)
 
@@ -74,7 +76,7 @@ def test_two_processes_map_the_same_bytes_and_pay_once(machine):
     assert one.used_bytes() == 64 * MiB
 
 
-def test_memory_outlives_its_creator_exactly_while_it_is_mapped(machine):
+def test_memory_outlives_its_creator_exactly_while_it_is_mapped(machine: MakeMachine) -> None:
     one = machine()
     owner, user = export_and_import(one)
 
@@ -86,7 +88,7 @@ def test_memory_outlives_its_creator_exactly_while_it_is_mapped(machine):
     assert one.used_bytes() == 0
 
 
-def test_shared_memory_is_charged_to_its_creator(machine):
+def test_shared_memory_is_charged_to_its_creator(machine: MakeMachine) -> None:
     one = machine()
     owner, _user = export_and_import(one)
 
@@ -95,7 +97,7 @@ def test_shared_memory_is_charged_to_its_creator(machine):
     assert [(process["pid"], process["used_bytes"]) for process in processes] == [(owner.pid, 64 * MiB)]
 
 
-def test_a_descriptor_in_a_socket_keeps_memory_alive(machine):
+def test_a_descriptor_in_a_socket_keeps_memory_alive(machine: MakeMachine) -> None:
     one = machine()
     left, right = socket.socketpair()
     with left, right:
@@ -114,7 +116,7 @@ socket.send_fds(connect(), [b'x'], [descriptor]); os._exit(0)"""
     assert one.used_bytes() == 0
 
 
-def test_a_foreign_descriptor_is_no_memory(machine, tmp_path: Path):
+def test_a_foreign_descriptor_is_no_memory(machine: MakeMachine, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(8192))
 
@@ -126,7 +128,7 @@ say(error(cu.cuMemImportFromShareableHandle(descriptor, FD)))""")
     )
 
 
-def test_an_ipc_handle_opens_another_process_s_allocation(machine):
+def test_an_ipc_handle_opens_another_process_s_allocation(machine: MakeMachine) -> None:
     one = machine()
     owner = one.start("""
 context(); address = ok(cu.cuMemAlloc(4 * MiB)); poke(address, b'hello ipc')
@@ -142,7 +144,7 @@ ok(cu.cuIpcCloseMemHandle(address)); say(text)""")
     )
 
 
-def test_a_forked_child_is_uninitialised_and_holds_no_memory(machine):
+def test_a_forked_child_is_uninitialised_and_holds_no_memory(machine: MakeMachine) -> None:
     one = machine()
     program = """
 context(); address = ok(cu.cuMemAlloc(64 * MiB)); pid = os.fork()
@@ -156,7 +158,7 @@ ok(cu.cuMemFree(address)); wait(); os.waitpid(pid, 0)"""
     parent.tell("\n")
 
 
-def test_a_process_killed_inside_the_lock_stops_nobody(machine):
+def test_a_process_killed_inside_the_lock_stops_nobody(machine: MakeMachine) -> None:
     """The robust mutex: the worst place to die is between two writes to the tables."""
     one = machine(context_bytes=4 * MiB)
     churn = """

@@ -12,8 +12,31 @@ import pynvml as nv
 from cuda.bindings import driver as cu
 
 __all__ = [
-    "FD", "GiB", "MiB", "access", "connect", "context", "create", "ctypes", "cu", "error", "free_and_total", "gpu",
-    "json", "limits", "map_memory", "nv", "ok", "os", "poke", "peek", "say", "set_limits", "socket", "sys", "time",
+    "FD",
+    "GiB",
+    "MiB",
+    "access",
+    "connect",
+    "context",
+    "create",
+    "ctypes",
+    "cu",
+    "error",
+    "free_and_total",
+    "gpu",
+    "json",
+    "limits",
+    "map_memory",
+    "nv",
+    "ok",
+    "os",
+    "peek",
+    "poke",
+    "say",
+    "set_limits",
+    "socket",
+    "sys",
+    "time",
     "wait",
 ]  # fmt: skip
 
@@ -103,7 +126,8 @@ def limits(group: str) -> tuple[int, int, int]:
 
 def say(*values: Any) -> None:
     """One line of JSON to the test."""
-    print(json.dumps(values[0] if len(values) == 1 else values), flush=True)
+    sys.stdout.write(json.dumps(values[0] if len(values) == 1 else values) + "\n")
+    sys.stdout.flush()
 
 
 def wait() -> str:

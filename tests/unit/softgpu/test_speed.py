@@ -1,0 +1,129 @@
+"""Time: link speed, its sharing between processes, phantom copies, what calls cost. Bounds are generous: CI is slow."""
+
+from typing import Any
+
+import softgpu
+from tests.unit.softgpu.machines import Machine, MakeMachine
+
+GiB = 1 << 30
+TIMED_COPY = """
+context(); size = int(os.environ['BYTES']); device = ok(cu.cuMemAlloc(size)); host = int(ok(cu.cuMemHostAlloc(size, 0)))
+stream = ok(cu.cuStreamCreate(1)); say('up'); wait()
+start = time.perf_counter()
+ok(cu.cuMemcpyHtoDAsync(device, host, size, stream)); ok(cu.cuStreamSynchronize(stream))
+say(time.perf_counter() - start); wait()
+"""
+
+
+def phantom(machine: MakeMachine, **settings: Any) -> Machine:
+    free_of_charge = {"costs": {}, "context_bytes": 0}
+    return machine(profile="h100-80", total_bytes=None, phantom=True, **{**free_of_charge, **settings})
+
+
+def test_a_phantom_copy_takes_the_time_of_the_link(machine: MakeMachine) -> None:
+    child = phantom(machine).start(TIMED_COPY, BYTES=str(16 * GiB))
+    child.hear()
+
+    took_s = child.ask()
+
+    assert 0.95 < took_s / (16 * GiB / 53e9) < 1.4
+
+
+def test_two_processes_share_one_engine(machine: MakeMachine) -> None:
+    one = phantom(machine)
+    children = [one.start(TIMED_COPY, BYTES=str(8 * GiB)) for _ in range(2)]
+    for child in children:
+        child.hear()
+    for child in children:
+        child.tell()
+
+    took_s = max(child.hear() for child in children)
+
+    assert 0.95 < took_s / (16 * GiB / 53e9) < 1.5
+
+
+def test_the_two_directions_do_not_wait_for_each_other(machine: MakeMachine) -> None:
+    both_s = phantom(machine).run("""
+context(); size = 8 * GiB; streams = [ok(cu.cuStreamCreate(1)) for _ in range(2)]
+devices = [ok(cu.cuMemAlloc(size)) for _ in range(2)]; hosts = [int(ok(cu.cuMemHostAlloc(size, 0))) for _ in range(2)]
+start = time.perf_counter(); ok(cu.cuMemcpyHtoDAsync(devices[0], hosts[0], size, streams[0]))
+ok(cu.cuMemcpyDtoHAsync(hosts[1], devices[1], size, streams[1])); ok(cu.cuCtxSynchronize())
+say(time.perf_counter() - start)""")
+
+    assert 0.95 < both_s / (8 * GiB / 53e9) < 1.5
+
+
+def test_pageable_memory_is_slower_and_makes_the_copy_synchronous(machine: MakeMachine) -> None:
+    submit_s, total_s = phantom(machine).run("""
+import mmap; context(); size = 2 * GiB; memory = mmap.mmap(-1, size); device = ok(cu.cuMemAlloc(size))
+base = ctypes.addressof(ctypes.c_char.from_buffer(memory)); stream = ok(cu.cuStreamCreate(1))
+start = time.perf_counter(); ok(cu.cuMemcpyHtoDAsync(device, base, size, stream)); submitted = time.perf_counter()
+ok(cu.cuStreamSynchronize(stream)); say(submitted - start, time.perf_counter() - start)""")
+
+    assert 0.95 < submit_s / (2 * GiB / 12e9) < 1.4
+    assert total_s - submit_s < 0.05
+
+
+def test_a_phantom_host_costs_no_memory(machine: MakeMachine) -> None:
+    """60 GB in pinned memory and 60 GB on the device, on a machine that has neither."""
+    one = phantom(machine)
+    before = softgpu_bytes(one)
+    resident_mib = one.run("""
+import resource; context(); size = 60 * 10**9; spot = 50 * 10**9
+device = ok(cu.cuMemAlloc(size)); host = int(ok(cu.cuMemHostAlloc(size, 0)))
+ok(cu.cuMemcpyHtoD(device, host, size)); poke(device, b'canary', spot); assert peek(device, 6, spot) == b'canary'
+say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)""")
+
+    assert resident_mib < 400
+    assert softgpu_bytes(one) - before < 64 << 20
+    assert one.host.status()["devices"][0]["h2d_moved_bytes"] >= 60 * 10**9
+
+
+def softgpu_bytes(one: Machine) -> int:
+    return sum(path.stat().st_blocks * 512 for path in one.host.state_dir.iterdir())
+
+
+def test_small_copies_are_real_in_a_phantom(machine: MakeMachine) -> None:
+    assert phantom(machine).run("""
+context(); address = ok(cu.cuMemAlloc(4 << 20)); poke(address, b'x' * 65536); poke(address, b'y' * 65537, 1 << 20)
+say(peek(address, 3).decode(), peek(address, 2, 1 << 20).hex())""") == ["xxx", "dbdb"]
+
+
+def test_bandwidth_can_change_while_a_host_runs(machine: MakeMachine) -> None:
+    one = phantom(machine)
+    one.host.set_bandwidth(0, h2d=10**10, d2h=10**10, pageable=0)
+    child = one.start(TIMED_COPY, BYTES=str(2 * 10**9))
+    child.hear()
+
+    assert 0.19 < child.ask() < 0.3
+
+
+def test_calls_take_at_least_what_the_table_says(machine: MakeMachine) -> None:
+    costs = {
+        "cuMemCreate": softgpu.CallCost(call_ns=2_000_000),
+        "cuMemRelease": softgpu.CallCost(call_ns=0, gib_ns=10**9),
+    }
+    create_s, release_s = machine(costs=costs).run("""
+context(); start = time.perf_counter(); handles = [ok(create(2 * MiB)) for _ in range(20)]; made = time.perf_counter()
+big = ok(create(64 * MiB)); before = time.perf_counter(); ok(cu.cuMemRelease(big))
+say(made - start, time.perf_counter() - before)""")
+
+    assert 0.04 <= create_s < 0.08
+    assert 0.0625 <= release_s < 0.1
+
+
+def test_a_parked_model_comes_back_at_the_measured_speed(machine: MakeMachine) -> None:
+    """The sums behind the H100's table: 7.6 ms/GiB to map a model back, 1.3 ms/GiB to take it away."""
+    one = machine(profile="h100-80", total_bytes=None, phantom=True, context_bytes=0)
+    wake_s, park_s = one.run("""
+context(); chunk, count = 256 * MiB, 64; base = ok(cu.cuMemAddressReserve(chunk * count, 0, 0, 0)); handles = []
+start = time.perf_counter()
+for i in range(count):
+    handles.append(ok(create(chunk))); ok(cu.cuMemMap(int(base) + i * chunk, chunk, 0, handles[-1], 0))
+    ok(cu.cuMemSetAccess(int(base) + i * chunk, chunk, [access()], 1))
+mapped = time.perf_counter()
+for i in range(count): ok(cu.cuMemUnmap(int(base) + i * chunk, chunk)); ok(cu.cuMemRelease(handles[i]))
+say(mapped - start, time.perf_counter() - mapped)""")
+
+    assert 0.12 <= wake_s < 0.25
+    assert 0.02 <= park_s < 0.06
