@@ -9,7 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 
 from kit.bus import Entry, Stored, subject_matches
 from kit.outcomes import Context, Effect, Input, Outcome, Reply, Timer, Under
@@ -142,7 +142,7 @@ class Processor(Generic[S]):
             self.skipped_count += 1
             return False
         assert isinstance(fact, Fact), fact
-        self._fold_foreign_to(entry.cursor_seq)
+        self.fold_foreign_to(entry.cursor_seq)
         self.last_hash = chain_hash(self.last_hash, id=entry.id, subject=entry.subject, body=entry.body)
         self._own_ids.append(entry.id)
         if isinstance(fact, WriterStarted):
@@ -151,7 +151,7 @@ class Processor(Generic[S]):
         self.service.evolve(self.state, fact)
         return True
 
-    def _fold_foreign_to(self, cursor_seq: int) -> None:
+    def fold_foreign_to(self, cursor_seq: int) -> None:
         while self._waiting and self._waiting[0].stored.seq <= cursor_seq:
             foreign = self._waiting.popleft()
             self._advance(foreign.stored.time_s)
@@ -223,7 +223,7 @@ class Processor(Generic[S]):
 
     def _accept_foreign(self, stored: Stored) -> _Foreign | None:
         """The fact, unless it is unreadable or does not continue a chain that this service reads completely."""
-        writer = _writer_of(stored.subject)
+        writer = writer_of(stored.subject)
         if stored.id and self._reads_all_of(writer):
             if self._foreign_hashes.get(writer, CHAIN_START) != stored.previous_hash:
                 self.skipped_count += 1
@@ -287,13 +287,14 @@ class Processor(Generic[S]):
             if isinstance(outcome, Under):
                 traceparent, outcome = outcome.traceparent, outcome.outcome
             if isinstance(outcome, Fact):
-                self._append(outcome, cause_seq=delivery.cause_seq, traceparent=traceparent)
-                self.service.evolve(self.state, outcome)
+                body = self._append(outcome, cause_seq=delivery.cause_seq, traceparent=traceparent)
+                # Folded as it will be read back, so that replay cannot differ by what JSON does to a value.
+                self.service.evolve(self.state, cast(Fact, decode(body)))
             else:
                 assert isinstance(outcome, Order | Signal | Effect | Timer | Reply), outcome
                 self.batch.released.append(Released(outcome=outcome, traceparent=traceparent))
 
-    def _append(self, fact: Fact, *, cause_seq: int, traceparent: str) -> None:
+    def _append(self, fact: Fact, *, cause_seq: int, traceparent: str) -> bytes:
         subject = fact_subject(self.writer, fact)
         body = encode(fact)
         entry = Entry(
@@ -309,9 +310,10 @@ class Processor(Generic[S]):
         self.last_hash = chain_hash(self.last_hash, id=entry.id, subject=subject, body=body)
         self._own_ids.append(entry.id)
         self.batch.entries.append(entry)
+        return body
 
 
-def _writer_of(subject: str) -> str:
+def writer_of(subject: str) -> str:
     """``placement`` or ``node.<node>``, from a fact's subject."""
     tokens = subject.split(".")
     return ".".join(tokens[2:4]) if tokens[2] == "node" else tokens[2]

@@ -1,0 +1,234 @@
+"""The whole system in virtual time: every service, simulated hosts, and clients that want models. One seed, one run."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from kit.bus import Stored
+from kit.simulation import Faults, Simulation
+from schemas.deployments import DeploymentSpec
+from schemas.gateways import LoadSampled, ModelLoad, ModelWanted
+from schemas.inbox import DeployRequested
+from schemas.messages import Command, Fact
+from schemas.nodes import (
+    LeaseGranted,
+    LeaseReleased,
+    ParkAbandoned,
+    ReplicaDraining,
+    ReplicaFailed,
+    ReplicaParked,
+    ReplicaReady,
+    ReplicaResident,
+)
+from schemas.placement import DeploymentAdmitted, DeploymentRetired
+from schemas.units import GiB
+from services.autoscaler.core import SERVICE as AUTOSCALER
+from services.autoscaler.settings import AutoscalerSettings
+from services.nodeagent import leases as _leases  # noqa: F401  # Registers its handlers.
+from services.nodeagent import residency as _residency  # noqa: F401
+from services.nodeagent.core import SERVICE as NODEAGENT
+from services.nodeagent.settings import NodeAgentSettings
+from services.nodeagent.simulated import HostFaults, SimulatedHost, h100
+from services.placement import commands as _commands  # noqa: F401
+from services.placement.core import SERVICE as PLACEMENT
+from services.placement.settings import PlacementSettings
+from services.swapper.core import SERVICE as SWAPPER
+from services.swapper.settings import SwapperSettings
+
+REPEAT_S: Final = 0.25
+SAMPLE_S: Final = 1.0
+TENANT: Final = "default"
+
+
+@dataclass(slots=True)
+class _Known:
+    deployment_id: str
+    replica_id: str = ""
+    wake_epoch: int = 0
+    is_resident: bool = False
+
+
+@dataclass(slots=True)
+class Request:
+    """One request of a simulated client."""
+
+    model: str
+    arrived_s: float
+    served_at_s: float | None = None
+
+
+@dataclass(slots=True)
+class SimulatedClients:
+    """Stands where gateways stand: holds requests, wants models, tells the load. A stand-in, not the gateway's core."""
+
+    simulation: Simulation
+    service_s: float = 0.5
+    known: dict[str, _Known] = field(default_factory=dict)
+    waiting: dict[str, list[Request]] = field(default_factory=dict)
+    in_flight: dict[str, int] = field(default_factory=dict)
+    last_arrival_s: dict[str, float] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.simulation.on_stored.append(self.follow)
+        self._sample()
+
+    def request(self, model: str) -> None:
+        request = Request(model=model, arrived_s=self.simulation.now_s)
+        self.requests.append(request)
+        self.last_arrival_s[model] = request.arrived_s
+        self.waiting.setdefault(model, []).append(request)
+        self._serve(model)
+        if self.waiting[model]:
+            self._want(model)
+
+    def follow(self, stored: Stored, fact: Fact) -> None:
+        match fact:
+            case DeploymentAdmitted():
+                self.known[fact.deployment.name] = _Known(deployment_id=fact.deployment_id)
+            case DeploymentRetired():
+                if self.known.get(fact.model, _Known("")).deployment_id == fact.deployment_id:
+                    del self.known[fact.model]
+            case LeaseGranted():
+                for replica in fact.replicas:
+                    self._update(replica.deployment_id, replica.replica_id, wake_epoch=1)
+            case ReplicaReady():
+                for ready in fact.replicas:
+                    self._update(ready.deployment_id, ready.replica_id, wake_epoch=ready.wake_epoch, is_resident=True)
+            case ReplicaResident() | ParkAbandoned():
+                self._update(fact.deployment_id, fact.replica_id, wake_epoch=fact.wake_epoch, is_resident=True)
+            case ReplicaDraining():
+                self._update(fact.deployment_id, fact.replica_id)
+            case ReplicaParked() | ReplicaFailed():
+                self._update(fact.deployment_id, fact.replica_id, wake_epoch=fact.wake_epoch)
+            case LeaseReleased():
+                for known in self.known.values():
+                    if known.replica_id == fact.replica_id:
+                        known.replica_id, known.is_resident = "", False
+
+    def _update(
+        self, deployment_id: str, replica_id: str, *, wake_epoch: int | None = None, is_resident: bool = False
+    ) -> None:
+        for model, known in self.known.items():
+            if known.deployment_id == deployment_id:
+                known.replica_id, known.is_resident = replica_id, is_resident
+                known.wake_epoch = known.wake_epoch if wake_epoch is None else wake_epoch
+                self._serve(model)
+
+    def _serve(self, model: str) -> None:
+        known = self.known.get(model)
+        if known is None or not known.is_resident:
+            return
+        for request in self.waiting.pop(model, []):
+            request.served_at_s = self.simulation.now_s
+            self.in_flight[model] = self.in_flight.get(model, 0) + 1
+            self.simulation.after(self.service_s, lambda: self._end(model))
+        self.waiting.setdefault(model, [])
+
+    def _end(self, model: str) -> None:
+        self.in_flight[model] -= 1
+
+    def _want(self, model: str) -> None:
+        waiting = self.waiting.get(model)
+        if not waiting:
+            return
+        known = self.known.get(model)
+        if known is not None and not known.is_resident:
+            wanted = ModelWanted(
+                gateway="clients",
+                deployment_id=known.deployment_id,
+                model=model,
+                replica_id=known.replica_id,
+                wake_epoch=known.wake_epoch,
+                waiting_count=len(waiting),
+                oldest_wait_s=self.simulation.now_s - waiting[0].arrived_s,
+            )
+            self.simulation.fleeting(wanted)
+        self.simulation.after(REPEAT_S, lambda: self._want(model))
+
+    def _sample(self) -> None:
+        models = tuple(
+            ModelLoad(
+                deployment_id=known.deployment_id,
+                in_flight_count=self.in_flight.get(model, 0),
+                waiting_count=len(self.waiting.get(model, [])),
+                arrived_count=0,
+                last_arrival_s=self.last_arrival_s.get(model, 0.0),
+            )
+            for model, known in self.known.items()
+        )
+        self.simulation.fleeting(LoadSampled(gateway="clients", models=models))
+        self.simulation.after(SAMPLE_S, self._sample)
+
+
+class SimulatedSystem:
+    """Placement, swapper, autoscaler, node agents with their hosts, and clients."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        node_count: int = 1,
+        gpu_count: int = 2,
+        faults: Faults | None = None,
+        host_faults: HostFaults | None = None,
+        host_budget_bytes: int = 4096 * GiB,
+        swapper: SwapperSettings | None = None,
+    ) -> None:
+        self.simulation = Simulation(seed=seed, faults=faults)
+        self.hosts: dict[str, SimulatedHost] = {}
+        self.clients = SimulatedClients(self.simulation)
+        self.random = random.Random(f"{seed}/system")  # noqa: S311  # Reproducible by design.
+        self._command_count = 0
+        simulation = self.simulation
+        simulation.add(PLACEMENT, PlacementSettings(), writer="placement")
+        simulation.add(SWAPPER, swapper or SwapperSettings(), writer="swapper")
+        simulation.add(AUTOSCALER, AutoscalerSettings(), writer="autoscaler")
+        for number in range(node_count):
+            node = f"node-{number}"
+            host = SimulatedHost(
+                simulation,
+                node=node,
+                gpus=tuple(h100(index, node=node) for index in range(gpu_count)),
+                host_budget_bytes=host_budget_bytes,
+                seed=seed,
+                faults=host_faults,
+            )
+            self.hosts[node] = host
+            settings = NodeAgentSettings(node=node)
+            simulation.add(NODEAGENT, settings, writer=f"node.{node}", world=host, is_journaled=True)
+        self.clients.start()
+        simulation.run_for(1.0)
+
+    def command(self, command: Command) -> None:
+        self.simulation.command(TENANT, command)
+
+    def deploy(self, specs: Sequence[DeploymentSpec]) -> None:
+        for spec in specs:
+            self._command_count += 1
+            self.command(DeployRequested(command_id=f"c{self._command_count}", deployment=spec))
+
+    def run_for(self, duration_s: float) -> None:
+        self.simulation.run_for(duration_s)
+
+    def state(self, writer: str) -> object:
+        """A service's live state."""
+        processor = self.simulation.members[writer].processor
+        assert processor is not None, writer
+        return processor.state
+
+    def kill_engine(self, node: str, replica_id: str) -> None:
+        """An engine dies; a living agent hears of it, a dead one finds out on its return."""
+        lost = self.hosts[node].kill_engine(replica_id)
+        if lost is not None:
+            self.simulation.tell(f"node.{node}", lost)
+
+    def check(self) -> None:
+        """What must hold at any instant, and that history explains every state."""
+        for member in self.simulation.members.values():
+            if member.processor is not None:
+                member.service.check_invariants(member.processor.state)
+        for host in self.hosts.values():
+            host.check()
+        self.simulation.check_replay()
