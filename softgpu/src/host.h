@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOST_MAGIC 0x3155504754464f53ull /* raise the digit when the layout of host_state changes */
+#define HOST_MAGIC 0x3255504754464f53ull /* raise the digit when the layout of host_state changes */
 
 enum {
     DEVICE_MAX = 16,
@@ -26,8 +26,8 @@ enum {
     EVENT_MAX = 64,    /* a reader that falls further behind misses the oldest */
     FAULT_MAX = 16,
     GROUP_MAX = 256,
-    GROUP_DEPTH_MAX = 8, /* a process's cgroup and its ancestors */
-    GROUP_NAME_MAX = 64,
+    GROUP_DEPTH_MAX = 8,  /* a process's cgroup and its ancestors */
+    GROUP_NAME_MAX = 256, /* the path of a container's cgroup holds a 64 digit id */
 };
 
 #define GIB (1ull << 30)
