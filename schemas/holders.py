@@ -8,12 +8,14 @@ from schemas.units import Count, Identifier, Seconds
 class RouteLeaseWish(Struct, frozen=True, kw_only=True):
     """A gateway renews its route lease and says which state of the closed routes it has acted on.
 
-    ``POST /routes/lease``. Answered at once when `seen_version` is old, else after at most `wait_s` or on a change.
+    ``POST /routes/lease``. Answered at once when `seen_version` is not the current one, else after at most `wait_s`
+    or on a change.
     """
 
     gateway: Identifier
+    """Unique for each process: a restarted gateway takes a new name, and its old lease ends by itself."""
     seen_version: int
-    """The version whose closed routes this gateway has stopped routing to; -1 at first."""
+    """The version whose closed routes this gateway has stopped routing to; -1 at first, and never smaller again."""
     wait_s: Seconds = 0.3
 
 
@@ -21,10 +23,13 @@ class RouteLease(Struct, frozen=True, kw_only=True):
     """While it lasts the gateway may route to this node's open replicas without asking anybody."""
 
     version: int
+    """Grows with each change, also over restarts of the holder. Ignore an answer older than the newest one acted on."""
     closed_ids: tuple[Identifier, ...]
     """Replicas that must get no new request."""
     open_ids: tuple[Identifier, ...]
-    """Replicas that may get requests."""
+    """Replicas that may get requests. One in neither list may get none."""
+    endpoints: tuple[str, ...] = ()
+    """Of each open replica, in the order of `open_ids`. A gateway that knows another one lags behind its facts."""
     term_s: Seconds
     """Counted from when the gateway sent its wish; after it the gateway must not route here."""
 
@@ -35,7 +40,7 @@ class RouteOpen(Struct, frozen=True, kw_only=True):
 
 
 class RouteClose(Struct, frozen=True, kw_only=True):
-    """Answered when every gateway acknowledged, or its lease ended."""
+    """Answered when every gateway acknowledged, or its lease ended. 409 when the route is opened meanwhile."""
 
     replica_id: Identifier
 
@@ -54,8 +59,15 @@ class EngineStart(Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...]
     environment: dict[str, str]
     gpu_uuids: tuple[str, ...]
+    """Becomes CUDA_VISIBLE_DEVICES unless `environment` sets it."""
     port: int = 0
     """0: the holder picks a free one and puts it in place of ``{port}`` in the arguments."""
+
+
+class EngineStop(Struct, frozen=True, kw_only=True):
+    """``POST /engines/<id>/stop``: SIGTERM, after `grace_s` SIGKILL. Answered when nothing is left of it."""
+
+    grace_s: Seconds
 
 
 class EngineView(Struct, frozen=True, kw_only=True):
@@ -67,7 +79,10 @@ class EngineView(Struct, frozen=True, kw_only=True):
     port: int
     is_gated: bool
     is_alive: bool
+    """False when nothing is left of it, its children included."""
     exit_code: int | None
+    """-N when signal N ended it."""
+    gpu_uuids: tuple[str, ...] = ()
     namespace: str
     """What the guard limits: a cgroup path, or a declared group on the software GPU."""
     log_path: str
@@ -80,3 +95,11 @@ class HolderView(Struct, frozen=True, kw_only=True):
     engines: tuple[EngineView, ...]
     open_ids: tuple[Identifier, ...]
     closed_ids: tuple[Identifier, ...]
+    leftover_namespaces: dict[Identifier, str] = {}
+    """Empty cgroups of a former holder whose limits it could not clear: do so, then ``DELETE /engines/<id>``."""
+
+
+class HolderRefused(Struct, frozen=True, kw_only=True):
+    """The body of every answer that is not a 200."""
+
+    reason: str

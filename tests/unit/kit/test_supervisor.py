@@ -56,9 +56,14 @@ class Story:
 
 def spec(tmp_path: Path, name: str, script: str = FOREVER, **more: object) -> ProcessSpec:
     given: dict[str, object] = {
-        "name": name, "arguments": ("sh", "-c", script), "environment": ENVIRONMENT, "log_path": tmp_path / f"{name}.log",
+        "name": name, "arguments": ("sh", "-c", script), "environment": ENVIRONMENT,
+        "log_path": tmp_path / f"{name}.log",
     }  # fmt: skip
     return ProcessSpec(**(given | more))  # type: ignore[arg-type]
+
+
+def python(script: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, text=True)
 
 
 def up(tmp_path: Path, name: str) -> ReadyCheck:
@@ -215,7 +220,7 @@ async def main():
         await anyio.sleep_forever()
 anyio.run(main)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    process = python(script)
     assert process.stdout
     children = [identity_of(int(pid)) for pid in process.stdout.readline().split()]
     assert len(children) == 2

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -26,10 +27,19 @@ def text_of(tmp_path: Path) -> str:
     return (tmp_path / "log").read_text()
 
 
-async def log_holds(tmp_path: Path, text: str) -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    """For what no event tells: the end of a process that is not our child, the output of one that is."""
     with anyio.fail_after(20):
-        while text not in text_of(tmp_path):
+        while not condition():
             await anyio.sleep(0.01)
+
+
+def python(script: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+
+
+async def log_holds(tmp_path: Path, text: str) -> None:
+    await until(lambda: text in text_of(tmp_path))
 
 
 async def test_a_child_gets_exactly_its_environment_and_writes_to_its_log(tmp_path: Path) -> None:
@@ -53,13 +63,13 @@ async def test_nothing_runs_before_the_gate_opens(tmp_path: Path) -> None:
 
     with anyio.move_on_after(0.2):
         await child.exited()
-    assert child.is_gated
+    was_gated = child.is_gated
     assert text_of(tmp_path) == ""
     child.open_gate()
     child.open_gate()
 
     assert await child.exited() == 0
-    assert not child.is_gated
+    assert (was_gated, child.is_gated) == (True, False)
     assert text_of(tmp_path) == "ran\n"
 
 
@@ -124,7 +134,7 @@ children = [spawn(["sh", "-c", script], environment={ENVIRONMENT!r}, log_path=lo
 print(*[child.pid for child in children], flush=True)
 time.sleep(1000)
 """
-    parent = subprocess.Popen([sys.executable, "-c", parent_script], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    parent = python(parent_script)
     assert parent.stdout
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     await log_holds(tmp_path, "up")
@@ -138,9 +148,7 @@ time.sleep(1000)
 
 
 async def gone(pid: int) -> None:
-    with anyio.fail_after(20):
-        while (identity := identity_of(pid)) and is_alive(identity):
-            await anyio.sleep(0.01)
+    await until(lambda: not ((identity := identity_of(pid)) and is_alive(identity)))
 
 
 def test_spawning_from_another_thread_is_refused(tmp_path: Path) -> None:
