@@ -15,7 +15,8 @@ Rules that hold for every implementation:
 
 Implementations: `devices.nvml.NvmlInventory`, `devices.cuda.CudaDevice` and
 `devices.cuda_checkpoint.CudaProcessCheckpoint` on any driver, NVIDIA's or the software one;
-`devices.virtual.VirtualInventory`, `VirtualDevice` and `VirtualProcessCheckpoint` in virtual time, for the simulator.
+`devices.virtual.VirtualInventory`, `VirtualDevice` and `devices.virtual_checkpoint.VirtualProcessCheckpoint` in virtual
+time, for the simulator.
 """
 
 from __future__ import annotations

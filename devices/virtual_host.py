@@ -56,7 +56,7 @@ class Memory:
 
 @dataclass(slots=True, kw_only=True)
 class Process:
-    """A process with GPU memory. `charged` and `contexts` are bytes by GPU."""
+    """A process with GPU memory. `charged`, `contexts` and `parked` are bytes by GPU."""
 
     pid: int
     namespace: str
@@ -64,10 +64,12 @@ class Process:
     is_frozen: bool = False  # locked or checkpointed: its calls would block
     charged: dict[str, int] = field(default_factory=dict)
     contexts: dict[str, int] = field(default_factory=dict)
+    parked: dict[str, int] = field(default_factory=dict)  # of both, what a checkpoint has taken off the GPU
     memories: dict[int, Memory] = field(default_factory=dict)  # those it holds
 
     def used_bytes(self, gpu_uuid: str) -> int:
-        return self.charged.get(gpu_uuid, 0) + self.contexts.get(gpu_uuid, 0)
+        held_bytes = self.charged.get(gpu_uuid, 0) + self.contexts.get(gpu_uuid, 0)
+        return held_bytes - self.parked.get(gpu_uuid, 0)
 
     def is_in(self, namespace: str) -> bool:
         """Whether a limit on this group counts for the process: its own group, or an ancestor of it."""
@@ -313,6 +315,9 @@ class VirtualHost:
         return over_bytes
 
     def _let_go_of_all(self, process: Process) -> None:
+        for gpu_uuid, parked_bytes in process.parked.items():  # what follows takes it off once more
+            self.gpus[gpu_uuid].used_bytes += parked_bytes
+        process.parked = {}
         for memory in list(process.memories.values()):
             self.let_go(memory, process, times=memory.holds[process.pid])
         for descriptor in [fd for fd, (_, pid) in self._exports.items() if pid == process.pid]:
@@ -343,7 +348,9 @@ class VirtualHost:
             memories = {m.memory_id: m for process in self.processes.values() for m in process.memories.values()}
             memory_bytes = sum(memory.size_bytes for memory in memories.values() if memory.gpu_uuid == uuid)
             context_bytes = sum(process.contexts.get(uuid, 0) for process in self.processes.values())
-            assert gpu.used_bytes == memory_bytes + context_bytes, (uuid, gpu.used_bytes, memory_bytes, context_bytes)
+            parked_bytes = sum(process.parked.get(uuid, 0) for process in self.processes.values())
+            held_bytes = memory_bytes + context_bytes - parked_bytes
+            assert gpu.used_bytes == held_bytes, (uuid, gpu.used_bytes, memory_bytes, context_bytes, parked_bytes)
 
 
 def _new_gpu(index: int, gpu: VirtualGpu) -> Gpu:

@@ -6,6 +6,7 @@ Sizes are small where bytes are moved, and a large part of the free memory where
 import pytest
 
 from devices.api import (
+    CheckpointState,
     Device,
     DeviceSettings,
     ExportedMemory,
@@ -614,5 +615,59 @@ class SharingContract:
         close_exports((device, exported), (other.device, theirs))
 
 
-class PortContract(InventoryContract, LimitsContract, RegionContract, CopyContract, SharingContract):
+class CheckpointContract:
+    def test_a_checkpointed_process_leaves_the_gpu_and_returns_whole(
+        self, world: World, process: ProcessUnderTest
+    ) -> None:
+        checkpoint = world.checkpoint()
+        region = process.device.allocate(64 * MiB)
+        process.device.write(region, PATTERN)
+        resident_bytes = used_bytes(world)
+
+        checkpoint.lock(process.pid, timeout_s=5)
+        assert checkpoint.state(process.pid) is CheckpointState.LOCKED
+        checkpoint.checkpoint(process.pid)
+        assert checkpoint.state(process.pid) is CheckpointState.CHECKPOINTED
+        assert used_bytes(world) <= resident_bytes - 64 * MiB
+        checkpoint.restore(process.pid)
+        checkpoint.unlock(process.pid)
+
+        assert checkpoint.state(process.pid) is CheckpointState.RUNNING
+        assert resident_bytes == used_bytes(world)
+        assert process.device.read(region, size_bytes=len(PATTERN)) == PATTERN
+
+    def test_steps_out_of_order_are_refused(self, world: World, process: ProcessUnderTest) -> None:
+        checkpoint = world.checkpoint()
+
+        for act in (checkpoint.checkpoint, checkpoint.restore, checkpoint.unlock):
+            with pytest.raises(InvalidUse):
+                act(process.pid)
+
+    def test_a_process_without_a_gpu_is_not_found(self, world: World) -> None:
+        checkpoint = world.checkpoint()
+
+        with pytest.raises(NotFound):
+            checkpoint.state(1)
+
+    def test_a_return_that_does_not_fit_leaves_the_process_checkpointed(
+        self, world: World, process: ProcessUnderTest
+    ) -> None:
+        checkpoint = world.checkpoint()
+        wanted_bytes = most_of_the_free(world)
+        process.device.allocate(wanted_bytes)
+        checkpoint.lock(process.pid, timeout_s=5)
+        checkpoint.checkpoint(process.pid)
+        other = world.start()
+        other.device.allocate(wanted_bytes)
+
+        with pytest.raises(OutOfMemory):
+            checkpoint.restore(process.pid)
+
+        assert checkpoint.state(process.pid) is CheckpointState.CHECKPOINTED
+        process.kill()
+
+
+class PortContract(
+    InventoryContract, LimitsContract, RegionContract, CopyContract, SharingContract, CheckpointContract
+):
     """All of it."""

@@ -26,6 +26,11 @@ class Worker:
 
         return self._keep(CudaDevice(*arguments, **options))
 
+    def open_checkpoint(self) -> Any:
+        from devices.cuda_checkpoint import CudaProcessCheckpoint
+
+        return self._keep(CudaProcessCheckpoint())
+
     def pid(self) -> int:
         return os.getpid()
 

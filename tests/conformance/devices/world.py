@@ -15,9 +15,10 @@ from typing import Any, Protocol, cast
 
 import pytest
 
-from devices.api import Device, DeviceSettings, ExportedMemory, HostBuffer, Inventory
+from devices.api import Device, DeviceSettings, ExportedMemory, HostBuffer, Inventory, ProcessCheckpoint
 from devices.profiles import profile
 from devices.virtual import VirtualDevice, VirtualGpu, VirtualHost, VirtualInventory
+from devices.virtual_checkpoint import VirtualProcessCheckpoint
 from tests.conformance.devices import channel
 from tests.conformance.devices.channel import Reference, SharedDescriptor, with_descriptors
 
@@ -47,6 +48,9 @@ class World(Protocol):
 
     def open_device(self, gpu_uuid: str) -> Device:
         """A device in a process of its own, to try what opening refuses."""
+
+    def checkpoint(self) -> ProcessCheckpoint:
+        """The driver's checkpoint calls. Skips the test where it has none."""
 
     def namespace(self) -> str:
         """A fresh group for limits. Skips the test where the driver has none."""
@@ -90,6 +94,9 @@ class VirtualWorld:
 
     def open_device(self, gpu_uuid: str) -> Device:
         return VirtualDevice(self.host, gpu_uuid, pid=self.host.start_process())
+
+    def checkpoint(self) -> ProcessCheckpoint:
+        return VirtualProcessCheckpoint(self.host)
 
     def namespace(self) -> str:
         self._namespace_count += 1
@@ -252,6 +259,13 @@ class DriverWorld:
         worker = self._idle.pop() if self._idle else WorkerProcess(self._environment)
         self._busy.append(worker)
         return worker
+
+    def checkpoint(self) -> ProcessCheckpoint:
+        calls = cast(ProcessCheckpoint, self._observer.call("open_checkpoint"))
+        support = calls.support()
+        if not support.is_supported:
+            pytest.skip(f"no checkpoints here: {support.reason}")
+        return calls
 
     def namespace(self) -> str:
         support = self.inventory.limits_support(self.inventory.gpus()[0].uuid)
