@@ -4,9 +4,8 @@
 
 #include <sys/mman.h>
 
-#define SMALL_BYTES                                                                        \
-    (1ull << 20) /* below, allocations are packed in 512 byte steps; above, in whole pages \
-                  */
+/* Below this, allocations are packed in steps of 512 bytes; above, in whole pages. */
+#define SMALL_BYTES (1ull << 20)
 #define SMALL_STEP 512ull
 
 /* The leaf group's hard limit is the device's size as its processes see it; a parent's limit is enforced
