@@ -42,6 +42,7 @@ from kit.nats_wire import (
     frame,
     header_block,
     parsed_headers,
+    service_inbox,
     status_of,
     stored_message,
     unix_seconds,
@@ -199,16 +200,17 @@ class NatsBus:
         nkey_seed: str | None = None,
         name: str = "anonymous",
         *,
+        inbox_prefix: str = "",
         tls: ssl.SSLContext | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        """`url`: several servers with commas. `name`: the user that has the permissions; its inbox follows from it."""
+        """`url` may name several servers, with commas. `name` is the user whose permissions these are."""
         self._url = url
         self._nkey_seed = nkey_seed
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._client = _Client()
-        self._connection = Connection(self._client, name)
+        self._connection = Connection(self._client, user=name, inbox_prefix=inbox_prefix or service_inbox(name))
         self._leases = Leases(self._connection)
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._callback_tasks: set[asyncio.Task[None]] = set()

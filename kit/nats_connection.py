@@ -81,13 +81,13 @@ class Follower(Protocol):
 class Connection:
     """Questions and subscriptions over one transport."""
 
-    def __init__(self, transport: Transport, user: str) -> None:
-        """`user` is the name that the server's permissions know: its inbox is ``_INBOX.<user>.>``."""
+    def __init__(self, transport: Transport, *, user: str, inbox_prefix: str) -> None:
+        """The user's permissions must let it subscribe to ``<inbox prefix>.>``."""
         self.transport = transport
         self.user = user
         self.followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self.denied_count = 0
-        self._inbox = f"_INBOX.{user}.{secrets.token_hex(8)}"
+        self._inbox = f"{inbox_prefix}.{secrets.token_hex(8)}"
         self._tokens = itertools.count(1)
         self._questions: dict[str, _Question] = {}
         self.denied_publishes: dict[str, str] = {}

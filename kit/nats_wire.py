@@ -31,6 +31,16 @@ FULL_ERRORS: Final = frozenset({10023, 10028, 10047})
 _NOT_IN_A_SUBJECT = re.compile(r"[\s\x00]")
 
 
+def service_inbox(user: str) -> str:
+    """Where a service's answers arrive. Tenants have another form, so that no tenant's name can be a service's."""
+    return f"_INBOX.{user}"
+
+
+def tenant_inbox(tenant: str) -> str:
+    """The inbox prefix that `sublet/` uses."""
+    return f"_INBOX_{tenant}"
+
+
 class ApiError(BusError):
     """JetStream answered with an error."""
 
