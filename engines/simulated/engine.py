@@ -102,6 +102,7 @@ class Engine:
         """Raises `EngineError` when the GPU has no room."""
         try:
             await self._gpu_thread.run(self._loaded_memory().workspace.take)
+            self._refresh_books()
         except OutOfMemory as error:
             self._log.error("CUDA out of memory", requested_bytes=error.requested_bytes, free_bytes=error.free_bytes)
             raise out_of_memory(error) from error
@@ -111,6 +112,7 @@ class Engine:
 
     async def give_back_workspace(self) -> None:
         await self._gpu_thread.run(self._loaded_memory().workspace.give_back)
+        self._refresh_books()
 
     async def after_step(self) -> None:
         # Who holds the lock settles the budget itself, or puts the engine to sleep and waits for this loop to drain.
@@ -324,13 +326,12 @@ class Engine:
 
     async def _settle_budget(self) -> None:
         """Free the slabs above the target that are not in use."""
-        surplus_count = self._slab_surplus()
-        if surplus_count <= 0:
-            return
         memory = self._loaded_memory()
-        freed_bytes = await self._gpu_thread.run(memory.kv.shrink, memory.kv.backed_count - surplus_count)
-        self._refresh_books()
-        self._log.info("KV memory given back", freed_bytes=freed_bytes, kv_bytes=self.kv_bytes)
+        # Requests may end while slabs are freed: look again, or theirs would stay until the next step.
+        while (surplus_count := self._slab_surplus()) > 0:
+            freed_bytes = await self._gpu_thread.run(memory.kv.shrink, memory.kv.backed_count - surplus_count)
+            self._refresh_books()
+            self._log.info("KV memory given back", freed_bytes=freed_bytes, kv_bytes=self.kv_bytes)
 
     def _apply_block_limit(self) -> None:
         """Admit as much as the backed slabs and the target allow."""
