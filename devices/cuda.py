@@ -83,14 +83,12 @@ def device_ordinal(gpu_uuid: str) -> int:
     raise NotFound(call="cuDeviceGetUuid", code="NO_SUCH_GPU", detail=gpu_uuid)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Chunk:
-    """One piece of physical memory in a region. The handle lives as long as the mapping, for exports."""
+    """One piece of physical memory, mapped into a region. The mapping alone keeps it alive."""
 
     offset_bytes: int
     size_bytes: int
-    handle: Any
-    is_mapped: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,7 +96,7 @@ class _RegionState:
     """What the device knows about a region; touched only under its lock."""
 
     region: Region
-    chunks: list[_Chunk] = field(default_factory=list)  # in address order; empty: not backed
+    chunks: list[_Chunk] = field(default_factory=list)  # from the start without a gap; empty: not backed
     is_imported: bool = False
     is_writable: bool = True
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -179,6 +177,7 @@ class CudaDevice:
         with self._locked(region) as state, self._backing(state):
             for offset_bytes, size_bytes in chunk_spans(region.size_bytes, chunk_bytes=self._chunk_bytes):
                 self._add_chunk(state, offset_bytes=offset_bytes, size_bytes=size_bytes)
+            self._give_access(state, offset_bytes=0, size_bytes=region.size_bytes)
         return BackResult(backed_bytes=region.size_bytes, back_s=time.perf_counter() - started_s)
 
     def unback(self, region: Region) -> UnbackResult:
@@ -275,6 +274,7 @@ class CudaDevice:
                 for offset, chunk_size in chunk_spans(region.size_bytes, chunk_bytes=self._chunk_bytes):
                     chunk_started_s = time.perf_counter()
                     self._add_chunk(state, offset_bytes=offset, size_bytes=chunk_size)
+                    self._give_access(state, offset_bytes=offset, size_bytes=chunk_size)
                     back_s += time.perf_counter() - chunk_started_s
                     size = min(chunk_size, length_bytes - offset)
                     if size > 0:  # runs while the next chunk is created
@@ -319,7 +319,7 @@ class CudaDevice:
                 raise NotSupported(call="export_fds", code="IMPORTED", detail="ask the process that made the memory")
             try:
                 for chunk in state.chunks:
-                    descriptor = int(call("cuMemExportToShareableHandle", chunk.handle, _POSIX_FD, 0))
+                    descriptor = _export(region.address + chunk.offset_bytes)
                     chunks.append(ExportedChunk(fd=descriptor, size_bytes=chunk.size_bytes))
             except DeviceError:
                 self.close_export(ExportedMemory(gpu_uuid=self._gpu_uuid, chunks=tuple(chunks)))
@@ -349,6 +349,7 @@ class CudaDevice:
                     handle = call("cuMemImportFromShareableHandle", chunk.fd, _POSIX_FD)
                     self._map(state, handle, offset_bytes=offset_bytes, size_bytes=chunk.size_bytes)
                     offset_bytes += chunk.size_bytes
+                self._give_access(state, offset_bytes=0, size_bytes=region.size_bytes)
 
     def close_export(self, exported: ExportedMemory) -> None:
         for chunk in exported.chunks:
@@ -446,37 +447,40 @@ class CudaDevice:
         self._map(state, handle, offset_bytes=offset_bytes, size_bytes=size_bytes)
 
     def _map(self, state: _RegionState, handle: Any, *, offset_bytes: int, size_bytes: int) -> None:
-        """Put a handle at its place. The chunk is recorded first, so that a rollback finds it."""
-        chunk = _Chunk(offset_bytes=offset_bytes, size_bytes=size_bytes, handle=handle)
-        state.chunks.append(chunk)
-        address = state.region.address + offset_bytes
-        call("cuMemMap", address, size_bytes, 0, handle, 0, requested_bytes=size_bytes)
-        chunk.is_mapped = True
+        """Put a handle at its place and let go of it: the mapping keeps the memory, so that one unmap frees it all."""
+        try:
+            address = state.region.address + offset_bytes
+            call("cuMemMap", address, size_bytes, 0, handle, 0, requested_bytes=size_bytes)
+            state.chunks.append(_Chunk(offset_bytes=offset_bytes, size_bytes=size_bytes))
+        finally:
+            call("cuMemRelease", handle)
+
+    def _give_access(self, state: _RegionState, *, offset_bytes: int, size_bytes: int) -> None:
         flags = driver.CUmemAccess_flags
         access = driver.CUmemAccessDesc()
         access.location = self._allocation.location
         access.flags = (
             flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if state.is_writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
         )
-        call("cuMemSetAccess", address, size_bytes, [access], 1)
+        call("cuMemSetAccess", state.region.address + offset_bytes, size_bytes, [access], 1)
 
     def _drop_chunks(self, state: _RegionState) -> int:
-        """Unmap and release all; the bytes. Goes through to the end, then raises the first refusal, if any."""
-        refusals: list[DeviceError] = []
-        released_bytes = 0
-        for chunk in state.chunks:
-            try:
-                if chunk.is_mapped:
-                    call("cuMemUnmap", state.region.address + chunk.offset_bytes, chunk.size_bytes)
-                call("cuMemRelease", chunk.handle)
-                released_bytes += chunk.size_bytes
-            except DeviceError as error:
-                refusals.append(error)
+        """Unmap all that is mapped, in one call; the bytes. The region is unbacked then, even if the driver refuses."""
+        mapped_bytes = sum(chunk.size_bytes for chunk in state.chunks)
         state.chunks.clear()
         state.is_imported, state.is_writable = False, True
-        if refusals:
-            raise refusals[0]
-        return released_bytes
+        if mapped_bytes:
+            call("cuMemUnmap", state.region.address, mapped_bytes)
+        return mapped_bytes
+
+
+def _export(address: int) -> int:
+    """A descriptor for the physical memory that is mapped at an address."""
+    handle = call("cuMemRetainAllocationHandle", address)
+    try:
+        return int(call("cuMemExportToShareableHandle", handle, _POSIX_FD, 0))
+    finally:
+        call("cuMemRelease", handle)
 
 
 def _host_address(host: HostBuffer, *, offset_bytes: int, size_bytes: int) -> int:

@@ -17,6 +17,8 @@ WEIGHTS_BYTES = 14_500_000_000
 LINK_BYTES_PER_S = 53_000_000_000
 # This machine is shared: the best of so many runs says what the code costs, the others what the neighbours did.
 RUNS = 3
+# Below the half more that a restore without overlap would take, above what a busy neighbour costs.
+TOLERANCE_FRACTION = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +52,13 @@ def best_restore_s(device: Device) -> float:
 def test_a_restore_runs_at_link_speed_because_backing_is_hidden(device: Device) -> None:
     floor_s = WEIGHTS_BYTES / LINK_BYTES_PER_S
 
-    assert floor_s <= best_restore_s(device) < floor_s * 1.1
+    assert floor_s <= best_restore_s(device) < floor_s * (1 + TOLERANCE_FRACTION)
 
 
 def test_the_virtual_restore_costs_what_the_software_driver_takes(device: Device, virtual: Device) -> None:
     region, arena = virtual.reserve(WEIGHTS_BYTES), virtual.host_arena(WEIGHTS_BYTES)
 
-    assert best_restore_s(device) == pytest.approx(virtual.restore(region, arena).restore_s, rel=0.1)
+    assert best_restore_s(device) == pytest.approx(virtual.restore(region, arena).restore_s, rel=TOLERANCE_FRACTION)
 
 
 def test_giving_memory_back_costs_no_copy(device: Device, virtual: Device) -> None:
