@@ -1,9 +1,10 @@
-"""The contract is a module of its own: its assertions are explained like those of tests."""
+"""The contract lies in modules of its own: its assertions are explained like those of tests."""
 
 import pytest
 
-pytest.register_assert_rewrite("tests.conformance.devices.contract")
+for part in ("inventory", "memory", "processes"):
+    pytest.register_assert_rewrite(f"tests.conformance.devices.contract_{part}")
 
-from tests.conformance.devices.contract import device, process, uuid  # noqa: E402
+from tests.conformance.devices.contract_tools import device, process, uuid  # noqa: E402
 
 __all__ = ["device", "process", "uuid"]
