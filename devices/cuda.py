@@ -59,7 +59,9 @@ def call(name: str, *arguments: Any, requested_bytes: int = 0) -> Any:
         raise NotSupported(call=name, code="NO_SUCH_FUNCTION_OR_DRIVER", detail=str(error)[:200]) from error
     if result != driver.CUresult.CUDA_SUCCESS:
         if result.name == OUT_OF_MEMORY:
-            raise OutOfMemory(call=name, code=result.name, requested_bytes=requested_bytes, free_bytes=_free_bytes())
+            is_host = name.startswith(("cuMemHost", "cuMemAddress"))
+            free_bytes = None if is_host else _free_bytes()
+            raise OutOfMemory(call=name, code=result.name, requested_bytes=requested_bytes, free_bytes=free_bytes)
         raise error_class(result.name)(call=name, code=result.name)
     if len(values) > 1:
         return tuple(values)

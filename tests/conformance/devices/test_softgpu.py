@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import softgpu
-from devices.api import ClientEvicted, DeviceError, DeviceLost, GiB, GpuFault, MiB, NotPermitted
+from devices.api import ClientEvicted, DeviceError, DeviceLost, GiB, GpuFault, MiB, NotPermitted, OutOfMemory
 from tests.conformance.devices.contract import PortContract
 from tests.conformance.devices.world import DriverWorld
 
@@ -80,6 +80,18 @@ class TestProvoked:
         with pytest.raises(ClientEvicted):
             device.allocate(2 * MiB)
 
+        host.clear_faults()
+
+    def test_when_the_host_runs_out_the_gpus_room_is_not_reported_for_it(
+        self, host: softgpu.Host, world: DriverWorld
+    ) -> None:
+        device = world.start().device
+        host.set_fault("cuMemHostAlloc", times=1, code=2)
+
+        with pytest.raises(OutOfMemory) as refused:
+            device.host_arena(MiB)
+
+        assert (refused.value.requested_bytes, refused.value.free_bytes) == (MiB, None)
         host.clear_faults()
 
     def test_an_error_that_nobody_knows_keeps_its_name(self, host: softgpu.Host, world: DriverWorld) -> None:
