@@ -90,10 +90,17 @@ class Runner(Generic[S]):
         self.status = Status()
         self.processor: Processor[S] | None = None
         """The live state; None until history was read for the first time."""
+        self._live: _Live[S] | None = None
 
     def now_s(self) -> float:
         """Local time, offset so that it is never behind the stream's."""
         return self._clock() + self._offset_s
+
+    def offer(self, result: Input) -> None:
+        """Hand in what a watch of the shell saw, for example that an engine ended. Lost when the service is rebuilding:
+        what it would have told must be found again by an effect of `on_start`."""
+        if self._live is not None:
+            self._live.offer(Delivery(input=result, now_s=self.now_s()))
 
     async def run(self) -> None:
         """Serve for ever; rebuild from history when another instance took over."""
@@ -129,7 +136,11 @@ class Runner(Generic[S]):
                 tg.start_soon(self._keep_lease)
             self.status.is_ready, self.status.why_not = True, ""
             self._log.info("active", extra={"writer_epoch": processor.writer_epoch, "cursor_seq": processor.cursor_seq})
-            await live.serve()
+            self._live = live
+            try:
+                await live.serve()
+            finally:
+                self._live = None
 
     def _committer(self, processor: Processor[S]) -> Committer:
         if self._journal is None:
@@ -222,12 +233,12 @@ class _Live(Generic[S]):
         except UnreadableMessage as error:
             self._runner._log.warning("unreadable message", extra={"subject": received.subject, "reason": error.reason})
             return
-        self._offer(Delivery(input=message, now_s=self._runner.now_s(), traceparent=received.traceparent))
+        self.offer(Delivery(input=message, now_s=self._runner.now_s(), traceparent=received.traceparent))
 
     def _receive_question(self, received: Received) -> None:
-        self._offer(Question(received=received, arrived_s=anyio.current_time()))
+        self.offer(Question(received=received, arrived_s=anyio.current_time()))
 
-    def _offer(self, item: Delivery | Question) -> None:
+    def offer(self, item: Delivery | Question) -> None:
         try:
             self._send.send_nowait(item)
         except anyio.WouldBlock:

@@ -10,7 +10,7 @@ from services.nodeagent.core import SERVICE, current, effect, names, released, s
 from services.nodeagent.inputs import EngineStopped, StartEngine, StopEngine
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.residency import next_wakes
-from services.nodeagent.state import HAS_PROCESS, NodeState, Residency
+from services.nodeagent.state import NodeState, Residency
 
 
 @SERVICE.on(PlacementProposed)
@@ -98,7 +98,7 @@ def release_proposed(state: NodeState, release: ReleaseProposed, ctx: Context) -
     replica = state.replicas.get(release.replica_id)
     if release.node != state.settings.node or replica is None or replica.residency is Residency.RELEASING:
         return []
-    if replica.residency in HAS_PROCESS:
+    if replica.has_process:
         draining = ReplicaDraining(**names(state, replica, ctx), reason=release.reason, is_release=True)
         return [draining, effect(StopEngine, replica, drain_s=release.drain_s)]
     return [released(state, replica, release.reason, ctx), *next_wakes(state, ctx, freed=replica)]

@@ -32,14 +32,11 @@ class Residency(StrEnum):
     PARKED = "parked"  # Its measured residue.
     WAITING = "waiting"  # Residue: its wake is accepted, victims give their bytes first.
     WAKING = "waking"  # Its share: a transition counts as the larger of both sides.
-    RELEASING = "releasing"  # Its share, until the stop has proven its bytes free.
+    RELEASING = "releasing"  # What it held when the release began, until the stop has proven its bytes free.
     FAILED = "failed"  # Nothing: its process is gone and it will not be tried again.
 
 
-HOLDING_SHARE = frozenset(
-    {Residency.STARTING, Residency.RESIDENT, Residency.DRAINING, Residency.WAKING, Residency.RELEASING}
-)
-HAS_PROCESS = HOLDING_SHARE | {Residency.PARKED}
+HOLDING_SHARE = frozenset({Residency.STARTING, Residency.RESIDENT, Residency.DRAINING, Residency.WAKING})
 
 
 @dataclass(slots=True)
@@ -62,6 +59,8 @@ class Replica:
     """Failed starts in a row."""
     victim_ids: tuple[str, ...] = ()
     """While waiting: whose bytes it waits for."""
+    releasing_bytes: int = 0
+    """While it is being released: what it holds."""
     ordered_at_s: float = 0.0
     reserved_at_s: float = 0.0
 
@@ -74,10 +73,16 @@ class Replica:
         return self.proposal.shares[0].gpu_uuid
 
     @property
+    def has_process(self) -> bool:
+        return self.residency in HOLDING_SHARE or self.residency is Residency.RELEASING or self.is_started
+
+    @property
     def held_bytes(self) -> int:
         """What its lease holds on its GPU now."""
         if self.residency in HOLDING_SHARE:
             return self.share_bytes
+        if self.residency is Residency.RELEASING:
+            return self.releasing_bytes
         return 0 if self.residency is Residency.FAILED else self.residue_bytes
 
 
@@ -164,8 +169,10 @@ def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
 
 
 def fold_draining(state: NodeState, fact: ReplicaDraining) -> None:
-    residency = Residency.RELEASING if fact.is_release else Residency.DRAINING
-    _move(state, fact.replica_id, residency, fact.at_s)
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None and fact.is_release:
+        replica.releasing_bytes = replica.held_bytes
+    _move(state, fact.replica_id, Residency.RELEASING if fact.is_release else Residency.DRAINING, fact.at_s)
 
 
 def fold_abandoned(state: NodeState, fact: ParkAbandoned) -> None:

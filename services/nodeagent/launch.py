@@ -1,0 +1,42 @@
+"""How an engine is started: its arguments, from the lease and the deployment."""
+
+from schemas.deployments import EngineKind
+from schemas.holders import EngineStart
+from schemas.placement import ReplicaProposal
+from services.nodeagent.settings import NodeAgentSettings
+
+
+def engine_start(
+    replica: ReplicaProposal, *, lease_epoch: int, settings: NodeAgentSettings, python: str, environment: dict[str, str]
+) -> EngineStart:
+    """The wish for the holder. The engine lives in its granted bytes, context included; ``{port}`` is the holder's choice."""
+    share = replica.shares[0]
+    spec = replica.deployment
+    common = [
+        python,
+        "-m",
+        "engines",
+        spec.engine.kind.value,
+        "--model",
+        spec.name,
+        "--memory-bytes",
+        str(share.request_bytes),
+        "--gpu",
+        share.gpu_uuid,
+        "--port",
+        "{port}",
+    ]
+    if spec.engine.kind is EngineKind.TRAINING:
+        common += ["--checkpoint-dir", f"{settings.state_dir}/checkpoints/{replica.tenant}/{spec.name}"]
+    else:
+        cold_s = settings.cold_start_s if spec.engine.cold_start_s is None else spec.engine.cold_start_s
+        common += ["--weights-bytes", str(spec.engine.weights_bytes), "--cold-start-s", str(cold_s)]
+    for name, value in sorted(spec.engine.arguments.items()):
+        common += [f"--{name}", value]
+    return EngineStart(
+        replica_id=replica.replica_id,
+        lease_epoch=lease_epoch,
+        arguments=tuple(common),
+        environment=environment,
+        gpu_uuids=(share.gpu_uuid,),
+    )

@@ -1,0 +1,104 @@
+"""Puts the node agent together."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+
+from devices.nvml import NvmlInventory
+from kit import settings as kit_settings
+from kit.bus import Bus, Received
+from kit.journal import Journal
+from kit.outcomes import Effect, Input
+from kit.runner import Runner
+from kit.serving import connected, new_instance, serve, service_tracer
+from schemas.queries import LogChunk, QueryRefused, ReadLogs
+from services.nodeagent import leases, residency
+from services.nodeagent.core import SERVICE
+from services.nodeagent.effects import NodeEffects
+from services.nodeagent.engine_client import EngineClient
+from services.nodeagent.guard import Guard
+from services.nodeagent.holder_client import HolderClient, HolderProblem
+from services.nodeagent.logs import read_tail
+from services.nodeagent.settings import NodeAgentSettings
+from services.nodeagent.state import NodeState
+
+HANDLERS = (leases, residency)
+"""Modules whose import registers handlers."""
+
+
+async def main() -> None:
+    settings = kit_settings.load(NodeAgentSettings, service="nodeagent")
+    telemetry = service_tracer("nodeagent", node=settings.node)
+    journal = Journal(Path(settings.state_dir) / "journal")
+    holder, engines = HolderClient(settings.holder_socket), EngineClient()
+    guard = Guard(await anyio.to_thread.run_sync(NvmlInventory))
+    writer = f"node.{settings.node}"
+    try:
+        async with connected("nodeagent", user=writer) as (bus, connection), anyio.create_task_group() as watchers:
+
+            async def perform(effect: Effect, traceparent: str) -> Input | None:
+                return await effects.perform(effect, traceparent)
+
+            runner: Runner[NodeState] = Runner(
+                SERVICE,
+                settings,
+                bus,
+                writer=writer,
+                instance=new_instance(),
+                tracer=telemetry,
+                perform=perform,
+                journal=journal,
+                needs_lease=False,
+            )
+            effects = NodeEffects(
+                settings,
+                guard=guard,
+                holder=holder,
+                engines=engines,
+                tracer=telemetry,
+                watchers=watchers,
+                report=runner.offer,
+            )
+            async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, holder, watchers)):
+                await serve(runner, connection, telemetry)
+            watchers.cancel_scope.cancel()
+    finally:
+        await holder.close()
+        await engines.close()
+        journal.close()
+
+
+def _logs_subject(node: str) -> str:
+    return f"sublet.query.*.nodeagent.{node}.queries_read_logs_v1"
+
+
+def _log_server(bus: Bus, runner: Runner[NodeState], holder: HolderClient, tasks: Any) -> Any:
+    """Answers `ReadLogs`: not from state but from files, hence beside the runner."""
+
+    async def answer(received: Received) -> None:
+        tenant = received.subject.split(".")[2]
+        try:
+            query = msgspec.json.decode(received.body, type=ReadLogs)
+            body = msgspec.json.encode(await _logs(query, tenant))
+        except (msgspec.MsgspecError, LookupError, HolderProblem, OSError) as error:
+            body = msgspec.json.encode(QueryRefused(error=str(error)))
+        await bus.publish(received.reply_subject, body)
+
+    async def _logs(query: ReadLogs, tenant: str) -> LogChunk:
+        replica = runner.processor.state.replicas.get(query.replica_id) if runner.processor is not None else None
+        if replica is None or replica.proposal.tenant != tenant:
+            raise LookupError(f"there is no replica '{query.replica_id}' here")
+        engine = await holder.engine(query.replica_id)
+        if engine is None:
+            raise LookupError(f"'{query.replica_id}' has no engine now, so there is no log")
+        return await anyio.to_thread.run_sync(
+            lambda: read_tail(Path(engine.log_path), after_bytes=query.after_bytes, tail_count=query.tail_count)
+        )
+
+    return lambda received: tasks.start_soon(answer, received)
+
+
+assert os.name == "posix", "the node agent runs on Linux"

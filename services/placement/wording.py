@@ -1,0 +1,95 @@
+"""Facts as sentences, for people who read history."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from schemas.autoscaler import ReplicasDecided
+from schemas.history import Progressed, WriterStarted
+from schemas.messages import Fact
+from schemas.nodes import (
+    GpuObserved,
+    LeaseGranted,
+    LeaseRefused,
+    LeaseReleased,
+    NodeJoined,
+    ParkAbandoned,
+    ReplicaDraining,
+    ReplicaFailed,
+    ReplicaParked,
+    ReplicaReady,
+    ReplicaResident,
+    ReplicaStarting,
+    ReplicaWaking,
+    WakeRefused,
+)
+from schemas.placement import (
+    CommandDuplicated,
+    CommandRejected,
+    DeploymentAdmitted,
+    DeploymentRetired,
+    KeyAdded,
+    KeyRevoked,
+    ParkAsked,
+    PlacementFailed,
+    PlacementProposed,
+    ReleaseProposed,
+    WakeAsked,
+)
+from schemas.swapper import DecisionClosed, ParkDecided, WakeDecided
+from schemas.units import GiB
+
+
+def gib(size_bytes: int) -> str:
+    return f"{size_bytes / GiB:.1f} GiB"
+
+
+def _victims(ids: tuple[str, ...]) -> str:
+    return f", {', '.join(ids)} give way" if ids else ""
+
+
+_TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
+    WriterStarted: lambda f: f"instance {f.instance} took over",
+    Progressed: lambda f: "nothing to decide for a while",
+    DeploymentAdmitted: lambda f: f"admitted, revision {f.revision_count}",
+    CommandRejected: lambda f: f"rejected: {f.message}",
+    CommandDuplicated: lambda f: f"nothing to do: {f.message}",
+    DeploymentRetired: lambda f: f"{f.model} retired",
+    ParkAsked: lambda f: "an operator asked to park it",
+    WakeAsked: lambda f: "an operator asked to wake it",
+    KeyAdded: lambda f: f"key {f.key_id} accepted",
+    KeyRevoked: lambda f: f"key {f.key_id} revoked",
+    PlacementProposed: lambda f: f"-> {f.node}, {gib(sum(r.shares[0].request_bytes for r in f.replicas))}; {f.reason}",
+    PlacementFailed: lambda f: f"not placed: {f.message}; {f.remedy}",
+    ReleaseProposed: lambda f: f"{f.replica_id} to be released: {f.reason}",
+    NodeJoined: lambda f: f"{f.node} offers {len(f.gpus)} GPUs ({f.label})",
+    GpuObserved: lambda f: f"{gib(f.foreign_bytes)} foreign on {f.gpu_uuid}",
+    LeaseGranted: lambda f: f"{gib(sum(lease.granted_bytes for lease in f.leases))} granted by {f.node}",
+    LeaseRefused: lambda f: f"{f.node} refused: {f.message}",
+    LeaseReleased: lambda f: f"lease of {f.replica_id} ended: {f.reason}",
+    ReplicaStarting: lambda f: "engine starting",
+    ReplicaReady: lambda f: ", ".join(
+        f"ready after {r.start_s:.1f} s, {gib(r.enforced_bytes)} enforced" for r in f.replicas
+    ),
+    ReplicaDraining: lambda f: f"draining: {f.reason}",
+    ParkAbandoned: lambda f: f"stays resident: {f.reason}",
+    ReplicaParked: lambda f: (
+        f"parked in {f.park_s:.2f} s after {f.drain_s:.2f} s draining, {gib(f.copied_bytes)} copied, "
+        f"{gib(f.residue_bytes)} stay; {f.reason}"
+    ),
+    ReplicaWaking: lambda f: "restoring" if f.is_reserved else f"wake accepted{_victims(f.victim_ids)}",
+    ReplicaResident: lambda f: (
+        f"resident after {f.wake_s:.2f} s (room {f.reserve_s:.2f}, restore {f.restore_s:.2f}, verify {f.verify_s:.2f})"
+    ),
+    WakeRefused: lambda f: f"wake refused: {f.reason}, short by {gib(f.short_by_bytes)}",
+    ReplicaFailed: lambda f: f"engine failed ({f.attempt_count}): {f.reason}",
+    ReplicasDecided: lambda f: f"{f.replica_count} replicas: {f.reason}",
+    WakeDecided: lambda f: f"wake: {f.reason}{_victims(f.victim_ids)}",
+    ParkDecided: lambda f: f"park: {f.reason}",
+    DecisionClosed: lambda f: f"decision given up: {f.reason}",
+}
+
+
+def text_of(fact: Fact) -> str:
+    """One sentence; the class's name when nobody has written one yet."""
+    wording = _TEXTS.get(type(fact))
+    return wording(fact) if wording is not None else type(fact).__name__
