@@ -46,7 +46,7 @@ class Context:
     """The file that it was read from."""
 
     def __repr__(self) -> str:
-        return f"Context(nats_url={self.nats_url!r}, tenant={self.tenant!r}, path={self.path!r})"
+        return f"Context(tenant={self.tenant!r}, path={self.path!r})"
 
     def nkey_seed(self) -> str:
         """The seed, or an empty string when none is needed. A relative path is relative to the context file."""

@@ -16,9 +16,11 @@ from typing import Any, Final
 from sublet import _contract as contract
 from sublet.errors import InvalidInput
 from sublet.positions import Document, Mark, Problem, read_yaml, suggestion
-from sublet.quantities import bytes_of, seconds_of
+from sublet.quantities import DURATION, SIZE, bytes_of, seconds_of
 
 SUFFIXES: Final = (".yaml", ".yml")
+# Of one GPU; the schema says so to editors.
+PORTION_MAX: Final = 1
 # The largest fleet file that people write is some hundred kilobytes.
 FILE_BYTES_MAX: Final = 4 * 1024**2
 
@@ -187,11 +189,8 @@ def _findings_of(error: Any, path: Path_) -> Iterator[Finding]:
             choices = ", ".join(error.validator_value)
             yield Finding(path=path, message=f"unknown {setting} '{_shown(value)}'; use one of {choices}", hint=hint)
         case "maximum":
-            yield Finding(
-                path=path,
-                message=f"{setting} {value:g} is more than one GPU; a replica on several GPUs is not supported yet",
-                hint="for a size add its unit, for example 20GiB",
-            )
+            message = f"{setting} {_shown(value)} is more than one GPU; a replica on several GPUs is not supported yet"
+            yield Finding(path=path, message=message, hint="for a size add its unit, for example 20GiB")
         case "minProperties":
             yield Finding(path=path, message=f"{setting} must not be empty", hint="add a model below it")
         case "pattern" if "x-name" in error.schema:
@@ -240,6 +239,7 @@ def _semantic_findings(settings: Mapping[str, Any]) -> Iterator[Finding]:
         written = inner.get("request") if inner else share
         message = f"the limit {_shown(limit_value)} is below the request {_shown(written)}"
         yield Finding(path=limit_path, message=message, hint="raise the limit or lower the share")
+    yield from _oversized(settings)
     engine, kind = settings.get("engine"), settings.get("kind")
     if kind == "training" and engine not in (None, "training"):
         yield Finding(path=("engine",), message="a training job needs engine training", hint="leave `engine` out")
@@ -247,12 +247,26 @@ def _semantic_findings(settings: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(path=("kind",), message="engine training serves no requests", hint="write `kind: training`")
 
 
+def _oversized(settings: Mapping[str, Any]) -> Iterator[Finding]:
+    """Well-formed sizes and durations that no number on the wire can hold."""
+    share = settings.get("share")
+    inner = {("share", key): value for key, value in share.items()} if isinstance(share, dict) else {}
+    amounts = {(key,): settings.get(key) for key in ("weights", "share", "limit")} | inner
+    for path, value in amounts.items():
+        if isinstance(value, str) and SIZE.fullmatch(value) and bytes_of(value) is None:
+            yield Finding(path=path, message=f"{_shown(value)} is larger than any memory")
+    for key in _DURATIONS:
+        value = settings.get(key)
+        if isinstance(value, str) and DURATION.fullmatch(value) and seconds_of(value) is None:
+            yield Finding(path=(key,), message=f"{_shown(value)} is longer than any time")
+
+
 def _amount(value: Any) -> float | int | None:
     """A portion as float, bytes as int, None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
-        return float(value)
+        return float(value) if value <= PORTION_MAX else None
     return bytes_of(value) if isinstance(value, str) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -112,7 +113,9 @@ def read_yaml(text: str, file: str) -> Document:
 
     document = Document(file=file, lines=LINE_BREAKS.split(text))
     try:
-        node = YAML(typ="rt", pure=True).compose(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # An anchor that is used again is no mistake.
+            node = YAML(typ="rt", pure=True).compose(text)
         if node is not None:
             document.root = _Reader(document).read(node, ())
     except MarkedYAMLError as error:
@@ -186,6 +189,10 @@ class _Reader:
                 self._note(key_mark, "a key must be a plain word")
                 continue
             key = key_node.value
+            if value.value is None:
+                value.mark = (
+                    key_mark  # Nothing has no place of its own: the parser puts it where the next thing starts.
+                )
             if key in located.value:
                 first = located.key_marks[key]
                 self._note(key_mark, f"'{key}' is given twice", f"first in line {first.line + 1}")
@@ -219,10 +226,10 @@ def _scalar(node: Any) -> Any:
 
 
 def _number(text: str, kind: str) -> int | float | str:
+    """The number; one that no float can hold stays text."""
+    base = 0 if text[:2] in ("0x", "0o", "0b") else 10
     try:
-        number = (
-            int(text.replace("_", ""), 0 if text[:2] in ("0x", "0o", "0b") else 10) if kind == "int" else float(text)
-        )
-    except ValueError:
+        number = int(text.replace("_", ""), base) if kind == "int" else float(text)
+        return number if math.isfinite(number) else text
+    except (ValueError, OverflowError):
         return text
-    return number if math.isfinite(number) else text

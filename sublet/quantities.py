@@ -6,13 +6,13 @@ import math
 import re
 from typing import Final
 
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGT]i?B)")
+SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGT]i?B)")
 _SIZE_UNITS: Final = {
     "B": 1,
     "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
     "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
 }  # fmt: skip
-_DURATION: Final = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
+DURATION: Final = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 GIB: Final = 1024**3
@@ -22,7 +22,7 @@ BYTES_MAX: Final = 2**63 - 1
 
 def bytes_of(text: str) -> int | None:
     """The bytes in ``14.5GB`` (powers of 1000) or ``20GiB`` (powers of 1024); None when it is no size."""
-    found = _SIZE.fullmatch(text.strip())
+    found = SIZE.fullmatch(text.strip())
     if found is None:
         return None
     size_bytes = float(found[1]) * _SIZE_UNITS[found[2]]
@@ -32,7 +32,7 @@ def bytes_of(text: str) -> int | None:
 def seconds_of(text: str) -> float | None:
     """The seconds in ``5m``, ``10s``, ``500ms`` or ``1h30m``; None when it is no duration."""
     text = text.strip()
-    if _DURATION.fullmatch(text) is None:
+    if DURATION.fullmatch(text) is None:
         return None
     seconds = sum(float(number) * _DURATION_UNITS[unit] for number, unit in _DURATION_PART.findall(text))
     return seconds if math.isfinite(seconds) else None

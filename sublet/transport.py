@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
@@ -143,7 +144,12 @@ async def _connect(context: Context, denials: list[str]) -> Connection:
     connecting.cancel()
     with suppress(asyncio.CancelledError, Exception):
         await connecting
-    raise _why_not(context.nats_url, first_errors)
+    raise _why_not(_without_credentials(context.nats_url), first_errors)
+
+
+def _without_credentials(urls: str) -> str:
+    """Addresses as they may be shown."""
+    return re.sub(r"//[^/@,]*@", "//", urls)
 
 
 def _why_not(url: str, errors: list[BaseException]) -> Unreachable | Refused:

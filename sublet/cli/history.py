@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
@@ -96,17 +97,22 @@ def next_seq(page: contract.EventList, *, asked_after: int, limit_count: int) ->
 def explain(session: Session, *, model: str) -> None:
     """Say why a model is where it is, or why it is not placed."""
 
-    async def work(client: Client) -> contract.Explanation:
+    async def work(client: Client) -> None:
         explanation = await client.explain(model)
         if not explanation.is_known:
             raise await unknown_model(client, model)
-        return explanation
+        if session.is_json:
+            session.emit("sublet.explain.v1", contract.plain(explanation))
+            return
+        places = await places_of_gpus(client) if explanation.alternatives else {}
+        session.show(explanation_text(explanation, now_s=session.now_s(), places=places))
 
-    explanation = session.run(work)
-    if session.is_json:
-        session.emit("sublet.explain.v1", contract.plain(explanation))
-    else:
-        session.show(explanation_text(explanation, now_s=session.now_s()))
+    session.run(work)
+
+
+async def places_of_gpus(client: Client) -> dict[str, str]:
+    """How people call each GPU: {gpu_uuid: "a/gpu0"}."""
+    return {gpu.gpu_uuid: f"{node.node}/gpu{gpu.index}" for node in (await client.nodes()).nodes for gpu in node.gpus}
 
 
 async def unknown_model(client: Client, model: str) -> NotFound:
@@ -117,7 +123,7 @@ async def unknown_model(client: Client, model: str) -> NotFound:
     return NotFound(f"there is no model '{model}'", fix=hint, code="unknown_model")
 
 
-def explanation_text(explanation: contract.Explanation, *, now_s: float) -> str:
+def explanation_text(explanation: contract.Explanation, *, now_s: float, places: Mapping[str, str]) -> str:
     """Summary, decisions in order, other GPUs with the reason against each, and the way out."""
     view = explanation.deployment
     lines = []
@@ -130,7 +136,11 @@ def explanation_text(explanation: contract.Explanation, *, now_s: float) -> str:
         lines += ["", "Decisions", _indented(events_table(explanation.decisions, time_format="clock"))]
     if explanation.alternatives:
         rows = [
-            (f"{other.node} {other.gpu_uuid}", other.reason, _missing(other.short_by_bytes))
+            (
+                places.get(other.gpu_uuid) or f"{other.node} {other.gpu_uuid}".strip(),
+                other.reason,
+                _missing(other.short_by_bytes),
+            )
             for other in explanation.alternatives
         ]
         lines += ["", "Other GPUs", _indented(output.table(["", "", ""], rows))]

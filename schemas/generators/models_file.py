@@ -1,0 +1,163 @@
+"""The JSON Schema of ``models.yaml``, from the same enumerations and patterns as the wire.
+
+`x-expects` completes the sentence "this setting must be ..." for whoever renders an error.
+"""
+
+from typing import Any, Final
+
+import msgspec
+
+from schemas.deployments import DEFAULT_PRIORITY, PRIORITIES, EngineKind, IsolationGrade, WorkloadKind
+from schemas.units import ModelName
+
+SIZE_PATTERN: Final = r"^\d+(\.\d+)? ?(B|[KMGT]i?B)$"
+DURATION_PATTERN: Final = r"^(\d+(\.\d+)?(ms|s|m|h|d))+$"
+_PORTION: Final = {"exclusiveMinimum": 0, "maximum": 1}
+
+
+def models_schema() -> dict[str, Any]:
+    """The schema that `sublet apply -f` and editors check against."""
+    name = msgspec.json.schema(ModelName)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "https://sublet.dev/schemas/models.schema.json",
+        "title": "Sublet models file",
+        "description": "The models of a fleet: three lines each at least.",
+        "type": "object",
+        "x-expects": "a mapping with `models:`",
+        "required": ["models"],
+        "additionalProperties": False,
+        "properties": {
+            "models": {
+                "description": "Models by the name that clients use.",
+                "type": "object",
+                "x-expects": "a mapping from names to settings",
+                "minProperties": 1,
+                "propertyNames": {
+                    "pattern": name["pattern"],
+                    "x-name": True,
+                    "x-expects": "use letters, digits and . _ / : - between them",
+                },
+                "additionalProperties": _model(),
+            }
+        },
+    }
+
+
+def _model() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "x-expects": "a mapping of settings",
+        "required": ["weights", "share"],
+        "additionalProperties": False,
+        "properties": {**_what(), **_room(), **_swap()},
+    }
+
+
+def _what() -> dict[str, Any]:
+    """What runs."""
+    defaults = ", ".join(f"{priority} for {kind}" for kind, priority in DEFAULT_PRIORITY.items())
+    return {
+        "engine": _choice(EngineKind, "The program that serves the model. Default: simulated; for training: training."),
+        "model": {
+            "description": "The engine's own name for the model. Default: the name above.",
+            "type": "string",
+            "maxLength": 256,
+            "x-expects": "a text of at most 256 characters",
+        },
+        "arguments": {
+            "description": "More command-line options for the engine, without the leading dashes.",
+            "type": "object",
+            "x-expects": "a mapping from options to values",
+            "additionalProperties": {
+                "type": ["string", "number", "boolean"],
+                "x-expects": "a text, a number, true or false",
+            },
+        },
+        "weights": _size("Bytes of the model's weights; host memory keeps as many while it is parked.", "14.5GB"),
+        "kind": _choice(WorkloadKind, "Inference answers requests; training yields to it. Default: inference."),
+        "priority": _choice(tuple(PRIORITIES), f"Who goes first. Default: {defaults}."),
+        "preemptible": {
+            "description": "May a more important workload take its guarantee. Default: by priority.",
+            "type": "boolean",
+            "x-expects": "true or false",
+        },
+        "cold_start": _duration(
+            "Simulated engines only: how long a cold start takes before weights are loaded.", "10s"
+        ),
+    }
+
+
+def _room() -> dict[str, Any]:
+    """How much of a GPU."""
+    limit = _part("May grow to this while neighbours are quiet. Default: the request.", 0.4)
+    return {
+        "share": {
+            "description": "Guaranteed part of a GPU: a portion, a size, or a mapping with request and limit.",
+            "examples": [0.3, "20GiB", {"request": 0.3, "limit": 0.4}],
+            "type": ["number", "string", "object"],
+            **_PORTION,
+            "pattern": SIZE_PATTERN,
+            "x-expects": "a part of one GPU such as 0.3, or a size such as 20GiB",
+            "required": ["request"],
+            "additionalProperties": False,
+            "properties": {"request": _part("The guaranteed part.", 0.3), "limit": limit},
+        },
+        "limit": limit,
+        "minimum_grade": _choice(IsolationGrade, "Only nodes that enforce the share at least this strongly."),
+    }
+
+
+def _swap() -> dict[str, Any]:
+    """How it leaves the GPU and comes back."""
+    return {
+        "parkable": {
+            "description": "May it leave the GPU while idle; it then returns by a deadline. Default: true.",
+            "type": "boolean",
+            "x-expects": "true or false",
+        },
+        "warm": _duration("An idle model stays on the GPU this long when nobody needs its room. Default: 5m.", "5m"),
+        "cold_after": _duration("Idle this long, its process is stopped too. Default: never.", "1h"),
+        "minimum_residency": _duration(
+            "It stays this long before it may be parked for another. Default: 500ms.", "500ms"
+        ),
+        "return_deadline": _duration(
+            "A request to a parked model is answered or refused by then. Default: 30s.", "30s"
+        ),
+    }
+
+
+def _choice(names: Any, description: str) -> dict[str, Any]:
+    choices = [str(name) for name in names]
+    return {"description": description, "enum": choices}
+
+
+def _size(description: str, example: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "examples": [example],
+        "type": "string",
+        "pattern": SIZE_PATTERN,
+        "x-expects": f"a size with its unit, for example {example}",
+    }
+
+
+def _part(description: str, example: float) -> dict[str, Any]:
+    return {
+        "description": description,
+        "examples": [example, "20GiB"],
+        "type": ["number", "string"],
+        **_PORTION,
+        "pattern": SIZE_PATTERN,
+        "x-expects": f"a part of one GPU such as {example}, or a size such as 20GiB",
+    }
+
+
+def _duration(description: str, example: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "examples": [example],
+        "type": "string",
+        "pattern": DURATION_PATTERN,
+        "x-expects": f"a duration with its unit, for example {example}",
+    }
