@@ -23,6 +23,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 _PR_SET_PDEATHSIG = 1
+_PARENT_THREAD_ENDED = signal.SIGUSR1
 
 
 class Log:
@@ -118,28 +119,37 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent's thread that started us ends. Does nothing outside Linux."""
+    """Ask the kernel for a signal when the thread that started us ends. Does nothing outside Linux.
+
+    The thread may end while its process lives on (worker threads come and go), so the signal is one of its own:
+    `stop_on_signals` looks whether the parent is still there. Before that is set up the signal ends the process.
+    """
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, _PARENT_THREAD_ENDED, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def stop_on_signals(stop: asyncio.Event, log: Log) -> None:
-    """Set `stop` at SIGTERM or SIGINT, and end the process by force if it is still there shortly before two seconds."""
+    """Set `stop` at SIGTERM or SIGINT, and end the process by force if it is still there shortly before two seconds.
+
+    The signal of `die_with_parent` counts only when the parent is gone.
+    """
+    parent_pid = os.getppid()
 
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        is_from_kernel = number is _PARENT_THREAD_ENDED
+        if stop.is_set() or (is_from_kernel and os.getppid() == parent_pid):
             return
-        log.info("stopping", signal=number.name)
+        log.info("stopping", reason="parent ended" if is_from_kernel else number.name)
         stop.set()
         deadline = threading.Timer(EXIT_WITHIN_S, os._exit, args=(EXIT_FAILED,))
         deadline.daemon = True
         deadline.start()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, _PARENT_THREAD_ENDED):
         loop.add_signal_handler(number, on_signal, number)
 
 

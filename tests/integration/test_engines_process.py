@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,7 +149,19 @@ def test_it_ends_with_its_parent(host: softgpu.Host) -> None:
                 break
         rest = output.read().decode()
     assert parent.wait(PATIENCE_S) != 0
+    assert '"reason":"parent ended"' in rest
     assert '"message":"stopped"' in rest
+
+
+def test_it_outlives_the_thread_that_started_it(host: softgpu.Host) -> None:
+    """Worker threads end when they have been idle; the kernel's signal must not be taken for the parent's end."""
+    started: list[Engine] = []
+    starter = threading.Thread(target=lambda: started.append(simulated(host).ready()))
+    starter.start()
+    starter.join()
+    with started[0] as engine:
+        assert engine.complete().status == 200
+        assert engine.terminate() == 0
 
 
 @pytest.mark.parametrize("kind", ["simulated", "training"])
