@@ -100,6 +100,6 @@ class HolderView(Struct, frozen=True, kw_only=True):
 
 
 class HolderRefused(Struct, frozen=True, kw_only=True):
-    """The body of every answer that is not a 200."""
+    """The body of every refusal (400 and up): one sentence."""
 
     reason: str

@@ -123,25 +123,30 @@ class Engines:
         log_path = self._log_dir / f"{quote(wish.replica_id, safe='')}.log"
         with log_path.open("a", encoding="utf-8") as log:
             log.write(f"sublet: replica {wish.replica_id}, lease epoch {wish.lease_epoch}, port {port}\n")
-        group = declared_group(wish.replica_id)
-        mark = remains.mark(self._state_dir, wish.replica_id)
-        try:
-            child = spawn(
-                [argument.replace("{port}", str(port)) for argument in wish.arguments],
-                environment=self._environment(wish, group=group, mark=mark),
-                log_path=log_path,
-                is_gated=True,
-            )
-        except (OSError, ValueError) as error:
-            raise Refused(f"{wish.replica_id} cannot be started: {error}", status=503) from error
-        leaf = self._cgroups.place(wish.replica_id, child.pid)
+        child, leaf = self._spawn(wish, port=port, log_path=log_path)
         engine = Engine(
             replica_id=wish.replica_id, lease_epoch=wish.lease_epoch, child=child, port=port, gpu_uuids=wish.gpu_uuids,
-            mark=mark, leaf=leaf, namespace=str(leaf) if leaf else group, log_path=log_path,
+            mark=remains.mark(self._state_dir, wish.replica_id), leaf=leaf,
+            namespace=str(leaf or declared_group(wish.replica_id)), log_path=log_path,
         )  # fmt: skip
         self._engines[wish.replica_id] = engine
         self._tasks.start_soon(self._watch, engine)
         return engine.view()
+
+    def _spawn(self, wish: EngineStart, *, port: int, log_path: Path) -> tuple[Child, Path | None]:
+        """The program at its gate, in a cgroup leaf; where that cannot be had, in a declared group and no leaf.
+
+        Never in both: the software driver shows a process the size of its innermost group, the declared one.
+        """
+        environment = self._environment(wish)
+        if self._cgroups.parent is not None:
+            child = _spawn_gated(wish, environment, port=port, log_path=log_path)
+            if leaf := self._cgroups.place(wish.replica_id, child.pid):
+                return child, leaf
+            child.kill_group()
+            self._tasks.start_soon(child.exited)
+        declared = {"SOFTGPU_GROUP": declared_group(wish.replica_id)}
+        return _spawn_gated(wish, environment | declared, port=port, log_path=log_path), None
 
     def _check_start(self, wish: EngineStart, known: Engine | None) -> None:
         if self._is_ending:
@@ -160,12 +165,13 @@ class Engines:
         if not wish.arguments:
             raise Refused(f"{wish.replica_id} has no program to start", status=400)
 
-    def _environment(self, wish: EngineStart, *, group: str, mark: str) -> dict[str, str]:
+    def _environment(self, wish: EngineStart) -> dict[str, str]:
         environment = dict(self._inherited)
         if wish.gpu_uuids:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(wish.gpu_uuids)
-        # The group is declared in any case: whether the kernel takes the process into a leaf is known only afterwards.
-        return environment | wish.environment | {"SOFTGPU_GROUP": group, remains.MARK: mark}
+        environment |= wish.environment
+        environment.pop("SOFTGPU_GROUP", None)
+        return environment | {remains.MARK: remains.mark(self._state_dir, wish.replica_id)}
 
     async def _watch(self, engine: Engine) -> None:
         await engine.child.exited()
@@ -241,3 +247,11 @@ class Engines:
         if lease_epoch is not None and lease_epoch != engine.lease_epoch:
             raise Refused(f"{replica_id} has lease epoch {engine.lease_epoch}, not {lease_epoch}")
         return engine
+
+
+def _spawn_gated(wish: EngineStart, environment: Mapping[str, str], *, port: int, log_path: Path) -> Child:
+    arguments = [argument.replace("{port}", str(port)) for argument in wish.arguments]
+    try:
+        return spawn(arguments, environment=environment, log_path=log_path, is_gated=True)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{wish.replica_id} cannot be started: {error}", status=503) from error

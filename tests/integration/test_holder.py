@@ -21,6 +21,7 @@ import pytest
 from kit.process import ProcessIdentity, free_port, is_alive
 from schemas.holders import EngineStart, EngineView, HolderRefused, HolderView, RouteClosed, RouteLease, RouteLeaseWish
 from services.holder import cgroups, remains
+from services.holder.engines import Engines
 from services.holder.logs import rotate
 from services.holder.main import AlreadyRunning, Holder, running
 from services.holder.settings import HolderSettings
@@ -182,6 +183,22 @@ async def test_an_engine_gets_its_port_its_gpus_its_group_and_nothing_of_ours(
     assert view.gpu_uuids == ("GPU-1", "GPU-2")
 
 
+async def test_where_the_kernel_takes_no_process_into_a_cgroup_the_group_is_declared(tmp_path: Path) -> None:
+    class Unwilling(cgroups.Cgroups):
+        def place(self, replica_id: str, pid: int) -> Path | None:
+            return None
+
+    async with anyio.create_task_group() as tasks:
+        engines = Engines(state_dir=tmp_path, cgroups=Unwilling(tmp_path), tasks=tasks, on_death=lambda _: None)
+        wish = EngineStart(replica_id="a", lease_epoch=1, arguments=("env",), environment={}, gpu_uuids=())
+        view = engines.start(wish)
+        engines.open_gate("a", lease_epoch=1)
+        await engines.wait("a", lease_epoch=1, timeout_s=20)
+
+    assert view.namespace == "sublet-a"
+    assert log_of(view).count("SOFTGPU_GROUP=sublet-a\n") == 1
+
+
 async def test_a_death_is_told_at_once_and_closes_the_route(agent: Agent) -> None:
     await agent.run("a", FOREVER)
     await agent.ask("POST", "/routes/open", type(None), status=204, replica_id="a", endpoint="http://x")
@@ -293,11 +310,14 @@ async def test_all_engines_stop_with_the_holder(tmp_path: Path) -> None:
 
 
 @asynccontextmanager
-async def holder_process(tmp_path: Path, port: int) -> AsyncIterator[tuple[subprocess.Popen[bytes], Agent]]:
+async def holder_process(
+    tmp_path: Path, port: int, **more: str
+) -> AsyncIterator[tuple[subprocess.Popen[bytes], Agent]]:
     environment = {
         "PATH": os.environ["PATH"], "SUBLET_HOLDER_STATE_DIR": str(tmp_path / "state"), "SUBLET_HOLDER_PORT": str(port),
         "SUBLET_HOLDER_TERM_S": "0.1",
     }  # fmt: skip
+    environment |= more
     code = "import anyio, services.holder.main as holder; anyio.run(holder.main)"
     process = start_python(code, environment)
     path = tmp_path / "state" / "holder.sock"
