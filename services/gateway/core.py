@@ -24,6 +24,7 @@ from services.gateway.verdicts import Verdicts
 RAMP_COUNT_MAX: Final = 1 << 20
 """The ramp is over; bounds the doubling."""
 MODEL, DEADLINE, SAMPLE = "model", "deadline", "sample"
+ALL, TURN = "all", "turn"
 
 
 class Gateway:
@@ -45,7 +46,7 @@ class Gateway:
         self.shunned: dict[str, float] = {}
         """Until when a replica that bounced a request gets no new one."""
         self.agenda = Agenda()
-        self.agenda.set((SAMPLE, ""), now_s + settings.sample_every_s)
+        self.agenda.set((SAMPLE, ALL), now_s + settings.sample_every_s)
         self._verdicts = Verdicts(retry_after_unknown_s=settings.retry_after_unknown_s)
         self.is_stopping = False
         self._number = 0
@@ -166,8 +167,8 @@ class Gateway:
                 actions += self._expire(key, now_s)
             elif kind == MODEL:
                 actions += self._settle((key,), now_s)
-            elif key:
-                actions += self._tell_turn(key, now_s)
+            elif key == TURN:
+                actions += self._sample((), now_s)
             else:
                 actions += self._sample_all(now_s)
         return actions
@@ -298,28 +299,27 @@ class Gateway:
 
     # --- Telling others -----------------------------------------------------------------------------------------------
 
-    def _waiting_count(self, deployment_id: str) -> int:
-        hold = self.holds.holds.get(deployment_id)
-        return 0 if hold is None else len(hold.waiting)
-
     def _tell_turn(self, deployment_id: str, now_s: float) -> list[Action]:
-        """A sample of one model that turned busy or idle: at once, or when the last one is old enough."""
-        waiting_count = self._waiting_count(deployment_id)
-        if not self.loads.has_turned(deployment_id, waiting_count=waiting_count):
-            self.agenda.discard((SAMPLE, deployment_id))
+        """A sample when this model turned busy or idle: at once, or when the last one is old enough."""
+        hold = self.holds.holds.get(deployment_id)
+        if not self.loads.has_turned(deployment_id, waiting_count=0 if hold is None else len(hold.waiting)):
             return []
-        due_s = self.loads.of(deployment_id).told_s + self.settings.sample_gap_s
-        if now_s < due_s:
-            self.agenda.set((SAMPLE, deployment_id), due_s)
-            return []
-        sample = self.loads.tell(deployment_id, waiting_count=waiting_count, now_s=now_s)
-        return [Publish(signal=LoadSampled(gateway=self.gateway_id, models=(sample,)))]
+        due_s = self.loads.told_s + self.settings.sample_gap_s
+        if now_s >= due_s:
+            return self._sample((), now_s)
+        self.agenda.set((SAMPLE, TURN), due_s)
+        return []
 
     def _sample_all(self, now_s: float) -> list[Action]:
-        """The load of every model, idle ones too: what is not told is unknown to others, and unknown is not idle."""
-        self.agenda.set((SAMPLE, ""), now_s + self.settings.sample_every_s)
+        """The load of every model, idle ones too: others may have lost what they were told before."""
+        self.agenda.set((SAMPLE, ALL), now_s + self.settings.sample_every_s)
         self.shunned = {key: until_s for key, until_s in self.shunned.items() if until_s > now_s}
-        waiting = {hold.deployment_id: len(hold.waiting) for hold in self.holds.busy()}
-        parts = self.loads.tell_all(sorted(self.routes.models.values()), waiting=waiting, now_s=now_s)
+        actions = self._sample(sorted(self.routes.models.values()), now_s)
         self.loads.forget(self.routes.deployments)
-        return [Publish(signal=LoadSampled(gateway=self.gateway_id, models=part)) for part in parts]
+        return actions
+
+    def _sample(self, idle_ids: Iterable[str], now_s: float) -> list[Action]:
+        self.agenda.discard((SAMPLE, TURN))
+        waiting = {hold.deployment_id: len(hold.waiting) for hold in self.holds.busy()}
+        models = self.loads.sample(idle_ids, waiting=waiting, now_s=now_s)
+        return [Publish(signal=LoadSampled(gateway=self.gateway_id, models=models))]

@@ -1,13 +1,13 @@
-"""How busy each model and replica is at this gateway, and when others shall hear of it. Pure."""
+"""How busy each model and replica is at this gateway, and what others are told of it. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from schemas.gateways import ModelLoad
 
-SAMPLE_MODELS_MAX: Final = 1000
-"""Models in one `LoadSampled`: about 170 kB of JSON, well under the 1 MB that NATS takes in one message."""
+SAMPLE_MODELS_MAX: Final = 4000
+"""Models in one `LoadSampled`: about 700 kB of JSON, below the 1 MB that NATS takes in one message."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,15 +20,21 @@ class Load:
     """Since the last sample."""
     last_arrival_s: float = 0.0
     is_told_busy: bool = False
-    told_s: float = 0.0
 
 
 @dataclass(slots=True)
 class Loads:
-    """All loads. `by_replica` holds only replicas that have something in flight; its values sum to all in flight."""
+    """All loads. `by_replica` holds only replicas that have something in flight; its values sum to all in flight.
+
+    A sample is complete: readers take a model that is not in it for one without requests at this gateway.
+    """
 
     models: dict[str, Load] = field(default_factory=dict)
     by_replica: dict[str, int] = field(default_factory=dict)
+    told_s: float = 0.0
+    """When the last sample was made."""
+    _moving: set[str] = field(default_factory=set)
+    """Models that no sample may leave out: with requests, with arrivals that were not told, or last told as busy."""
 
     def of(self, deployment_id: str) -> Load:
         load = self.models.get(deployment_id)
@@ -40,9 +46,11 @@ class Loads:
         load = self.of(deployment_id)
         load.arrived_count += 1
         load.last_arrival_s = now_s
+        self._moving.add(deployment_id)
 
     def started(self, deployment_id: str, replica_id: str) -> None:
         self.of(deployment_id).in_flight_count += 1
+        self._moving.add(deployment_id)
         self.by_replica[replica_id] = self.by_replica.get(replica_id, 0) + 1
 
     def ended(self, deployment_id: str, replica_id: str) -> None:
@@ -56,12 +64,22 @@ class Loads:
         load = self.of(deployment_id)
         return (load.in_flight_count + waiting_count > 0) != load.is_told_busy
 
-    def tell(self, deployment_id: str, *, waiting_count: int, now_s: float) -> ModelLoad:
-        """The sample of one model; starts its next count of arrivals."""
+    def sample(self, idle_ids: Iterable[str], *, waiting: Mapping[str, int], now_s: float) -> tuple[ModelLoad, ...]:
+        """All models with something to tell, and of `idle_ids` as many as there is room for."""
+        self.told_s = now_s
+        moving_ids = sorted(self._moving | waiting.keys())
+        others = [key for key in idle_ids if key not in self._moving and key not in waiting]
+        chosen = [*moving_ids, *others[: max(0, SAMPLE_MODELS_MAX - len(moving_ids))]]
+        return tuple(self._tell(key, waiting.get(key, 0)) for key in chosen)
+
+    def _tell(self, deployment_id: str, waiting_count: int) -> ModelLoad:
         load = self.of(deployment_id)
         load.is_told_busy = load.in_flight_count + waiting_count > 0
-        load.told_s = now_s
         arrived_count, load.arrived_count = load.arrived_count, 0
+        if load.is_told_busy:
+            self._moving.add(deployment_id)
+        else:
+            self._moving.discard(deployment_id)
         return ModelLoad(
             deployment_id=deployment_id,
             in_flight_count=load.in_flight_count,
@@ -70,16 +88,8 @@ class Loads:
             last_arrival_s=load.last_arrival_s,
         )
 
-    def tell_all(
-        self, deployment_ids: Sequence[str], *, waiting: Mapping[str, int], now_s: float
-    ) -> list[tuple[ModelLoad, ...]]:
-        """The samples of all these models, in as many parts as fit one message each; one empty part for none."""
-        samples = [self.tell(key, waiting_count=waiting.get(key, 0), now_s=now_s) for key in deployment_ids]
-        starts = range(0, max(1, len(samples)), SAMPLE_MODELS_MAX)
-        return [tuple(samples[start : start + SAMPLE_MODELS_MAX]) for start in starts]
-
-    def forget(self, deployments: Mapping[str, object]) -> None:
-        """Drop the loads of deployments that are gone and have nothing in flight any more."""
-        gone = [key for key, load in self.models.items() if key not in deployments and not load.in_flight_count]
+    def forget(self, deployment_ids: Container[str]) -> None:
+        """Drop the loads of deployments that are not among these any more and have nothing to tell."""
+        gone = [key for key in self.models if key not in deployment_ids and key not in self._moving]
         for key in gone:
             del self.models[key]

@@ -1,7 +1,6 @@
 """Puts the gateway together, and takes it apart when it is told to end."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -11,12 +10,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import anyio
 from aiohttp import web
 
 from kit import settings as kit_settings
 from kit.bus import Bus
-from kit.bus_nats import NatsBus
-from kit.telemetry import Tracer, tracer
+from kit.serving import connected, service_tracer
+from kit.telemetry import Tracer
 from services.gateway.leases import RouteLeases
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Facts
@@ -113,18 +113,12 @@ async def _listening(settings: GatewaySettings, app: web.Application, runtime: R
 async def main() -> None:
     """Until SIGTERM or SIGINT."""
     settings = kit_settings.load(GatewaySettings, service="gateway")
-    telemetry = tracer("gateway")
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+    telemetry = service_tracer("gateway")
     try:
-        async with (
-            NatsBus(settings.nats_url, settings.nats_nkey_seed or None, "gateway") as bus,
-            running(settings, bus, telemetry=telemetry) as gateway,
-        ):
+        async with connected("gateway") as (bus, _), running(settings, bus, telemetry=telemetry) as gateway:
             log.info("gateway runs", extra={"gateway_id": gateway.gateway_id, "port": gateway.port})
-            await ended.wait()
+            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for _ in signals:
+                    break
     finally:
-        with contextlib.suppress(Exception):
-            telemetry.shutdown()
+        telemetry.shutdown()

@@ -29,7 +29,7 @@ def report(routes: RouteTable, facts: Facts, *, now_s: float) -> dict[str, Any]:
     if not facts.is_connected:
         problems.append(
             _problem("bus", "no connection to NATS: models that are resident go on, parked ones cannot be woken",
-                     "start NATS, or check SUBLET_GATEWAY_NATS_URL")
+                     "start NATS, or check SUBLET_NATS_URL")
         )  # fmt: skip
     elif facts.signal_age_s is None or facts.signal_age_s > facts.signal_age_s_max:
         age = "never" if facts.signal_age_s is None else f"{facts.signal_age_s:.1f} s ago"

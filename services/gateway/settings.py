@@ -16,12 +16,8 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
 
     gateway_id: str = ""
     """Names this process in signals and route leases; never reused. Empty: made of host, process id and start time."""
-    nats_url: str = "nats://127.0.0.1:4222"
-    """Servers of the bus, with commas between several."""
-    nats_nkey_seed: str = ""
-    """Seed of the gateway's NKey user; empty: no authentication, for one host."""
     holder_token: str = ""
-    """Bearer token that the nodes' holders ask for; empty: none."""
+    """Bearer token that the nodes' holders ask for; empty: none. ``SUBLET_HOLDER_TOKEN`` sets it on both sides."""
     host: str = "127.0.0.1"
     """Address to listen on. Local by default, because a gateway without TLS before it belongs on no other network."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
@@ -47,7 +43,7 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     sample_every_s: PositiveSeconds = 1.0
     """How often the load of all models is told. Warm windows are longer by orders of magnitude."""
     sample_gap_s: PositiveSeconds = 0.05
-    """The least time between two samples of one model; bounds the signals of one that turns busy at each request."""
+    """The least time between two samples: bounds the signals when models turn busy and idle with each request."""
     ramp_first_count: PositiveCount = 4
     """Held requests released at once when their model is back; doubled with each first token, so that the engine
     compiles and fills its batch before the crowd comes."""

@@ -384,6 +384,20 @@ def test_a_model_that_flickers_is_told_at_most_every_50_ms_and_no_arrival_is_los
     assert [(1, 0, 1), (0, 0, 9)] == samples_of(story)
 
 
+def test_a_sample_never_leaves_out_a_busy_model() -> None:
+    """Readers take a model that is missing in a sample for an idle one, and may park it."""
+    story = resident_story()
+    story.tell(fleet.admitted("b"))
+    story.arrive()
+    story.now_s += 1.0
+    story.actions.clear()
+
+    story.arrive("b")
+
+    found: list[Any] = story.signals(LoadSampled)
+    assert [["d-b", "d-m"]] == [[model.deployment_id for model in sample.models] for sample in found]
+
+
 def test_every_second_all_models_are_told_idle_ones_too() -> None:
     story = Story(sample_every_s=1.0)
     story.tell(fleet.admitted("a"), fleet.admitted("b"))

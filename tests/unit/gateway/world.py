@@ -2,15 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from hashlib import sha256
 from typing import Any, Self
 
 import aiohttp
 import msgspec
 from aiohttp import web
 
-from kit.bus import Entry, Received
+from kit.bus import Bus, Entry, Received
 from kit.bus_memory import MemoryBus, MemoryServer
 from kit.processor import CHAIN_START, chain_hash
 from kit.telemetry import tracer
@@ -28,8 +29,8 @@ KEY = "sk-acme"
 class Historian:
     """Appends facts as their writers would: each chained to the one before it."""
 
-    def __init__(self, server: MemoryServer) -> None:
-        self._bus = MemoryBus(server, "historian")
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
         self._hashes: dict[str, str] = {}
         self._seqs: dict[str, int] = {}
         self._count = 0
@@ -195,11 +196,12 @@ def _event(body: object) -> bytes:
 class World:
     """Everything around one gateway, for the length of one test."""
 
-    def __init__(self, gateway: RunningGateway, session: aiohttp.ClientSession, server: MemoryServer) -> None:
+    def __init__(self, gateway: RunningGateway, session: aiohttp.ClientSession, server: MemoryServer, bus: Bus) -> None:
         self.gateway = gateway
         self.session = session
         self.server = server
-        self.historian = Historian(server)
+        """History, unless the test brought its own buses."""
+        self.historian = Historian(bus)
         self.holder = Holder()
         self.engine = Engine()
         self.url = f"http://127.0.0.1:{gateway.port}"
@@ -272,22 +274,23 @@ class World:
 
 
 @asynccontextmanager
-async def world(**settings: Any) -> AsyncIterator[World]:
+async def world(
+    *, buses: Callable[[str], AbstractAsyncContextManager[Bus]] | None = None, **settings: Any
+) -> AsyncIterator[World]:
     """A gateway with one resident model `m` of the tenant `acme`, whose key is `KEY`."""
-    from hashlib import sha256
-
     server = MemoryServer(time.time)
+    connect = buses or (lambda name: MemoryBus(server, name))
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        bus = MemoryBus(server, "gateway")
+        bus = await stack.enter_async_context(connect("gateway"))
+        other = await stack.enter_async_context(connect("others"))
         chosen = GatewaySettings(**{"port": 0, "drain_s": 1.0, **settings})
         gateway = await stack.enter_async_context(running(chosen, bus, telemetry=tracer("gateway")))
-        there = World(gateway, session, server)
+        there = World(gateway, session, server, other)
         there.engine.url = await serve(stack, there.engine.app)
         holder_url = await serve(stack, there.holder.app)
-        listener = MemoryBus(server, "listener")
         for kind in (ModelWanted, LoadSampled):
-            await stack.enter_async_context(listener.subscribe(signal_subject(kind), there.receive))
+            await stack.enter_async_context(other.subscribe(signal_subject(kind), there.receive))
         await there.historian.append(
             fleet.joined(holder_url=holder_url),
             fleet.admitted(),
