@@ -263,6 +263,8 @@ class QueryRefused(Struct, frozen=True, kw_only=True):
     error: str
 
 
+NOTHING_TO_TELL: Final = "nothing to tell"
+"""The refusal of a query that waited in vain."""
 EVENT_LIMIT_MAX: Final = 1000
 LOG_TAIL_MAX: Final = 10_000
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
@@ -93,14 +93,19 @@ class Client:
     """One tenant's connection. `connect` makes it."""
 
     def __init__(
-        self, transport: Transport, *, tenant: str, timeout_s: float = COMMAND_TIMEOUT_S, traceparent: str = ""
+        self,
+        transport: Transport,
+        *,
+        tenant: str,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+        on_command: Callable[[Outgoing], None] | None = None,
     ) -> None:
         self._transport = transport
         self.tenant = tenant
         self.timeout_s = timeout_s
         """How long a command waits for its answer."""
-        self.traceparent = traceparent
-        """Sent with every message when set; else each gets a fresh one."""
+        self.on_command = on_command
+        """Told of each command before it leaves: its id, its subject, its trace."""
 
     # ---- commands ----------------------------------------------------------------------------------------------
 
@@ -164,7 +169,12 @@ class Client:
     ) -> contract.EventList:
         """The tenant's events after a sequence; waits up to `wait_s` (at most 10) when there is none yet."""
         query = contract.ListEvents(after_seq=after_seq, model=model, limit_count=limit_count, wait_s=wait_s)
-        return await self._query(query, contract.EventList, timeout_s=max(QUERY_TIMEOUT_S, wait_s + QUERY_SLACK_S))
+        try:
+            return await self._query(query, contract.EventList, timeout_s=max(QUERY_TIMEOUT_S, wait_s + QUERY_SLACK_S))
+        except Refused as error:
+            if error.message != contract.NOTHING_TO_TELL:
+                raise
+            return contract.EventList(events=(), last_seq=after_seq)
 
     async def keys(self) -> contract.KeyList:
         return await self._query(contract.ListKeys(), contract.KeyList)
@@ -189,8 +199,10 @@ class Client:
             answer_subject=contract.answer_subject(self.tenant, command.command_id),
             body=contract.encode(command),
             id=command.command_id,
-            traceparent=self.traceparent or fresh_traceparent(),
+            traceparent=fresh_traceparent(),
         )
+        if self.on_command is not None:
+            self.on_command(outgoing)
         body = await self._transport.command(outgoing, timeout_s=self.timeout_s)
         if body is None:
             raise TimedOut(
@@ -215,7 +227,7 @@ class Client:
             contract.query_subject(self.tenant, query, node),
             contract.encode(query),
             timeout_s=timeout_s,
-            traceparent=self.traceparent or fresh_traceparent(),
+            traceparent=fresh_traceparent(),
         )
         try:
             if refused := msgspec.json.decode(body, type=_Refusal).error:

@@ -22,6 +22,10 @@ class SubletError(Exception):
         if code:
             self.code = code
 
+    def details(self) -> list[str]:
+        """Lines that go before the sentence, for a person."""
+        return []
+
     def as_json(self) -> dict[str, Any]:
         """The documented error object that ``--json`` puts on stderr."""
         return {

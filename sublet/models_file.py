@@ -37,6 +37,9 @@ class InvalidFiles(InvalidInput):
         super().__init__(f"{count} {'problem' if count == 1 else 'problems'} found; nothing was sent")
         self.problems = tuple(problems)
 
+    def details(self) -> list[str]:
+        return [problem.render() for problem in self.problems]
+
     def as_json(self) -> dict[str, Any]:
         return {**super().as_json(), "problems": [problem.as_json() for problem in self.problems]}
 

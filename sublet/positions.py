@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import warnings
@@ -143,6 +142,8 @@ def read_yaml(text: str, file: str) -> Document:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``did you mean 'limit'?``, or an empty string when nothing is near."""
+    import difflib
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else ""
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import click
 
-from sublet.errors import InvalidInput, SubletError
+from sublet.errors import Failed, InvalidInput, SubletError
 
 
 class Listed(NamedTuple):
@@ -65,8 +65,6 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return super().get_command(ctx, cmd_name)
-        if ctx.resilient_parsing and ctx.invoked_subcommand is None and not ctx.args:
-            return self.commands[cmd_name]
         module, _, attribute = VERBS[cmd_name].home.partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
@@ -97,6 +95,10 @@ class LazyGroup(click.Group):
             if "--debug" in words:
                 raise
             _fail(error, words)
+        except Exception as error:  # Ours to mend; whoever runs it gets a sentence, with --debug all of it.
+            if "--debug" in words:
+                raise
+            _fail(Failed(f"{type(error).__name__}: {error}", fix="again with --debug", code="internal"), words)
         raise SystemExit(outcome if isinstance(outcome, int) else 0)
 
 

@@ -11,7 +11,6 @@ from typing import Any, Final
 import click
 
 from sublet.errors import SubletError
-from sublet.models_file import InvalidFiles
 
 GAP: Final = "  "
 COLORS: Final = {"good": "green", "busy": "yellow", "bad": "red"}
@@ -51,8 +50,7 @@ def render_error(error: SubletError, *, as_json: bool) -> str:
     """An error for a person (what, facts, cause, fix) or, in one line of JSON, for a program."""
     if as_json:
         return json.dumps(error.as_json(), ensure_ascii=False)
-    lines = [problem.render() for problem in error.problems] if isinstance(error, InvalidFiles) else []
-    lines.append(f"error[{error.code}]: {error.message}")
+    lines = [*error.details(), f"error[{error.code}]: {error.message}"]
     lines += [f"  {fact}" for fact in error.facts]
     if error.cause:
         lines.append(f"  cause   {error.cause}")

@@ -74,10 +74,7 @@ class Session:
         async def connected() -> Result:
             async with self.open_client(self.context()) as client:
                 if self.is_debug:
-                    from sublet.client import fresh_traceparent
-
-                    client.traceparent = fresh_traceparent()
-                    self.say(f"traceparent {client.traceparent}")
+                    client.on_command = lambda sent: self.say(f"traceparent {sent.traceparent}  command {sent.id}")
                 return await work(client)
 
         return asyncio.run(connected())

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -157,6 +158,22 @@ def test_what_the_models_file_accepts_is_admitted(words: dict[str, Any]) -> None
 def test_a_refusal_is_told_from_every_view() -> None:
     """The client takes an object with `error` for a refusal; so no view may have such a field."""
     assert [view.__name__ for view in ANSWER_OF.values() if "error" in view.__struct_fields__] == []
+
+
+def test_a_query_that_waited_in_vain_is_recognised() -> None:
+    pending = pytest.importorskip("kit.queries")
+
+    assert f'error="{contract.NOTHING_TO_TELL}"' in Path(pending.__file__).read_text()
+
+
+def test_a_tenants_permissions_are_what_the_client_needs() -> None:
+    """`tests/unit/sublet/test_client.py` runs the client with exactly these."""
+    access = pytest.importorskip("kit.nats_access")
+
+    permissions = access.permissions_of(access.tenant_access("acme"))
+
+    assert permissions.publish == ("sublet.in.acme.>", "sublet.query.acme.>")
+    assert permissions.subscribe == ("_INBOX_acme.>", "sublet.out.acme.>")
 
 
 def test_the_documented_streams_are_the_buss() -> None:

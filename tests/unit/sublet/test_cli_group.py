@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from sublet.cli import EXIT_CODES, VERBS, LazyGroup, cli
+from sublet.cli import EXIT_CODES, VERBS, cli
 from sublet.cli.session import Verb
 from tests.unit.sublet.fakes import FakeControlPlane, run
 
@@ -97,5 +97,28 @@ def test_the_docs_name_every_verb_and_exit_code() -> None:
     assert [code for code in EXIT_CODES if f"| {code} |" not in page] == []
 
 
-def test_the_group_is_lazy() -> None:
-    assert isinstance(cli, LazyGroup)
+def test_a_bug_of_ours_is_one_sentence(tmp_path: Path) -> None:
+    plane = FakeControlPlane()
+    plane.steps = []
+
+    result = run(plane, "ps")
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error[internal]: IndexError")
+
+
+def test_completion_knows_verbs_and_their_options() -> None:
+    verbs = completions("sublet p")
+    options = completions("sublet ps --w")
+
+    assert {"ps", "park"} <= verbs
+    assert {"--wide", "--watch"} <= options
+
+
+def completions(line: str) -> set[str]:
+    environ = {"_SUBLET_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    code = "from sublet.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    return {row.partition(",")[2] for row in done.stdout.splitlines()}

@@ -55,6 +55,15 @@ def test_watched_events_are_lines_of_json(plane: FakeControlPlane) -> None:
     assert [(line["schema"], line["seq"]) for line in lines] == [("sublet.event.v1", 1), ("sublet.event.v1", 2)]
 
 
+def test_watching_goes_on_when_there_is_nothing_to_tell(plane: FakeControlPlane) -> None:
+    plane.refusal = "nothing to tell"
+
+    result = run(plane, "events", "-w")
+
+    assert plane.clock_s > 600, "it watched until the test had enough"
+    assert "nothing to tell" not in result.stderr
+
+
 def test_explain_says_why_why_not_elsewhere_and_what_would_help(plane: FakeControlPlane) -> None:
     plane.explanation = contract.Explanation(
         is_known=True, model="chat", summary="not placed: no GPU has room", remedy="ask for 0.2",
