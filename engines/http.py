@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -11,11 +12,12 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from engines.errors import EngineError, LoadFailedError, WakeFailedError, invalid
-from engines.process import EXIT_FAILED, EXIT_OK, Log, process_age_s, stop_on_signals
+from engines.process import EXIT_FAILED, EXIT_OK, LibraryRecords, Log, process_age_s, stop_on_signals
 
 JSON = "application/json"
 # A prompt of 131,072 tokens is about half a MiB; this leaves room for chats with long histories.
 BODY_BYTES_MAX = 16 << 20
+CLIENT_HUNG_UP = 499  # nginx's code
 
 T = TypeVar("T")
 
@@ -59,7 +61,9 @@ def errors_as_bodies(log: Log) -> Middleware:
             code = "not_found" if error.status == 404 else "method_not_allowed"
             message = f"{error.reason}: {request.method} {request.path}."
             return error_response(invalid(message, code=code, status=error.status))
-        except (ConnectionError, web.HTTPException):
+        except ConnectionError:
+            return web.Response(status=CLIENT_HUNG_UP)  # nobody reads it
+        except web.HTTPException:
             raise
         except Exception as error:  # noqa: BLE001 (an answer for the client, a line for the operator)
             log.error("request failed", path=request.path, reason=repr(error))
@@ -105,6 +109,7 @@ async def serve(workload: Workload, app: web.Application, *, host: str, port: in
     """HTTP first, so that health can be asked; then load, work, and stop on a signal. The exit code."""
     stop = asyncio.Event()
     stop_on_signals(stop, log)
+    logging.getLogger().addHandler(LibraryRecords(log))
     runner = web.AppRunner(
         app,
         access_log=None,

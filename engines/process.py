@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 _PR_SET_PDEATHSIG = 1
+_STDOUT = 1
 _PARENT_THREAD_ENDED = signal.SIGUSR1
 
 
@@ -48,8 +51,21 @@ class Log:
     def _write(self, level: str, message: str, fields: dict[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "level": level, "message": message, **self._fields, **fields}
-        sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
-        sys.stdout.buffer.flush()
+        # Straight to the descriptor: a buffered line that cannot be written would fail again at exit.
+        with contextlib.suppress(OSError):  # whoever read the log is gone; that must not stop an engine, nor its end
+            os.write(_STDOUT, msgspec.json.encode(line) + b"\n")
+
+
+class LibraryRecords(logging.Handler):
+    """Warnings and errors of libraries, as lines of the log."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        reason = repr(record.exc_info[1]) if record.exc_info else None
+        self._log.warning("library warning", library=record.name, text=record.getMessage()[:500], reason=reason)
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,8 +158,8 @@ def stop_on_signals(stop: asyncio.Event, log: Log) -> None:
         is_from_kernel = number is _PARENT_THREAD_ENDED
         if stop.is_set() or (is_from_kernel and os.getppid() == parent_pid):
             return
-        log.info("stopping", reason="parent ended" if is_from_kernel else number.name)
         stop.set()
+        log.info("stopping", reason="parent ended" if is_from_kernel else number.name)
         deadline = threading.Timer(EXIT_WITHIN_S, os._exit, args=(EXIT_FAILED,))
         deadline.daemon = True
         deadline.start()

@@ -164,6 +164,30 @@ def test_it_outlives_the_thread_that_started_it(host: softgpu.Host) -> None:
         assert engine.terminate() == 0
 
 
+def test_a_log_that_nobody_reads_any_more_does_not_stop_it_nor_its_end(host: softgpu.Host) -> None:
+    command = [sys.executable, "-m", "engines", *SIMULATED, "--gpu", host.uuids()[0], "--cold-start-s", "60"]
+    environment = {**os.environ, **host.environment()}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process.stdout as output:
+        output.readline()
+    process.terminate()
+    with process.stderr as complaints:
+        assert complaints.read() == b""
+    assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_client_that_hangs_up_is_no_error(host: softgpu.Host) -> None:
+    with simulated(host).ready() as engine:
+        for _ in range(50):
+            engine.open_stream("x", max_tokens=5000).close()
+        engine.until(lambda state: state["in_flight"] == 0)
+        assert engine.terminate() == 0
+        assert engine.complaint() == ""
+        assert [line for line in engine.lines if line["level"] != "info"] == []
+
+
 @pytest.mark.parametrize("kind", ["simulated", "training"])
 def test_an_idle_engine_is_light(host: softgpu.Host, tmp_path: Path, kind: str) -> None:
     """About fifty of them run on one small machine."""
