@@ -1,13 +1,14 @@
 """Bytes of each GPU while one decision is being made: what is held, what is claimed by waiting wakes, what is free."""
 
 from schemas.placement import ReplicaProposal
-from services.nodeagent.state import NodeState, Residency
+from services.nodeagent.state import NodeState, Replica, Residency
 
 
 class Ledger:
     """A working copy of the node's account; a handler books what it decides, so that no byte is promised twice."""
 
-    def __init__(self, state: NodeState) -> None:
+    def __init__(self, state: NodeState, *, settled: Replica | None = None) -> None:
+        """`settled`: its drain has just ended one way or the other, so it promises nothing any more."""
         self._offered = {uuid: gpu.allocatable_bytes for uuid, gpu in state.gpus.items()}
         self._held = {uuid: state.held_bytes(uuid) for uuid in state.gpus}
         self._claimed = dict.fromkeys(state.gpus, 0)
@@ -19,7 +20,7 @@ class Ledger:
             gpu = replica.gpu_uuid
             if replica.residency is Residency.WAITING:
                 self._claimed[gpu] += replica.share_bytes - replica.held_bytes
-            elif replica.residency is Residency.DRAINING:
+            elif replica.residency is Residency.DRAINING and replica is not settled:
                 self._giving[gpu] += replica.share_bytes - replica.residue_bytes
             if replica.residency is not Residency.FAILED:
                 self.lease(replica.proposal, replica.residue_bytes)
@@ -35,6 +36,10 @@ class Ledger:
     def unclaimed_bytes(self, gpu_uuid: str) -> int:
         """Free, and not claimed by a wake that waits for more."""
         return self.free_bytes(gpu_uuid) - self._claimed[gpu_uuid]
+
+    def drop_claim(self, gpu_uuid: str, claimed_bytes: int) -> None:
+        """A waiting wake was begun or refused."""
+        self._claimed[gpu_uuid] -= claimed_bytes
 
     def promised_free_bytes(self, gpu_uuid: str) -> int:
         """Unclaimed once every replica that is draining now has parked. May be negative."""

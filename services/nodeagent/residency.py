@@ -131,15 +131,10 @@ def engine_stayed(state: NodeState, stayed: EngineStayed, ctx: Context) -> Seque
     replica = current(state, stayed)
     if replica is None or replica.residency is not Residency.DRAINING:
         return []
-    outcomes: list[Outcome] = [
-        ParkAbandoned(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, reason=stayed.reason)
-    ]
-    for waiting in _waiting(state, replica.gpu_uuid):
-        if stayed.replica_id in waiting.victim_ids:
-            missing_bytes = replica.share_bytes - replica.residue_bytes
-            reason = f"{replica.proposal.deployment.name} did not park: {stayed.reason}"
-            outcomes.append(wake_refused(state, waiting, reason, missing_bytes, ctx))
-    return outcomes
+    stays = ParkAbandoned(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, reason=stayed.reason)
+    ledger = Ledger(state, settled=replica)
+    reason = f"{replica.proposal.deployment.name} did not park: {stayed.reason}"
+    return [stays, *_refuse_uncovered(state, ledger, replica.gpu_uuid, waiting(state, replica.gpu_uuid), reason, ctx)]
 
 
 # --- Waking -----------------------------------------------------------------------------------------------------------
@@ -200,22 +195,41 @@ def _start(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
 
 
 def next_wakes(state: NodeState, ctx: Context, *, freed: Replica, residue_bytes: int = 0) -> list[Outcome]:
-    """Begin waiting wakes, oldest first, with the bytes that `freed` gives back in the fact that precedes this."""
-    ledger = Ledger(state)
-    ledger.hold(freed.gpu_uuid, residue_bytes - freed.held_bytes)
+    """Begin waiting wakes, oldest first, with the bytes that `freed` gives back in the fact that precedes this.
+
+    Wakes for which too little is promised now are refused, so that none waits for bytes that nobody will give.
+    """
+    gpu_uuid = freed.gpu_uuid
+    ledger = Ledger(state, settled=freed)
+    ledger.hold(gpu_uuid, residue_bytes - freed.held_bytes)
     outcomes: list[Outcome] = []
-    for waiting in _waiting(state, freed.gpu_uuid):
-        if waiting is freed:
-            continue
-        wanted_bytes = waiting.share_bytes - waiting.held_bytes
-        if ledger.free_bytes(waiting.gpu_uuid) < wanted_bytes:
+    queue = [replica for replica in waiting(state, gpu_uuid) if replica is not freed]
+    if freed.residency is Residency.WAITING:
+        ledger.drop_claim(gpu_uuid, freed.share_bytes - freed.held_bytes)
+    while queue and ledger.free_bytes(gpu_uuid) >= queue[0].share_bytes - queue[0].held_bytes:
+        replica = queue.pop(0)
+        wanted_bytes = replica.share_bytes - replica.held_bytes
+        ledger.hold(gpu_uuid, wanted_bytes)
+        ledger.drop_claim(gpu_uuid, wanted_bytes)
+        outcomes += _begin(state, replica, ctx)
+    return [*outcomes, *_refuse_uncovered(state, ledger, gpu_uuid, queue, "its victims freed too little", ctx)]
+
+
+def _refuse_uncovered(
+    state: NodeState, ledger: Ledger, gpu_uuid: str, queue: list[Replica], reason: str, ctx: Context
+) -> list[Outcome]:
+    """Refuse the newest waiting wakes until what is promised covers the rest."""
+    outcomes: list[Outcome] = []
+    for replica in reversed(queue):
+        short_bytes = -ledger.promised_free_bytes(gpu_uuid)
+        if short_bytes <= 0:
             break
-        ledger.hold(waiting.gpu_uuid, wanted_bytes)
-        outcomes += _begin(state, waiting, ctx)
+        ledger.drop_claim(gpu_uuid, replica.share_bytes - replica.held_bytes)
+        outcomes.append(wake_refused(state, replica, reason, short_bytes, ctx))
     return outcomes
 
 
-def _waiting(state: NodeState, gpu_uuid: str) -> list[Replica]:
+def waiting(state: NodeState, gpu_uuid: str) -> list[Replica]:
     """Accepted wakes on this GPU that wait for bytes, in the order of their orders; ties by replica id."""
     found = [r for r in state.replicas.values() if r.gpu_uuid == gpu_uuid and r.residency is Residency.WAITING]
     return sorted(found, key=lambda replica: (replica.ordered_at_s, replica.proposal.replica_id))
