@@ -137,6 +137,8 @@ class Serving:
                 await self._hold(exchange, state)
                 decision = ticket.take()
                 if isinstance(decision, Refuse):
+                    held_s = self.runtime.now_s() - arrived_s
+                    downstream.headers["x-sublet-held-ms"] = str(round(held_s * 1000))
                     return await downstream.refuse(decision.refusal)
                 downstream.headers["x-sublet-state"] = state
                 downstream.headers["x-sublet-held-ms"] = str(round(decision.held_s * 1000))

@@ -33,7 +33,8 @@ class Head(msgspec.Struct):
 
 _HEAD: Final = msgspec.json.Decoder(Head)
 _FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_USAGE_WANTED: Final = msgspec.Raw(b'{"include_usage":true}')
+_NONE: Final = msgspec.Raw(b"null")
+_TRUE: Final = msgspec.Raw(b"true")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +119,9 @@ async def read_wish(request: web.Request, *, bytes_max: int, meter_streams: bool
 def _with_usage(body: bytes) -> bytes:
     """The same request, asking for its token usage too."""
     fields = _FIELDS.decode(body)
-    fields["stream_options"] = _USAGE_WANTED
+    given = fields.get("stream_options", _NONE)
+    options = {} if bytes(given).strip() == b"null" else _FIELDS.decode(given)
+    fields["stream_options"] = msgspec.Raw(msgspec.json.encode({**options, "include_usage": _TRUE}))
     return msgspec.json.encode(fields)
 
 
