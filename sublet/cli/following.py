@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sublet import _contract as contract
 from sublet import quantities
@@ -14,6 +14,9 @@ from sublet.errors import Failed, NotPlaced, SubletError, TimedOut
 
 if TYPE_CHECKING:
     from sublet.client import Client
+
+# Engines start within a fraction of a second of their grant when there is room; after this long there is none now.
+SETTLED_S: Final = 5.0
 
 Goal = Callable[[contract.DeploymentView | None], bool]
 
@@ -33,9 +36,14 @@ def is_up(view: contract.DeploymentView | None) -> bool:
     return view is not None and bool(view.replicas) and view.replicas[0].state in ("resident", "parked")
 
 
+def is_granted(view: contract.DeploymentView | None) -> bool:
+    """Placed, with its share, but not started: that waits for room, or for the first request."""
+    return view is not None and bool(view.replicas) and view.replicas[0].state == "granted"
+
+
 def is_up_or_cold(view: contract.DeploymentView | None) -> bool:
     """The same for a deployment that was there before: it may have gone cold."""
-    return is_up(view) or (view is not None and bool(view.replicas) and view.replicas[0].state == "granted")
+    return is_up(view) or is_granted(view)
 
 
 def is_resident(view: contract.DeploymentView | None) -> bool:
@@ -58,6 +66,7 @@ async def follow(
     started_s = session.monotonic_s()
     phases: dict[str, str] = {}
     done: dict[str, Followed] = {}
+    granted_since_s: dict[str, float] = {}
     while True:
         views = {view.deployment.name: view for view in (await client.deployments()).deployments}
         took_s = session.monotonic_s() - started_s
@@ -68,7 +77,10 @@ async def follow(
             if phases.get(model) != (phase := words.phase_of(view)):
                 phases[model] = phase
                 session.say(f"  {model}  {phase}  {quantities.seconds(took_s)}")
-            if goals[model](view):
+            if is_granted(view):
+                granted_since_s.setdefault(model, took_s)
+            has_settled = took_s - granted_since_s.get(model, took_s) >= SETTLED_S and is_granted(view)
+            if goals[model](view) or (has_settled and goals[model] is is_up):
                 done[model] = Followed(model=model, view=view, error=None, took_s=took_s)
             elif error := why_not(model, view, may_vanish=may_vanish):
                 done[model] = Followed(model=model, view=view, error=error, took_s=took_s)

@@ -162,7 +162,7 @@ def events_table(listed: tuple[contract.EventView, ...], *, time_format: str) ->
     rows = [
         (
             _time(event.at_s, time_format),
-            event.type.rpartition(".v")[0] or event.type,
+            event.type,
             event.model or "-",
             event.text,
             f"{event.seq}{f' <- {event.cause_seq}' if event.cause_seq else ''}",

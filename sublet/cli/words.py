@@ -105,6 +105,8 @@ def next_text(view: contract.DeploymentView) -> str:
             return f"parks when idle {quantities.span(swap.warm_window_s)}" if swap.is_parkable else "stays"
         case "parked":
             return _in_about("wakes", replica.last_wake_s)
+        case "granted" if view.deployment.kind == "training":
+            return "starts when there is room"
         case "granted":
             return _in_about("starts", replica.last_start_s)
         case "waking":

@@ -56,7 +56,7 @@ def view(
 
 def event(seq: int, **changes: Any) -> contract.EventView:
     fields: dict[str, Any] = {
-        "at_s": NOW_S, "writer": "node.a", "type": "nodes.replica_parked.v1", "model": "chat",
+        "at_s": NOW_S, "writer": "node.a", "type": "ReplicaParked", "model": "chat",
         "text": "parked in 0.64 s", "cause_seq": seq - 1,
     }  # fmt: skip
     return contract.EventView(seq=seq, **(fields | changes))

@@ -31,8 +31,8 @@ def test_events_shows_the_newest_with_their_causes(plane: FakeControlPlane) -> N
 
     assert result.exit_code == 0
     assert result.stdout == snapshot("""\
-09:46:40  nodes.replica_parked  chat  parked in 0.64 s  2498 <- 2497
-09:46:40  nodes.replica_parked  chat  parked in 0.64 s  2499 <- 2498
+09:46:40  ReplicaParked  chat  parked in 0.64 s  2498 <- 2497
+09:46:40  ReplicaParked  chat  parked in 0.64 s  2499 <- 2498
 """)
 
 
@@ -67,7 +67,7 @@ def test_watching_goes_on_when_there_is_nothing_to_tell(plane: FakeControlPlane)
 def test_explain_says_why_why_not_elsewhere_and_what_would_help(plane: FakeControlPlane) -> None:
     plane.explanation = contract.Explanation(
         is_known=True, model="chat", summary="not placed: no GPU has room", remedy="ask for 0.2",
-        decisions=(event(48102, text="no GPU has room", type="placement.failed.v1"),),
+        decisions=(event(48102, text="no GPU has room", type="PlacementFailed"),),
         alternatives=(
             contract.Alternative(node="a", gpu_uuid="GPU-1", reason="full", short_by_bytes=11 * 1024**3),
             contract.Alternative(node="b", gpu_uuid="GPU-2", reason="grade watched is too weak"),
@@ -83,7 +83,7 @@ chat  ✗ not placed
   not placed: no GPU has room
 
 Decisions
-  09:46:40  placement.failed  chat  no GPU has room  48102 <- 48101
+  09:46:40  PlacementFailed  chat  no GPU has room  48102 <- 48101
 
 Other GPUs
   a GPU-1  full                       11.0 GiB missing

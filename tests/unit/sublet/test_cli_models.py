@@ -163,6 +163,17 @@ def test_deploy_that_takes_too_long_says_that_the_work_goes_on(plane: FakeContro
     assert "the work goes on" in result.stderr
 
 
+def test_a_deployment_that_has_its_share_but_no_room_to_start_is_done(plane: FakeControlPlane) -> None:
+    """A training job beside busy models starts when they leave; whoever deployed it need not wait for that."""
+    plane.steps = [(view("proposed"),), (view("granted"),)]
+
+    result = run(plane, *DEPLOY)
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("chat  · cold  0.30 on a/gpu0")
+    assert plane.clock_s < 10
+
+
 def test_deploy_detached_does_not_ask_again(plane: FakeControlPlane) -> None:
     result = run(plane, *DEPLOY, "--detach")
 
