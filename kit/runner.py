@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar
 
@@ -118,7 +118,8 @@ class Runner(Generic[S]):
         instance = f"{self._instance}-{next(self._generations)}"
         processor = Processor(self._service, self._settings, writer=self._writer, instance=instance)
         async with AsyncExitStack() as stack:
-            reader = self._bus.read(Stream.HISTORY, [processor.prefix, *processor.reads], after_seq=0)
+            reading = self._bus.read(Stream.HISTORY, [processor.prefix, *processor.reads], after_seq=0)
+            reader = await stack.enter_async_context(aclosing(reading))
             async for item in reader:
                 if isinstance(item, CaughtUp):
                     break
@@ -127,6 +128,7 @@ class Runner(Generic[S]):
             committer = self._committer(processor)
             tg = await stack.enter_async_context(anyio.create_task_group())
             live = _Live(self, processor, committer, tg)
+            stack.callback(live.close)
             await committer.start(tg)
             await live.take_over()
             self.processor = processor
@@ -188,6 +190,10 @@ class _Live(Generic[S]):
         self._receive: MemoryObjectReceiveStream[Delivery | Stored | Question]
         self._send, self._receive = anyio.create_memory_object_stream(INPUTS_WAITING_MAX)
 
+    def close(self) -> None:
+        self._send.close()
+        self._receive.close()
+
     async def take_over(self) -> None:
         now_s = self._runner.now_s()
         await self._committer.recover()
@@ -245,9 +251,10 @@ class _Live(Generic[S]):
             self._runner.status.dropped_count += 1
 
     async def _read_inbox(self, after_seq: int) -> None:
-        async for item in self._bus.read(Stream.INBOX, ["sublet.in.>"], after_seq=after_seq):
-            if isinstance(item, Stored):
-                await self._send.send(inbox_delivery(item, now_s=self._runner.now_s()))
+        async with aclosing(self._bus.read(Stream.INBOX, ["sublet.in.>"], after_seq=after_seq)) as reader:
+            async for item in reader:
+                if isinstance(item, Stored):
+                    await self._send.send(inbox_delivery(item, now_s=self._runner.now_s()))
 
     async def _run_timers(self) -> None:
         while True:

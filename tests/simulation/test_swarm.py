@@ -31,6 +31,8 @@ def test_every_command_leads_to_exactly_one_fact_and_one_answer(seed: int) -> No
     """Also when placement dies between reading a command and answering it."""
     simulation = swarm.run(seed).system.simulation
 
-    named = [fact.inbox_seq for fact in map(decode, (s.body for s in simulation.stream)) if isinstance(fact, CommandFact)]
+    named = [
+        fact.inbox_seq for fact in map(decode, (s.body for s in simulation.stream)) if isinstance(fact, CommandFact)
+    ]
 
     assert [stored.seq for stored in simulation.inbox] == sorted(named)
