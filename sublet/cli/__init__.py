@@ -90,6 +90,11 @@ class LazyGroup(click.Group):
         except click.Abort:
             raise SystemExit(130) from None
         except click.ClickException as error:
+            if (
+                type(error).__name__ == "NoArgsIsHelpError"
+            ):  # Click 8.2 and newer; older ones print the help themselves.
+                click.echo(error.format_message())
+                raise SystemExit(0) from None
             _fail(_usage_error(error), words)
         except SubletError as error:
             if "--debug" in words:
@@ -115,12 +120,23 @@ def _fail(error: SubletError, words: Sequence[str]) -> None:
     raise SystemExit(error.exit_code)
 
 
+def _print_version(ctx: click.Context, parameter: click.Parameter, is_wanted: bool) -> None:  # noqa: FBT001  # Click's signature.
+    if is_wanted:
+        from importlib import metadata
+
+        try:
+            click.echo(metadata.version("sublet"))
+        except metadata.PackageNotFoundError:
+            click.echo("a checkout that is not installed")
+        ctx.exit()
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Every verb knows --json, and --help with examples.",
 )
-@click.version_option(package_name="sublet", message="%(version)s")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it.")
 @click.option(
     "--context", "context_path", type=click.Path(), help="Context file; else $SUBLET_CONTEXT, .sublet/context.json."
 )

@@ -97,6 +97,21 @@ def test_the_docs_name_every_verb_and_exit_code() -> None:
     assert [code for code in EXIT_CODES if f"| {code} |" not in page] == []
 
 
+@pytest.mark.parametrize("words", [[], ["keys"]])
+def test_without_a_verb_help_is_shown(words: list[str]) -> None:
+    result = run(FakeControlPlane(), *words)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("Usage: sublet")
+
+
+def test_version_is_told_also_from_a_checkout() -> None:
+    result = run(FakeControlPlane(), "--version")
+
+    assert result.exit_code == 0
+    assert result.stdout.strip()
+
+
 def test_a_bug_of_ours_is_one_sentence(tmp_path: Path) -> None:
     plane = FakeControlPlane()
     plane.steps = []
