@@ -81,12 +81,12 @@ class _Client(Client):
         self, url: str, connection: Connection, *, nkey_seed: str | None, tls: ssl.SSLContext | None, timeout_s: float
     ) -> None:
         """Connects, or raises `Forbidden` or `BusError` with a sentence that says why not."""
-        refusal = ""
+        refusal, is_starting = "", True
 
         async def on_error(error: Exception) -> None:
             nonlocal refusal
             log.debug("NATS connection", extra={"reason": str(error)})
-            if "authorization violation" in str(error).lower() and self.stats["reconnects"] == 0:
+            if "authorization violation" in str(error).lower() and is_starting:
                 refusal = str(error)
                 scope.cancel()
 
@@ -112,6 +112,7 @@ class _Client(Client):
                 nkeys_seed_str=nkey_seed,
                 tls=tls,
             )
+        is_starting = False
         if refusal:
             raise Forbidden(f"the NATS server at {url} does not know this key: {refusal}")
         if not self.is_connected:

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 import anyio
 
 from kit.bus import BusError, Forbidden
-from kit.nats_wire import ApiError, frame, status_of
+from kit.nats_wire import ApiError, checked_subject, frame, status_of
 
 ASK_TIMEOUT_S: Final = 1.0
 """Per attempt. A healthy server answers in a millisecond; one that syncs to a busy disk, in some hundred."""
@@ -207,7 +207,7 @@ class Connection:
 
     async def subscribe(self, subject: str, receive: Receive, *, queue: str = "") -> int:
         """Subscribed, and known to be: the server has handled the SUB. Raises `Forbidden`."""
-        sid = self.transport.add_subscription(subject, queue, receive)
+        sid = self.transport.add_subscription(checked_subject(subject), queue and checked_subject(queue), receive)
         try:
             await self.confirm()
             if text := self._denied_subscriptions.pop(subject.lower(), None):

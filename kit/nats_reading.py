@@ -13,9 +13,18 @@ from typing import Any, Final, Self
 
 import anyio
 
-from kit.bus import CaughtUp, Forbidden, HistoryGone, Stored, Stream
+from kit.bus import CaughtUp, Forbidden, HistoryGone, Stored, Stream, subject_matches
 from kit.nats_connection import Connection, Unanswered
-from kit.nats_wire import STREAM_NOT_FOUND, ApiError, delivery_of, frame, parsed_headers, status_of, stored_message
+from kit.nats_wire import (
+    STREAM_NOT_FOUND,
+    ApiError,
+    delivery_of,
+    disjoint_filters,
+    frame,
+    parsed_headers,
+    status_of,
+    stored_message,
+)
 
 # A pull is renewed when what is asked for and not handled falls below this, so at most twice as many wait in memory,
 # and a slow reader holds the server back.
@@ -42,8 +51,15 @@ class _Source:
     """One consumer and what it delivered. Its callback runs on the loop's thread."""
 
     def __init__(
-        self, connection: Connection, stream: Stream, buffer: deque[Stored | CaughtUp], wake: asyncio.Event
+        self,
+        connection: Connection,
+        stream: Stream,
+        *,
+        sieve: tuple[str, ...],
+        buffer: deque[Stored | CaughtUp],
+        wake: asyncio.Event,
     ) -> None:
+        """What matches none of `sieve` is skipped; an empty one lets everything through."""
         self.name = f"read-{secrets.token_hex(8)}"
         self.problem = ""
         """Why it must be replaced; empty while it is sound."""
@@ -55,6 +71,7 @@ class _Source:
         self.has_told_end = False
         self._connection = connection
         self._stream = stream
+        self._sieve = sieve
         self._buffer = buffer
         self._wake = wake
         self._inbox = connection.new_inbox()
@@ -115,7 +132,9 @@ class _Source:
             self.fail(f"delivery {delivery} came as number {self._delivered_count}")
             return
         self.position = seq
-        self._buffer.append(stored_message(seq, time_s, subject.decode(), body, headers))
+        text = subject.decode()
+        if not self._sieve or any(subject_matches(pattern, text) for pattern in self._sieve):
+            self._buffer.append(stored_message(seq, time_s, text, body, headers))
         if self.missing_until_end is not None:
             self.missing_until_end -= 1
             if self.missing_until_end <= 0 or not waiting_count:
@@ -146,7 +165,8 @@ class NatsReading:
     ) -> None:
         self._connection = connection
         self._stream = stream
-        self._filters = filters
+        self._filters = disjoint_filters(filters)
+        self._sieve = () if set(self._filters) <= set(filters) else filters
         self._position = after_seq
         """All that matches up to this stream sequence is in the buffer or handled; not kept up while a source lives."""
         self._stream_id = stream_id
@@ -228,7 +248,9 @@ class NatsReading:
     async def _create_source(self) -> _Source:
         info = await self._connection.api(f"STREAM.INFO.{self._stream}")
         self._check_stream(info)
-        source = self._source = _Source(self._connection, self._stream, self._buffer, self._wake)
+        source = self._source = _Source(
+            self._connection, self._stream, sieve=self._sieve, buffer=self._buffer, wake=self._wake
+        )
         source.position = self._position
         # With one filter its subject names it, so that permissions can bound what a reader may see.
         subject = f"CONSUMER.CREATE.{self._stream}.{source.name}"
@@ -246,7 +268,7 @@ class NatsReading:
             subject = f"{subject}.{self._filters[0]}"
             config["filter_subject"] = self._filters[0]
         else:
-            config["filter_subjects"] = list(self._filters)
+            config["filter_subjects"] = self._filters
         request = {"stream_name": self._stream, "config": config, "action": "create"}
         created = await self._connection.api(subject, request)
         if not self._is_caught_up:

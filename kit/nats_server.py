@@ -233,7 +233,7 @@ async def ensure_streams(administrator: Administrator, *, replica_count: int = 1
 
 
 async def ensure_streams_soon(administrator: Administrator, *, replica_count: int = 1, timeout_s: float = 30.0) -> None:
-    """`ensure_streams` on a cluster that is still choosing its leader: tried again until it succeeds or time is over."""
+    """`ensure_streams` on a cluster that is still choosing its leader: tried again within the time."""
     ends_at = time.monotonic() + timeout_s
     while True:
         try:

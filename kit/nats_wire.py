@@ -68,14 +68,62 @@ def append_error(error: Mapping[str, Any]) -> BusError:
     return AppendRefused(str(answered))
 
 
+def checked_subject(subject: str) -> str:
+    """The subject, if it cannot be taken for more than one word of the protocol. Raises `ValueError`."""
+    if not subject or _NOT_IN_A_SUBJECT.search(subject):
+        raise ValueError(f"not a subject: {subject!r}")
+    return subject
+
+
 def frame(subject: str, body: bytes, *, reply: str = "", headers: bytes = b"") -> bytes:
     """One message as the server reads it: ``PUB``, or ``HPUB`` when there is a header block."""
-    if _NOT_IN_A_SUBJECT.search(subject) or not subject:
-        raise ValueError(f"not a subject: {subject!r}")
-    to = f"{subject} {reply}".encode() if reply else subject.encode()
+    to = checked_subject(subject)
+    if reply:
+        to = f"{to} {checked_subject(reply)}"
     if not headers:
-        return b"PUB %b %d\r\n%b\r\n" % (to, len(body), body)
-    return b"HPUB %b %d %d\r\n%b%b\r\n" % (to, len(headers), len(headers) + len(body), headers, body)
+        return b"PUB %b %d\r\n%b\r\n" % (to.encode(), len(body), body)
+    return b"HPUB %b %d %d\r\n%b%b\r\n" % (to.encode(), len(headers), len(headers) + len(body), headers, body)
+
+
+def disjoint_filters(filters: Iterable[str]) -> list[str]:
+    """Wildcards of which no two overlap (the server refuses those that do) and that together match at least as much.
+
+    One that another contains is dropped. Two that overlap in part give way to one that contains both, so the reader
+    must look again at what it gets.
+    """
+    disjoint: list[str] = []
+    waiting = list(filters)
+    while waiting:
+        wanted = waiting.pop()
+        other = next((present for present in disjoint if _overlap(present, wanted)), None)
+        if other is None:
+            disjoint.append(wanted)
+        else:
+            disjoint.remove(other)
+            waiting.append(_union(other, wanted))
+    return sorted(disjoint)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether some subject matches both."""
+    left, right = one.split("."), other.split(".")
+    for mine, theirs in zip(left, right, strict=False):
+        if ">" in {mine, theirs}:
+            return True
+        if mine != theirs and "*" not in {mine, theirs}:
+            return False
+    return len(left) == len(right)
+
+
+def _union(one: str, other: str) -> str:
+    """The narrowest wildcard that contains both."""
+    left, right = one.split("."), other.split(".")
+    tokens: list[str] = []
+    for mine, theirs in zip(left, right, strict=False):
+        if ">" in {mine, theirs}:
+            return ".".join([*tokens, ">"])
+        tokens.append(mine if mine == theirs else "*")
+    return ".".join(tokens) if len(left) == len(right) else ".".join([*tokens, ">"])
 
 
 def header_block(headers: Iterable[tuple[str, str]]) -> bytes:

@@ -18,6 +18,7 @@ from kit.bus import (
     Received,
     Stored,
     Stream,
+    subject_matches,
 )
 
 PREFIX = "sublet.fact.placement.>"
@@ -248,6 +249,26 @@ class BusSuite:
         found, _ = await read_to_end(bus, Stream.HISTORY, ["sublet.fact.placement.b", "sublet.fact.placement.a.1"])
 
         assert [int(stored.id) for stored in found] == [number for number in range(15) if number % 3 != 2]
+
+    @pytest.mark.parametrize(
+        "filters",
+        [
+            ["sublet.fact.node.n1.>", "sublet.fact.node.>"],
+            ["sublet.fact.node.n1.>", "sublet.fact.node.n1.>"],
+            ["sublet.fact.node.n1.>", "sublet.fact.node.*.granted"],
+            ["sublet.fact.node.*.granted", "sublet.fact.*.n2.*", "sublet.fact.placement.>"],
+        ],
+    )
+    async def test_filters_may_overlap(self, bus: Bus, filters: list[str]) -> None:
+        """A node agent reads its own prefix and some facts of all nodes."""
+        subjects = [f"sublet.fact.node.{node}.{fact}" for node in ("n1", "n2") for fact in ("granted", "freed", "a.5")]
+        batch = [entry(subject, subject=subject) for subject in subjects]
+        await bus.append("sublet.fact.node.>", batch, last_seq=0)
+
+        found, end = await read_to_end(bus, Stream.HISTORY, filters)
+
+        assert ids(found) == [s for s in subjects if any(subject_matches(pattern, s) for pattern in filters)]
+        assert end.last_seq == len(subjects)
 
     async def test_a_long_read_neither_skips_nor_repeats(self, bus: Bus, other: Bus) -> None:
         """Longer than any window that a read keeps open."""
