@@ -23,7 +23,7 @@ S = TypeVar("S")
 CHAIN_START: Final = "0"
 """Previous hash of the first fact of a prefix."""
 SILENT_INPUTS_MAX: Final = 1000
-"""A writer that handled this many foreign facts without one of its own appends `Progressed`, so that replay is bounded."""
+"""After this many foreign facts without one of its own a writer appends `Progressed`, so that replay is bounded."""
 
 
 def chain_hash(previous_hash: str, *, id: str, subject: str, body: bytes) -> str:
@@ -108,7 +108,10 @@ class Processor(Generic[S]):
     # --- Rebuilding ---------------------------------------------------------------------------------------------------
 
     def replay(self, history: Iterable[Stored]) -> None:
-        """Fold history in the order in which this writer handled it. Foreign facts beyond its last cursor stay inputs."""
+        """Fold history in the order in which this writer handled it.
+
+        Foreign facts beyond its last cursor stay inputs.
+        """
         for stored in history:
             self.replay_one(stored)
 
@@ -284,15 +287,16 @@ class Processor(Generic[S]):
     def _collect(self, outcomes: Sequence[Outcome], delivery: Delivery) -> None:
         for outcome in outcomes:
             traceparent = delivery.traceparent
+            plain = outcome
             if isinstance(outcome, Under):
-                traceparent, outcome = outcome.traceparent, outcome.outcome
-            if isinstance(outcome, Fact):
-                body = self._append(outcome, cause_seq=delivery.cause_seq, traceparent=traceparent)
+                traceparent, plain = outcome.traceparent, outcome.outcome
+            if isinstance(plain, Fact):
+                body = self._append(plain, cause_seq=delivery.cause_seq, traceparent=traceparent)
                 # Folded as it will be read back, so that replay cannot differ by what JSON does to a value.
                 self.service.evolve(self.state, cast(Fact, decode(body)))
             else:
-                assert isinstance(outcome, Order | Signal | Effect | Timer | Reply), outcome
-                self.batch.released.append(Released(outcome=outcome, traceparent=traceparent))
+                assert isinstance(plain, Order | Signal | Effect | Timer | Reply), plain
+                self.batch.released.append(Released(outcome=plain, traceparent=traceparent))
 
     def _append(self, fact: Fact, *, cause_seq: int, traceparent: str) -> bytes:
         subject = fact_subject(self.writer, fact)

@@ -34,14 +34,17 @@ S = TypeVar("S")
 D = TypeVar("D", Delivery, Stored)
 
 INPUTS_WAITING_MAX: Final = 10_000
-"""Stored inputs wait for room (back-pressure); fleeting ones beyond it are dropped and counted, as a lost packet would be."""
+"""Stored inputs wait for room (back-pressure); fleeting ones beyond it are dropped and counted."""
 INPUTS_PER_BATCH_MAX: Final = 256
 """Handled between two appends: bounds one atomic batch well below the server's 1,000."""
 REBUILD_PAUSE_S: Final = 0.5
 LEASE_TERM_S: Final = 2.0
 
 Performer = Callable[[Effect, str], Awaitable[Input | None]]
-"""(effect, traceparent) -> its result as an input. Failures are results too; an exception is a bug and stops the service."""
+"""(effect, traceparent) -> its result as an input.
+
+Failures are results too; an exception is a bug and stops the service.
+"""
 
 
 @dataclass(slots=True)
@@ -97,8 +100,10 @@ class Runner(Generic[S]):
         return self._clock() + self._offset_s
 
     def offer(self, result: Input) -> None:
-        """Hand in what a watch of the shell saw, for example that an engine ended. Lost when the service is rebuilding:
-        what it would have told must be found again by an effect of `on_start`."""
+        """Hand in what a watch of the shell saw, for example that an engine ended.
+
+        Lost when the service is rebuilding: what it would have told must be found again by an effect of `on_start`.
+        """
         if self._live is not None:
             self._live.offer(Delivery(input=result, now_s=self.now_s()))
 

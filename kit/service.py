@@ -16,7 +16,7 @@ Q = TypeVar("Q", bound=Query)
 Handler = Callable[[S, E, Context], Sequence[Outcome]]
 Fold = Callable[[S, E], None]
 Answer = Callable[[S, E, str], msgspec.Struct | None]
-"""(state, query, tenant) -> the answer, or None for "nothing to tell yet, ask again until the query's own patience ends"."""
+"""(state, query, tenant) -> the answer, or None for "nothing to tell yet": asked again until its patience ends."""
 
 
 def _nothing_to_start(state: Any, ctx: Context) -> Sequence[Outcome]:
@@ -67,7 +67,7 @@ class Service(Generic[S]):
         return register
 
     def observing(self, kind: type[E]) -> Callable[[Callable[[S, E, float], None]], Callable[[S, E, float], None]]:
-        """Register how a fleeting signal changes `state.observed`, which is no part of history and is lost on a restart."""
+        """Register how a signal changes `state.observed`, which is no part of history and is lost on a restart."""
 
         def register(observe: Callable[[S, E, float], None]) -> Callable[[S, E, float], None]:
             assert kind not in self.observers, f"{self.name} observes {kind.__name__} twice"

@@ -1,5 +1,6 @@
 """What every log-processing service does around its runner: connect, tell its health, stop on a signal."""
 
+import hashlib
 import logging
 import os
 import secrets
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import anyio
 from aiohttp import web
-from msgspec import Struct
+from msgspec import Struct, json
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from kit import settings as kit_settings
@@ -20,6 +21,7 @@ from kit.bus import Bus
 from kit.bus_nats import NatsBus
 from kit.errors import NotReady
 from kit.runner import Runner
+from kit.service import digest
 from kit.telemetry import Tracer, configure_logging, tracer
 
 SHUTDOWN_S: Final = 5.0
@@ -27,7 +29,10 @@ log = logging.getLogger("kit")
 
 
 class ConnectionSettings(Struct, frozen=True, kw_only=True):
-    """How a service reaches the bus and where it tells its health. Variables ``SUBLET_<SERVICE>_<NAME>`` or ``SUBLET_<NAME>``."""
+    """How a service reaches the bus and where it tells its health.
+
+    Variables ``SUBLET_<SERVICE>_<NAME>`` or ``SUBLET_<NAME>``.
+    """
 
     nats_url: str = "nats://127.0.0.1:4222"
     """Servers, with commas between several."""
@@ -37,6 +42,25 @@ class ConnectionSettings(Struct, frozen=True, kw_only=True):
     """Where ``/healthz``, ``/readyz`` and ``/metrics`` are served."""
     health_port: int = 0
     """0: a free one, written to the log."""
+
+
+class StateMark(Struct, frozen=True, kw_only=True):
+    """The durable part of a running service's state as one hash, and its place in history.
+
+    Folding history for `writer` up to the own fact after which the chain hash is `last_hash`, and others' facts up to
+    `cursor_seq`, gives a state with the same `digest`: replay equals what happened live.
+    """
+
+    writer: str
+    writer_epoch: int
+    cursor_seq: int
+    last_hash: str
+    digest: str
+
+
+def digest_hex(state: Any) -> str:
+    """Equal durable states give equal texts (`kit.service.digest`, hashed)."""
+    return hashlib.blake2b(digest(state), digest_size=16).hexdigest()
 
 
 def read_seed(path: str) -> str | None:
@@ -91,7 +115,11 @@ async def _stop_on_signal(scope: anyio.CancelScope) -> None:
 
 @asynccontextmanager
 async def health_server(runner: Runner[Any], connection: ConnectionSettings) -> AsyncIterator[int]:
-    """`/healthz` answers while the process lives, `/readyz` when it decides, `/metrics` for Prometheus. Gives the port."""
+    """Gives the port.
+
+    `/healthz` answers while the process lives, `/readyz` when it decides, `/metrics` for Prometheus, and `/digest` with
+    a `StateMark`. The last is no query on the bus, because tenants may ask those and it is about all of them.
+    """
 
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -103,10 +131,24 @@ async def health_server(runner: Runner[Any], connection: ConnectionSettings) -> 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=_metrics(runner), content_type="text/plain")
 
+    async def mark(_: web.Request) -> web.Response:
+        processor = runner.processor
+        if processor is None or not runner.status.is_ready:
+            return web.Response(text=runner.status.why_not + "\n", status=503)
+        body = StateMark(
+            writer=processor.writer,
+            writer_epoch=processor.writer_epoch,
+            cursor_seq=processor.cursor_seq,
+            last_hash=processor.last_hash,
+            digest=digest_hex(processor.state),
+        )
+        return web.Response(body=json.encode(body), content_type="application/json")
+
     app = web.Application()
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
+    app.router.add_get("/digest", mark)
     site_runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
     await site_runner.setup()
     try:
@@ -142,7 +184,7 @@ def run_main(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
     try:
         anyio.run(main, backend_options=options)
     except (kit_settings.SettingsError, NotReady) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130

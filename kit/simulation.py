@@ -1,7 +1,7 @@
 """The virtual-time shell: the same services over a heap of events, from one seed, with faults; no event loop.
 
 What the real shell does in parallel happens here one event after another, so a run is a function of its seed. Messages
-take time, get lost, come twice; appends lose their acks; services die between any two events and come back from history.
+take time, get lost, come twice; appends lose their acks; services die at any moment and come back from history.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ class Simulation:
     def __init__(self, *, seed: int, faults: Faults | None = None) -> None:
         self.seed = seed
         self.faults = faults or Faults()
-        self.random = random.Random(seed)  # noqa: S311  # Reproducible by design.
+        self.random = random.Random(seed)  # Reproducible by design.
         self.now_s = STREAM_EPOCH_S
         self.members: dict[str, Member] = {}
         self.stream: list[Stored] = []

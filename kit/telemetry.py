@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+Attribute = str | int | float | bool
 SAMPLED_SUFFIX: Final = "-01"
 
 
@@ -25,7 +26,7 @@ class Span(Protocol):
     traceparent: str
     """To be passed on; '' when there is no trace at all."""
 
-    def set(self, key: str, value: str | float | bool) -> None: ...
+    def set(self, key: str, value: str | float | bool) -> None: ...  # noqa: FBT001  # A value, no switch.
 
 
 class _Unrecorded:
@@ -34,7 +35,7 @@ class _Unrecorded:
     def __init__(self, traceparent: str) -> None:
         self.traceparent = traceparent
 
-    def set(self, key: str, value: str | float | bool) -> None:
+    def set(self, key: str, value: str | float | bool) -> None:  # noqa: FBT001
         return None
 
 
@@ -46,7 +47,7 @@ class _Recorded:
         context = span.get_span_context()
         self.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
 
-    def set(self, key: str, value: str | float | bool) -> None:
+    def set(self, key: str, value: str | float | bool) -> None:  # noqa: FBT001
         self._span.set_attribute(key, value)
 
 
@@ -64,7 +65,7 @@ class Tracer:
         name: str,
         *,
         parent: str = "",
-        attributes: Mapping[str, str | int | float | bool] | None = None,
+        attributes: Mapping[str, Attribute] | None = None,
         is_root: bool = False,
     ) -> Iterator[Span]:
         """A span under `parent` (a traceparent). Recorded when the parent is sampled, or, with `is_root`, by ratio."""

@@ -41,7 +41,10 @@ PRIORITIES: Final = {
     "high": 125,
     "very-high": 150,
 }
-"""The seven names and numbers that Run:ai's users know. Below `PREEMPTIBLE_BELOW` a workload is preemptible by default."""
+"""The seven names and numbers that Run:ai's users know.
+
+Below `PREEMPTIBLE_BELOW` a workload is preemptible by default.
+"""
 
 PREEMPTIBLE_BELOW: Final = 100
 DEFAULT_PRIORITY: Final = {WorkloadKind.INFERENCE: "very-high", WorkloadKind.TRAINING: "low"}
@@ -109,7 +112,7 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
 def problems_of(spec: DeploymentSpec) -> list[str]:
     """Every reason why this wish can never be granted, one clear sentence each; empty when it is sound.
 
-    Checked at admission and by the client before it publishes. Whether it fits the present GPUs is placement's question.
+    Checked at admission, and by the client before it publishes. Whether it fits is placement's question.
     """
     share = spec.share
     problems = []
@@ -122,7 +125,8 @@ def problems_of(spec: DeploymentSpec) -> list[str]:
         limit = getattr(share, f"limit_{unit}")
         if request is not None and limit is not None and limit < request:
             problems.append(
-                f"share: the limit ({limit:g}) is below the request ({request:g}); raise the limit or lower the request."
+                f"share: the limit ({limit:g}) is below the request ({request:g}); "
+                "raise the limit or lower the request."
             )
     if share.request_portion is not None and share.request_portion > 1:
         problems.append(

@@ -32,7 +32,10 @@ class ModelLoad(Struct, frozen=True, kw_only=True):
 
 
 class LoadSampled(Signal, frozen=True, tag="gateways.load_sampled.v1"):
-    """One gateway's load, every second and at once when a model turns busy or idle. A silent gateway is unknown, not idle."""
+    """One gateway's load, every second and at once when a model turns busy or idle.
+
+    A silent gateway is unknown, not idle.
+    """
 
     gateway: str
     models: tuple[ModelLoad, ...]

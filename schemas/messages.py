@@ -87,7 +87,7 @@ def fact_subject(writer: str, fact: Fact) -> str:
 
 
 def fact_filter(kind: type[Fact], node: str | None = None) -> str:
-    """The subject filter that selects all facts of a class (of one node's shard, if it is sharded and a node is given)."""
+    """The subject filter that selects all facts of a class; of a sharded one, only the given node's shard."""
     writer = f"{NODE_WRITER}.*" if kind.writer == NODE_WRITER else kind.writer
     subject = f"sublet.fact.{writer}.{token_of(kind)}"
     if not kind.is_sharded:

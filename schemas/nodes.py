@@ -153,7 +153,10 @@ class ReplicaParked(ReplicaFact, frozen=True, tag="nodes.replica_parked.v1"):
 
 
 class ReplicaWaking(ReplicaFact, frozen=True, tag="nodes.replica_waking.v1"):
-    """On its way back. First its victims give their bytes; with `is_reserved` its own share is held and restore starts."""
+    """On its way back.
+
+    First its victims give their bytes; with `is_reserved` its own share is held and restore starts.
+    """
 
     wake_epoch: Epoch
     victim_ids: tuple[Identifier, ...] = ()

@@ -90,6 +90,15 @@ class SimulatedClients:
             case DeploymentRetired():
                 if self.known.get(fact.model, _Known("")).deployment_id == fact.deployment_id:
                     del self.known[fact.model]
+            case LeaseReleased():
+                for known in self.known.values():
+                    if known.replica_id == fact.replica_id:
+                        known.replica_id, known.is_resident = "", False
+            case _:
+                self._follow_replica(fact)
+
+    def _follow_replica(self, fact: Fact) -> None:
+        match fact:
             case LeaseGranted():
                 for replica in fact.replicas:
                     self._update(replica.deployment_id, replica.replica_id, wake_epoch=1)
@@ -102,10 +111,6 @@ class SimulatedClients:
                 self._update(fact.deployment_id, fact.replica_id)
             case ReplicaParked() | ReplicaFailed():
                 self._update(fact.deployment_id, fact.replica_id, wake_epoch=fact.wake_epoch)
-            case LeaseReleased():
-                for known in self.known.values():
-                    if known.replica_id == fact.replica_id:
-                        known.replica_id, known.is_resident = "", False
 
     def _update(
         self, deployment_id: str, replica_id: str, *, wake_epoch: int | None = None, is_resident: bool = False
@@ -179,7 +184,7 @@ class SimulatedSystem:
         self.simulation = Simulation(seed=seed, faults=faults)
         self.hosts: dict[str, SimulatedHost] = {}
         self.clients = SimulatedClients(self.simulation)
-        self.random = random.Random(f"{seed}/system")  # noqa: S311  # Reproducible by design.
+        self.random = random.Random(f"{seed}/system")  # Reproducible by design.
         self._command_count = 0
         simulation = self.simulation
         simulation.add(PLACEMENT, PlacementSettings(), writer="placement")

@@ -25,7 +25,10 @@ class Deployment:
     cold_after_s: float | None
     is_training: bool
     changed_at_s: float
-    """When a fact last showed life: a decision, a start, a wake, a park. Never cold sooner than that plus the idle time."""
+    """When a fact last showed life: a decision, a start, a wake, a park.
+
+    Never cold sooner than that plus the idle time.
+    """
 
 
 @dataclass(slots=True)

@@ -105,7 +105,7 @@ def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[
 
 
 def resume(state: NodeState) -> Iterator[Outcome]:
-    """The effect that each replica is waiting for; all are idempotent, so that repeating one is adoption, not a restart."""
+    """The effect that each replica is waiting for; repeating one is adoption, not a restart."""
     for replica in state.replicas.values():
         match replica.residency:
             case Residency.STARTING:

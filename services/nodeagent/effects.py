@@ -3,6 +3,7 @@
 Each is safe to begin again at any point: that is how a restarted agent adopts what runs.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -302,10 +303,8 @@ class NodeEffects:
             return stopped
         if engine.is_alive and not engine.is_gated:
             await self._holder.close_route(effect.replica.replica_id)
-            try:
+            with contextlib.suppress(Gone):
                 await self._idle(effect, endpoint_of(engine), timeout_s=effect.drain_s)
-            except Gone:
-                pass
         await self._end(effect, engine)
         return stopped
 

@@ -1,4 +1,7 @@
-"""The node agent's slow work (effects) and what comes back of it (inputs). `lease_epoch` makes each harmless to repeat."""
+"""The node agent's slow work (effects) and what comes back of it (inputs).
+
+`lease_epoch` makes each harmless to repeat.
+"""
 
 from dataclasses import dataclass
 
@@ -32,7 +35,7 @@ class EngineEffect(Effect):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartEngine(EngineEffect):
-    """Start it behind its gate, set and read back its limit, open the gate, wait until ready, verify, open its route."""
+    """Start it gated, set and read back its limit, open the gate, wait until ready, verify, open its route."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,10 @@ from services.nodeagent.settings import NodeAgentSettings
 def engine_start(
     replica: ReplicaProposal, *, lease_epoch: int, settings: NodeAgentSettings, python: str, environment: dict[str, str]
 ) -> EngineStart:
-    """The wish for the holder. The engine lives in its granted bytes, context included; ``{port}`` is the holder's choice."""
+    """The wish for the holder.
+
+    The engine lives in its granted bytes, context included; ``{port}`` is the holder's choice.
+    """
     share = replica.shares[0]
     spec = replica.deployment
     common = [

@@ -61,8 +61,8 @@ class Ledger:
     def short_for_lease(self, replica: ReplicaProposal, residue_bytes: int) -> int:
         """Bytes that are missing to take this replica too; 0 or less when it can live here.
 
-        All that are always resident, the residues of all that park, and the largest share among those must fit together;
-        and its residue must be free now.
+        All that are always resident, the residues of all that park, and the largest share among those must fit
+        together; and its residue must be free now.
         """
         share = replica.shares[0]
         gpu = share.gpu_uuid

@@ -10,7 +10,10 @@ CHUNK_BYTES_MAX: Final = 256 * 1024
 
 
 def read_tail(path: Path, *, after_bytes: int, tail_count: int) -> LogChunk:
-    """Whole lines after an offset; with 0, the last `tail_count` lines. A log that was rotated is read from its start."""
+    """Whole lines after an offset; with 0, the last `tail_count` lines.
+
+    A log that was rotated is read from its start.
+    """
     size = path.stat().st_size
     begin = after_bytes if 0 < after_bytes <= size else max(0, size - CHUNK_BYTES_MAX) if after_bytes == 0 else 0
     with path.open("rb") as file:

@@ -17,7 +17,10 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     holder_url: str = "http://127.0.0.1:8090"
     """Where gateways reach the holder for their route leases."""
     reserve_bytes: int = 2 * GiB
-    """Kept free on each GPU: driver allocations that leases cannot see. Not a fraction: it does not grow with the card."""
+    """Kept free on each GPU: driver allocations that leases cannot see.
+
+    Not a fraction: it does not grow with the card.
+    """
     residue_bytes: int = 640 * MiB
     """Expected device bytes of a parked engine (its context) until the first park measures it."""
     host_budget_bytes: int = 0

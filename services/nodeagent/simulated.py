@@ -91,7 +91,7 @@ class SimulatedHost:
         self._node = node
         self.gpus = gpus
         self._host_budget_bytes = host_budget_bytes
-        self.random = random.Random(f"{seed}/{node}")  # noqa: S311  # Reproducible by design.
+        self.random = random.Random(f"{seed}/{node}")  # Reproducible by design.
         self.faults = faults or HostFaults()
         self._cold_start_s = cold_start_s
         self.engines: dict[str, _Engine] = {}

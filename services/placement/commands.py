@@ -166,7 +166,7 @@ def key_revoke_requested(state: ClusterState, command: KeyRevokeRequested, ctx: 
 
 @SERVICE.on(UnreadableCommand)
 def unreadable_command(state: ClusterState, command: UnreadableCommand, ctx: Context) -> Sequence[Outcome]:
-    """Nothing is lost and nothing is silent: the bytes stay in the inbox, the reason goes into history and to the sender."""
+    """Nothing is lost or silent: the bytes stay in the inbox, the reason goes into history and to the sender."""
     return _reject(command, "SUB-INB-001", f"the command cannot be read: {command.reason}", ctx)
 
 

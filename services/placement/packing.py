@@ -64,8 +64,8 @@ def choose(state: ClusterState, spec: DeploymentSpec, *, refused_nodes: Sequence
     """The GPU for one more replica of this deployment.
 
     First choice: room for its request beside all other requests, on the GPU that is left with the least (best fit; ties
-    to the smaller UUID). Second, for replicas that may be parked: a GPU whose replicas can take turns, where the smallest
-    part is promised already. O(replicas + GPUs).
+    to the smaller UUID). Second, for replicas that may be parked: a GPU whose replicas can take turns, where the
+    smallest part is promised already. O(replicas + GPUs).
     """
     fits: list[_Fit] = []
     alternatives: list[Alternative] = []

@@ -49,13 +49,13 @@ def _victims(ids: tuple[str, ...]) -> str:
 
 _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     WriterStarted: lambda f: f"instance {f.instance} took over",
-    Progressed: lambda f: "nothing to decide for a while",
+    Progressed: lambda _: "nothing to decide for a while",
     DeploymentAdmitted: lambda f: f"admitted, revision {f.revision_count}",
     CommandRejected: lambda f: f"rejected: {f.message}",
     CommandDuplicated: lambda f: f"nothing to do: {f.message}",
     DeploymentRetired: lambda f: f"{f.model} retired",
-    ParkAsked: lambda f: "an operator asked to park it",
-    WakeAsked: lambda f: "an operator asked to wake it",
+    ParkAsked: lambda _: "an operator asked to park it",
+    WakeAsked: lambda _: "an operator asked to wake it",
     KeyAdded: lambda f: f"key {f.key_id} accepted",
     KeyRevoked: lambda f: f"key {f.key_id} revoked",
     PlacementProposed: lambda f: f"-> {f.node}, {gib(sum(r.shares[0].request_bytes for r in f.replicas))}; {f.reason}",
@@ -66,7 +66,7 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     LeaseGranted: lambda f: f"{gib(sum(lease.granted_bytes for lease in f.leases))} granted by {f.node}",
     LeaseRefused: lambda f: f"{f.node} refused: {f.message}",
     LeaseReleased: lambda f: f"lease of {f.replica_id} ended: {f.reason}",
-    ReplicaStarting: lambda f: "engine starting",
+    ReplicaStarting: lambda _: "engine starting",
     ReplicaReady: lambda f: ", ".join(
         f"ready after {r.start_s:.1f} s, {gib(r.enforced_bytes)} enforced" for r in f.replicas
     ),

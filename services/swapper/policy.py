@@ -1,4 +1,7 @@
-"""Who comes back, and who gives way: least recently used first, training before inference. Pure, total orders, ties by id."""
+"""Who comes back, and who gives way: least recently used first, training before inference.
+
+Pure, total orders, ties by id.
+"""
 
 from dataclasses import dataclass
 
@@ -177,7 +180,7 @@ def _victims(
 
 
 def _may_give_way(state: FleetState, other: Replica, replica: Replica, *, has_waited: bool, now_s: float) -> bool:
-    """Training gives way to inference at once; inference when idle and long enough here, or when another waited too long."""
+    """Training gives way to inference at once; inference when idle and long enough here, or to a long wait."""
     if other.spec.priority_number < replica.spec.priority_number and other.is_training:
         return True
     if other.spec.priority_number > replica.spec.priority_number:

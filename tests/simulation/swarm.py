@@ -1,4 +1,4 @@
-"""Random runs of the whole system: each seed draws its own fleet, traffic, operators and faults, then heals and must settle."""
+"""Random runs of the whole system: each seed draws fleet, traffic, operators and faults, then heals and must settle."""
 
 import random
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class SwarmRun:
 
 def run(seed: int) -> SwarmRun:
     """Faults, then heal, then a hard deadline. Raises when an invariant is broken at any instant."""
-    draw = random.Random(seed)  # noqa: S311  # Reproducible by design.
+    draw = random.Random(seed)  # Reproducible by design.
     system = SimulatedSystem(
         seed=seed,
         node_count=draw.choice([1, 2]),

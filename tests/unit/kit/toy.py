@@ -1,4 +1,4 @@
-"""A service of a few lines, for tests of the shells: it counts deployments that are parked, and answers each with a fact."""
+"""A service of a few lines, for tests of the shells: it answers each retirement with a fact."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,9 +41,9 @@ def decided(model: str, ctx: Context, reason: str) -> ReplicasDecided:
 def toy(*, resumed: Sequence[Outcome] = ()) -> Service[ToyState]:
     service: Service[ToyState] = Service(
         name="autoscaler",
-        new_state=lambda settings: ToyState(),
-        reads=lambda node: ["sublet.fact.placement.>"],
-        on_start=lambda state, ctx: list(resumed),
+        new_state=lambda _: ToyState(),
+        reads=lambda _: ["sublet.fact.placement.>"],
+        on_start=lambda _state, _ctx: list(resumed),
     )
 
     @service.folding(ReplicasDecided)
