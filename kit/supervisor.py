@@ -95,6 +95,14 @@ class NotReady(Exception):
         self.log_tail = tail
 
 
+class Interrupted(Exception):
+    """A signal came before all processes had started; those that had are stopped."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(signal_number).name} while starting")
+        self.signal_number = signal_number
+
+
 class Supervisor:
     """What `supervise` gives its body: a look at the processes."""
 
@@ -222,10 +230,12 @@ async def supervise(
     """Run the body while all processes run; they are stopped when it ends, is cancelled, or SIGINT or SIGTERM comes.
 
     On a signal the body is cancelled and the block ends without an exception; `signal_received` says so. Raises
-    `NotReady` when a first start fails, after stopping what had started. Call it from the main thread.
+    `NotReady` when a first start fails and `Interrupted` when a signal comes before the body, after stopping what had
+    started. Call it from the main thread.
     """
     supervisor = Supervisor(specs, on_event=on_event, ready_timeout_s=ready_timeout_s, backoff=backoff or Backoff())
     failure: Exception | None = None
+    has_started = False
     try:
         async with anyio.create_task_group() as tasks:
             if handles_signals:
@@ -233,6 +243,7 @@ async def supervise(
             try:
                 for spec in specs:
                     await tasks.start(supervisor.keep, spec)
+                has_started = True
                 yield supervisor
             except Exception as error:  # noqa: BLE001  Raised again below: a task group would wrap it.
                 failure = error
@@ -242,6 +253,8 @@ async def supervise(
             await supervisor.stop_all(timeout_s=stop_timeout_s)
     if failure is not None:
         raise failure
+    if supervisor.signal_received is not None and not has_started:
+        raise Interrupted(supervisor.signal_received)
 
 
 async def holds(check: ReadyCheck) -> bool:

@@ -14,6 +14,7 @@ from kit.process import free_port, identity_of, is_alive
 from kit.supervisor import (
     Backoff,
     EventKind,
+    Interrupted,
     NotReady,
     ProcessEvent,
     ProcessSpec,
@@ -206,6 +207,16 @@ async def test_a_signal_ends_the_body_and_says_which(tmp_path: Path) -> None:
         await anyio.sleep_forever()
 
     assert supervisor.signal_received == signal.SIGTERM
+
+
+async def test_a_signal_before_the_body_is_an_exception_of_its_own(tmp_path: Path) -> None:
+    def interrupts() -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    with pytest.raises(Interrupted, match="SIGTERM while starting"):
+        async with supervise([spec(tmp_path, "a", depends_on_ready=interrupts)]):
+            pytest.fail("the body ran")
 
 
 async def test_nothing_is_left_when_the_supervisor_itself_is_killed(tmp_path: Path) -> None:
