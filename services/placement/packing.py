@@ -85,9 +85,7 @@ def choose(state: ClusterState, spec: DeploymentSpec, *, refused_nodes: Sequence
     else:
         return _no_choice(state, spec, alternatives)
     others = [
-        Alternative(node=f.node, gpu_uuid=f.gpu.gpu_uuid, reason=f"fits less tightly, {_gib(f.left_bytes)} left")
-        for f in fits
-        if f is not best
+        Alternative(node=f.node, gpu_uuid=f.gpu.gpu_uuid, reason=_why_not(f, best)) for f in fits if f is not best
     ]
     return Choice(
         node=best.node,
@@ -97,6 +95,14 @@ def choose(state: ClusterState, spec: DeploymentSpec, *, refused_nodes: Sequence
         reason=reason,
         alternatives=(*others, *alternatives),
     )
+
+
+def _why_not(fit: _Fit, best: _Fit) -> str:
+    """Why a GPU that would do was not chosen."""
+    if fit.left_bytes >= 0:
+        return f"would do too, but {_gib(fit.left_bytes)} would be left to promise"
+    over = f"requests would exceed it by {_gib(-fit.left_bytes)}"
+    return f"would need to take turns: {over}" if best.left_bytes >= 0 else f"is promised more: {over}"
 
 
 def _gpus(state: ClusterState) -> Iterator[tuple[Node, GpuOffer]]:
