@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol, Self
 
+import msgspec
+
 
 class Stream(StrEnum):
     """The streams. History and the inbox are kept for ever until trimmed below every reader; the others expire."""
@@ -45,9 +47,8 @@ class Entry:
     traceparent: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """One message as a stream holds it."""
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """One message as a stream holds it. A Struct: a replay makes hundreds of thousands, at a tenth of the cost."""
 
     seq: int
     time_s: float

@@ -28,6 +28,10 @@ TRANSIENT_ERRORS: Final = frozenset({10008, 10009, 10074, 10118, 10164, 10176})
 # 503 as well, but waiting does not help: no storage left, no resources left by the configured limits.
 FULL_ERRORS: Final = frozenset({10023, 10028, 10047})
 
+# The headers as `entry_headers` writes them. Everything else is read by name; this is the way of a long replay.
+_OWN_HEADERS = re.compile(
+    rb"\r\nSublet-Id: ([^\r\n]*)\r\nSublet-Chain: (\d{1,19}),(\d{1,19}),([^\r\n,]*)\r\n(?:traceparent: ([^\r\n]*)\r\n)?"
+)
 _NOT_IN_A_SUBJECT = re.compile(r"[\s\x00]")
 
 
@@ -171,6 +175,19 @@ def stored_message(seq: int, time_s: float, subject: str, body: bytes, headers: 
     """A message of a stream. Outsiders may have written any headers, so nothing in them can make this fail."""
     if not headers:
         return Stored(seq=seq, time_s=time_s, subject=subject, body=body)
+    if ours := _OWN_HEADERS.search(headers):
+        own_id, cause_seq, cursor_seq, hash_, trace = ours.groups(b"")
+        return Stored(
+            seq=seq,
+            time_s=time_s,
+            subject=subject,
+            body=body,
+            id=own_id.decode(errors="replace"),
+            cause_seq=int(cause_seq),
+            cursor_seq=int(cursor_seq),
+            previous_hash=hash_.decode(errors="replace"),
+            traceparent=trace.decode(errors="replace"),
+        )
     parsed = parsed_headers(headers)
     own_id = parsed.get(b"sublet-id") or parsed.get(b"nats-msg-id") or parsed.get(b"ce-id") or b""
     cause, cursor, previous_hash = _chain(parsed.get(b"sublet-chain", b""))
