@@ -78,7 +78,7 @@ def read_seed(path: str) -> str | None:
 @asynccontextmanager
 async def connected(service: str, *, user: str = "") -> AsyncIterator[tuple[Bus, ConnectionSettings]]:
     """A connection as this service's user."""
-    settings = kit_settings.load(ConnectionSettings, service=service)
+    settings = kit_settings.load(ConnectionSettings, service=service, section="connection")
     seed = read_seed(settings.nkey_seed_file)
     async with NatsBus(settings.nats_url, nkey_seed=seed, name=user or service) as bus:
         yield bus, settings

@@ -1,7 +1,8 @@
 """Settings: one msgspec Struct per service, filled from the environment, then a file, then its defaults.
 
 A field ``drain_s`` of the service ``nodeagent`` is the variable ``SUBLET_NODEAGENT_DRAIN_S``; ``SUBLET_DRAIN_S`` sets
-it for every service that has one. ``SUBLET_CONFIG`` names a JSON file of the form ``{"nodeagent": {"drain_s": 5}}``.
+it for every service that has one. ``SUBLET_CONFIG`` names a JSON file of the form ``{"nodeagent": {"drain_s": 5}}``; what
+all services share (`kit.serving.ConnectionSettings`) has the section ``connection``.
 """
 
 import difflib
@@ -34,30 +35,35 @@ class Explained:
     origin: str
 
 
-def load(kind: type[T], *, service: str, environment: Mapping[str, str] | None = None) -> T:
-    """The service's settings. Raises `SettingsError` with all problems at once."""
-    values, _ = _collect(kind, service, os.environ if environment is None else environment)
+def load(kind: type[T], *, service: str, section: str = "", environment: Mapping[str, str] | None = None) -> T:
+    """The service's settings. Raises `SettingsError` with all problems at once.
+
+    `section` of the file, when it is not the service's own: every name in a section must belong to one Struct.
+    """
+    values, _ = _collect(kind, service, section or service, os.environ if environment is None else environment)
     return msgspec.convert(values, kind, strict=False)
 
 
 def explain(kind: type[T], *, service: str, environment: Mapping[str, str] | None = None) -> list[Explained]:
     """Every setting with its value and its origin, in the order in which the Struct declares them."""
-    values, origins = _collect(kind, service, os.environ if environment is None else environment)
+    values, origins = _collect(kind, service, service, os.environ if environment is None else environment)
     settings = msgspec.convert(values, kind, strict=False)
     names = kind.__struct_fields__
     return [Explained(name=n, value=getattr(settings, n), origin=origins.get(n, "default")) for n in names]
 
 
-def _collect(kind: type[T], service: str, environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _collect(
+    kind: type[T], service: str, section: str, environment: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     problems: list[str] = []
     names = kind.__struct_fields__
-    for name, value in _from_file(service, environment, problems).items():
+    for name, value in _from_file(section, environment, problems).items():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(f"{environment['SUBLET_CONFIG']}: unknown setting '{service}.{name}'{hint}")
+            problems.append(f"{environment['SUBLET_CONFIG']}: unknown setting '{section}.{name}'{hint}")
             continue
         values[name], origins[name] = value, environment["SUBLET_CONFIG"]
     for name in names:
@@ -85,7 +91,7 @@ def _parsed(text: str) -> Any:
     return text
 
 
-def _from_file(service: str, environment: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
+def _from_file(section: str, environment: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
     path = environment.get("SUBLET_CONFIG")
     if not path:
         return {}
@@ -94,8 +100,8 @@ def _from_file(service: str, environment: Mapping[str, str], problems: list[str]
     except (OSError, ValueError) as error:
         problems.append(f"SUBLET_CONFIG: {path} cannot be read as JSON: {error}")
         return {}
-    section = content.get(service, {}) if isinstance(content, dict) else None
-    if not isinstance(section, dict):
-        problems.append(f"{path}: '{service}' must be an object of settings")
+    found = content.get(section, {}) if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        problems.append(f"{path}: '{section}' must be an object of settings")
         return {}
-    return section
+    return found

@@ -50,3 +50,14 @@ def test_every_problem_is_named_at_once_with_where_it_was_set(tmp_path: Path) ->
 
 def test_lists_are_written_as_json() -> None:
     assert ["x", "y"] == load(Knobs, service="agent", environment={"SUBLET_NODES": '["x","y"]'}).nodes
+
+
+def test_what_services_share_has_a_section_of_its_own(tmp_path: Path) -> None:
+    """Else no service could have a section: its names and the connection's are of two Structs, both checked."""
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"gateway": {"port": 1}, "connection": {"name": "file"}}))
+    environment = {"SUBLET_CONFIG": str(path), "SUBLET_GATEWAY_DRAIN_S": "3"}
+
+    shared = load(Knobs, service="gateway", section="connection", environment=environment)
+
+    assert Knobs(name="file", drain_s=3.0) == shared
