@@ -1,8 +1,8 @@
 """Settings: one msgspec Struct per service, filled from the environment, then a file, then its defaults.
 
 A field ``drain_s`` of the service ``nodeagent`` is the variable ``SUBLET_NODEAGENT_DRAIN_S``; ``SUBLET_DRAIN_S`` sets
-it for every service that has one. ``SUBLET_CONFIG`` names a JSON file of the form ``{"nodeagent": {"drain_s": 5}}``; what
-all services share (`kit.serving.ConnectionSettings`) has the section ``connection``.
+it for every service that has one. ``SUBLET_CONFIG`` names a JSON file of the form ``{"nodeagent": {"drain_s": 5}}``;
+what all services share (`kit.serving.ConnectionSettings`) has the section ``connection``.
 """
 
 import difflib
