@@ -36,6 +36,8 @@ class Faults:
     ack_lost_fraction: float = 0.0
     """Of appends that are stored although their writer hears nothing."""
     resend_s: float = 1.0
+    rebuild_s: float = 0.1
+    """Until a writer whose append was refused has stopped and reads history anew."""
 
 
 class World(Protocol):
@@ -51,6 +53,8 @@ class Counters:
     delivered_count: int = 0
     appended_count: int = 0
     crashed_count: int = 0
+    refused_count: int = 0
+    """Appends that named an older sequence than the stream held."""
     lost_count: int = 0
 
 
@@ -171,11 +175,12 @@ class Simulation:
         self.counters.crashed_count += 1
         self.after(down_s, lambda: self.start(member))
 
-    def _if_living(self, member: Member, action: Callable[[], None]) -> Callable[[], None]:
-        life = member.life
+    def _if_living(self, member: Member, action: Callable[[], None], *, life: int | None = None) -> Callable[[], None]:
+        """The action, void once the given life (the present one) has ended."""
+        meant = member.life if life is None else life
 
         def guarded() -> None:
-            if member.is_alive and member.life == life:
+            if member.is_alive and member.life == meant:
                 action()
 
         return guarded
@@ -312,23 +317,30 @@ class Simulation:
         self._work(member)
 
     def _append(self, member: Member, entries: Sequence[Entry], last_seq: int, then: Callable[[int], None]) -> None:
-        """One attempt on its way to the stream; the same bytes again when its ack is lost."""
+        """One attempt on its way to the stream; the same bytes again when its ack is lost.
+
+        Bytes on their way arrive although their writer dies, even after its next life has begun: the stream accepts
+        them or refuses them by the sequence that they name, and whoever is refused while it lives rebuilds itself.
+        """
+        life = member.life
 
         def arrive() -> None:
             newest = self._newest(prefix_of(member.writer))
             if newest is not None and newest.id == entries[-1].id:
                 seq = newest.seq
-            else:
-                assert (newest.seq if newest else 0) == last_seq, (member.writer, last_seq, newest)
+            elif (newest.seq if newest else 0) == last_seq:
                 seq = self._store(entries)
-            if self.random.random() < self.faults.ack_lost_fraction:
-                self.after(self.faults.resend_s, self._if_living(member, arrive))
             else:
-                self.after(self._latency_s(), self._if_living(member, lambda: then(seq)))
+                self.counters.refused_count += 1
+                if member.is_alive and member.life == life:
+                    self.crash(member.writer, down_s=self.faults.rebuild_s)
+                return
+            if self.random.random() < self.faults.ack_lost_fraction:
+                self.after(self.faults.resend_s, self._if_living(member, arrive, life=life))
+            else:
+                self.after(self._latency_s(), self._if_living(member, lambda: then(seq), life=life))
 
-        # The bytes are on their way: they arrive even if their writer dies now, unless it is back before.
-        life = member.life
-        self.after(self._latency_s(), lambda: arrive() if member.life == life or not member.is_alive else None)
+        self.after(self._latency_s(), arrive)
 
     def _upload(self, member: Member, then: Callable[[int], None] | None = None) -> None:
         """Bring the journal's surplus into the stream, in order, one append in flight."""
