@@ -42,6 +42,8 @@ def fresh_wish(state: FleetState, replica: Replica, *, now_s: float) -> Wanted |
     wanted = state.observed.wanted.get(replica.replica_id)
     if wanted is None or now_s - wanted.heard_at_s > state.settings.wanted_fresh_s:
         return None
+    if replica.tier is Tier.PARKED and wanted.wake_epoch != replica.wake_epoch:
+        return None  # An earlier return has answered it; who still waits says so again with the new epoch.
     return wanted
 
 

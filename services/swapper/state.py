@@ -52,6 +52,8 @@ class Replica:
     tier: Tier
     since_s: float
     wake_epoch: int = 1
+    is_started: bool = False
+    """Its engine is a process, so that its residue is on the device while it is parked."""
     is_asked_awake: bool = False
     """An operator asked for it; holds until it is resident."""
     is_asked_parked: bool = False
@@ -61,7 +63,7 @@ class Replica:
     def held_bytes(self) -> int:
         if self.tier in HOLDING_SHARE:
             return self.share_bytes
-        return 0 if self.tier is Tier.FAILED else self.residue_bytes
+        return self.residue_bytes if self.is_started else 0
 
     @property
     def freed_bytes(self) -> int:
@@ -93,6 +95,7 @@ class Wanted:
     since_s: float
     """When its oldest waiting request arrived."""
     waiting_count: int
+    wake_epoch: int
     traceparent: str = ""
 
 
@@ -188,7 +191,7 @@ def fold_ready(state: FleetState, fact: ReplicaReady) -> None:
     for ready in fact.replicas:
         replica = _move(state, ready.replica_id, Tier.RESIDENT, fact.at_s)
         if replica is not None:
-            replica.is_asked_awake = False
+            replica.is_asked_awake, replica.is_started = False, True
             replica.wake_epoch = ready.wake_epoch
         _settle(state, ready.replica_id, is_wake=True)
 
@@ -228,7 +231,7 @@ def fold_wake_refused(state: FleetState, fact: WakeRefused) -> None:
     replica = state.replicas.get(fact.replica_id)
     if replica is not None:
         if replica.tier in (Tier.WAITING, Tier.WAKING):
-            _move(state, fact.replica_id, Tier.PARKED if replica.wake_epoch > 1 else Tier.GRANTED, fact.at_s)
+            _move(state, fact.replica_id, Tier.PARKED if replica.is_started else Tier.GRANTED, fact.at_s)
         replica.refused_at_s = fact.at_s
     _settle(state, fact.replica_id, is_wake=True)
 
@@ -236,7 +239,7 @@ def fold_wake_refused(state: FleetState, fact: WakeRefused) -> None:
 def fold_failed(state: FleetState, fact: ReplicaFailed) -> None:
     replica = _move(state, fact.replica_id, Tier.FAILED if fact.is_final else Tier.GRANTED, fact.at_s)
     if replica is not None:
-        replica.wake_epoch = fact.wake_epoch
+        replica.wake_epoch, replica.is_started = fact.wake_epoch, False
         replica.refused_at_s = fact.at_s
     state.decisions.pop(fact.replica_id, None)
 
@@ -286,7 +289,10 @@ def observe_wanted(state: FleetState, wanted: ModelWanted, now_s: float) -> None
     if wanted.replica_id not in state.replicas:
         return
     state.observed.wanted[wanted.replica_id] = Wanted(
-        heard_at_s=now_s, since_s=now_s - wanted.oldest_wait_s, waiting_count=wanted.waiting_count
+        heard_at_s=now_s,
+        since_s=now_s - wanted.oldest_wait_s,
+        waiting_count=wanted.waiting_count,
+        wake_epoch=wanted.wake_epoch,
     )
     state.observed.last_used_s[wanted.deployment_id] = now_s
 

@@ -97,3 +97,17 @@ def test_an_operator_can_wake_a_parked_model_without_a_request() -> None:
     system.run_for(3.0)
 
     assert "resident" == states(system)["mistral"]
+
+
+def test_a_wish_that_was_answered_does_not_undo_a_later_park() -> None:
+    system = article_system()
+    system.command(ParkRequested(command_id="p1", model="mistral"))
+    system.run_for(2.0)
+    system.clients.request("mistral")
+    system.run_for(0.6)
+    assert "resident" == states(system)["mistral"]
+
+    system.command(ParkRequested(command_id="p2", model="mistral"))
+    system.run_for(3.0)
+
+    assert "parked" == states(system)["mistral"]
