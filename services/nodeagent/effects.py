@@ -46,6 +46,8 @@ from services.nodeagent.settings import NodeAgentSettings
 WATCH_S: Final = 30.0
 """One long poll for an engine's end."""
 HOLDER_RETRY_S: Final = 0.5
+UNKNOWN: Final = 404
+ANOTHER_EPOCH: Final = 409
 FREED_POLL_S: Final = 0.01
 FREED_DEADLINE_S: Final = 5.0
 """The driver's account follows an unmap within milliseconds; longer means that the bytes are not free."""
@@ -166,14 +168,14 @@ class NodeEffects:
 
             async def watch_end() -> None:
                 nonlocal problem
-                while True:
-                    view = await self._holder.wait_for_exit(
-                        effect.replica.replica_id, lease_epoch=effect.lease_epoch, timeout_s=WATCH_S
-                    )
-                    if not view.is_alive:
-                        problem = f"it ended with code {view.exit_code} while loading: {log_line(view)}"
-                        tg.cancel_scope.cancel()
-                        return
+                while not problem:
+                    try:
+                        reason = await self._end_of(effect.replica.replica_id, effect.lease_epoch)
+                        problem = f"while loading: {reason}" if reason else ""
+                    except HolderProblem as away:
+                        log.warning("holder problem", extra={"reason": str(away), "effect": "StartEngine"})
+                        await anyio.sleep(HOLDER_RETRY_S)
+                tg.cancel_scope.cancel()
 
             async def watch_ready() -> None:
                 nonlocal problem
@@ -362,17 +364,26 @@ class NodeEffects:
             self._watched.add(key)
             self._watchers.start_soon(self._watch_end, effect)
 
+    async def _end_of(self, replica_id: str, lease_epoch: int) -> str | None:
+        """Why it does not run any more; None while it does, after one long poll. A restarted holder knows no engine."""
+        try:
+            view = await self._holder.wait_for_exit(replica_id, lease_epoch=lease_epoch, timeout_s=WATCH_S)
+        except HolderProblem as problem:
+            if problem.status == UNKNOWN:
+                return "the holder does not know it any more"
+            raise
+        return None if view.is_alive else f"it ended with code {view.exit_code}: {log_line(view)}"
+
     async def _watch_end(self, effect: EngineEffect) -> None:
         replica_id, lease_epoch = effect.replica.replica_id, effect.lease_epoch
         while True:
             try:
-                view = await self._holder.wait_for_exit(replica_id, lease_epoch=lease_epoch, timeout_s=WATCH_S)
-                if not view.is_alive:
-                    reason = f"it ended with code {view.exit_code}: {log_line(view)}"
+                reason = await self._end_of(replica_id, lease_epoch)
+                if reason is not None:
                     self._report(await self._lost(effect, reason))
                     break
             except HolderProblem as problem:
-                if problem.status in (404, 409):
+                if problem.status == ANOTHER_EPOCH:
                     break
                 await anyio.sleep(HOLDER_RETRY_S)
         self._watched.discard((replica_id, lease_epoch))
