@@ -33,10 +33,8 @@ def placement_proposed(state: NodeState, proposed: PlacementProposed, ctx: Conte
     ledger = Ledger(state)
     outcomes: list[Outcome] = [granted]
     for replica, lease in zip(proposed.replicas, granted.leases, strict=True):
-        ledger.hold(lease.gpu_uuid, lease.residue_bytes)
-        wanted_bytes = lease.granted_bytes - lease.residue_bytes
-        if ledger.unclaimed_bytes(lease.gpu_uuid) >= wanted_bytes:
-            ledger.hold(lease.gpu_uuid, wanted_bytes)
+        if ledger.unclaimed_bytes(lease.gpu_uuid) >= lease.granted_bytes:
+            ledger.hold(lease.gpu_uuid, lease.granted_bytes)
             outcomes.append(starting(state, replica, wake_epoch=1, ctx=ctx))
             outcomes.append(StartEngine(replica=replica, lease_epoch=lease.lease_epoch, wake_epoch=1))
     return outcomes

@@ -62,15 +62,16 @@ class Ledger:
         """Bytes that are missing to take this replica too; 0 or less when it can live here.
 
         All that are always resident, the residues of all that park, and the largest share among those must fit
-        together; and its residue must be free now.
+        together. Nothing needs to be free now: a lease without a process holds nothing, and its first start waits for
+        its share like any wake.
         """
         share = replica.shares[0]
         gpu = share.gpu_uuid
         fixed, resting, largest = self._fixed[gpu], self._resting[gpu], self._largest[gpu]
-        now_bytes = min(residue_bytes, share.request_bytes)
+        residue_bytes = min(residue_bytes, share.request_bytes)
         if replica.deployment.swap.is_parkable:
-            resting += now_bytes
-            largest = max(largest, share.request_bytes - now_bytes)
+            resting += residue_bytes
+            largest = max(largest, share.request_bytes - residue_bytes)
         else:
             fixed += share.request_bytes
-        return max(fixed + resting + largest - self._offered[gpu], now_bytes - self.free_bytes(gpu))
+        return fixed + resting + largest - self._offered[gpu]

@@ -72,8 +72,7 @@ def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Ou
         backoff_s = state.settings.restart_backoff_s * 2 ** (attempt_count - 1)
         due = RestartDue(replica_id=lost.replica_id, lease_epoch=replica.lease_epoch + 1)
         outcomes.append(Timer(due_s=ctx.now_s + backoff_s, input=due))
-    residue_bytes = 0 if is_final else max(replica.residue_bytes, state.settings.residue_bytes)
-    return [*outcomes, *next_wakes(state, ctx, freed=replica, residue_bytes=residue_bytes)]
+    return [*outcomes, *next_wakes(state, ctx, freed=replica)]
 
 
 @SERVICE.on(RestartDue)

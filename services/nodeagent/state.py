@@ -25,12 +25,12 @@ from services.nodeagent.settings import NodeAgentSettings
 class Residency(StrEnum):
     """Where a replica is. The comment names what its lease holds on the device."""
 
-    GRANTED = "granted"  # Residue, reserved for its context; no process.
+    GRANTED = "granted"  # Nothing: there is no process. Its residue is in the account of what must fit together.
     STARTING = "starting"  # Its share.
     RESIDENT = "resident"  # Its share.
     DRAINING = "draining"  # Its share, until the park has proven its bytes free.
     PARKED = "parked"  # Its measured residue.
-    WAITING = "waiting"  # Residue: its wake is accepted, victims give their bytes first.
+    WAITING = "waiting"  # Its residue, or nothing before its first start: its wake is accepted, victims give first.
     WAKING = "waking"  # Its share: a transition counts as the larger of both sides.
     RELEASING = "releasing"  # What it held when the release began, until the stop has proven its bytes free.
     FAILED = "failed"  # Nothing: its process is gone and it will not be tried again.
@@ -83,7 +83,7 @@ class Replica:
             return self.share_bytes
         if self.residency is Residency.RELEASING:
             return self.releasing_bytes
-        return 0 if self.residency is Residency.FAILED else self.residue_bytes
+        return self.residue_bytes if self.is_started else 0
 
 
 @dataclass(slots=True)

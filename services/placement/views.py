@@ -84,7 +84,7 @@ def _node_view(state: ClusterState, node: Node) -> NodeView:
                 reserve_bytes=gpu.reserve_bytes,
                 allocatable_bytes=gpu.allocatable_bytes,
                 promised_bytes=sum(r.request_bytes for r in here),
-                held_bytes=sum(r.request_bytes if r.state in HOLDS_SHARE else r.residue_bytes for r in here),
+                held_bytes=sum(_held_bytes(r) for r in here),
                 grade=gpu.grade,
                 grade_reason=gpu.grade_reason,
                 resident_count=sum(r.state in HOLDS_SHARE for r in here),
@@ -100,6 +100,13 @@ def _node_view(state: ClusterState, node: Node) -> NodeView:
         host_parked_bytes=parked_bytes,
         joined_at_s=node.joined_at_s,
     )
+
+
+def _held_bytes(replica: Replica) -> int:
+    """Its share, its residue while it is parked, and nothing before its engine is started."""
+    if replica.state in HOLDS_SHARE:
+        return replica.request_bytes
+    return replica.residue_bytes if replica.state == "parked" else 0
 
 
 @SERVICE.answering(Explain)
