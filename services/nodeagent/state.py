@@ -223,4 +223,3 @@ def fold_failed(state: NodeState, fact: ReplicaFailed) -> None:
         replica.is_started = False
         replica.endpoint = ""
         replica.victim_ids = ()
-        replica.residue_bytes = max(replica.residue_bytes, state.settings.residue_bytes)

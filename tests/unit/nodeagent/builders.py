@@ -1,0 +1,225 @@
+"""A node agent's core with its state, for tests: inputs go in, outcomes come out, its own facts are folded."""
+
+from typing import Any
+
+from kit.outcomes import Context, Effect, Outcome, Timer
+from schemas.catalogue import decode, encode
+from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
+from schemas.messages import Fact
+from schemas.nodes import GpuOffer, LeaseGranted, LeaseRefused, ReplicaReady
+from schemas.orders import ParkOrdered, WakeOrdered
+from schemas.placement import PlacementProposed, ReleaseProposed, ReplicaProposal, ShareProposal
+from schemas.units import GiB
+from services.nodeagent import leases as _leases  # noqa: F401  # Registers its handlers.
+from services.nodeagent import residency as _residency  # noqa: F401
+from services.nodeagent.core import SERVICE
+from services.nodeagent.inputs import (
+    EngineEffect,
+    EngineInput,
+    EngineLost,
+    EngineNotWoken,
+    EngineParked,
+    EngineStarted,
+    EngineStayed,
+    EngineStopped,
+    EngineWoken,
+    NodeProbed,
+    StartEngine,
+)
+from services.nodeagent.settings import NodeAgentSettings
+from services.nodeagent.state import NodeState, Replica
+
+NODE = "node-0"
+RESIDUE_GIB = 1
+
+
+def gpu(index: int = 0, *, allocatable_gib: int = 80, grade: IsolationGrade = IsolationGrade.DRIVER) -> GpuOffer:
+    return GpuOffer(
+        gpu_uuid=f"gpu-{index}",
+        index=index,
+        name="H100",
+        capacity_bytes=(allocatable_gib + 2) * GiB,
+        reserve_bytes=2 * GiB,
+        grade=grade,
+        grade_reason="as the test says",
+        link_bytes_per_s=50e9,
+        is_software=True,
+    )
+
+
+def replica(
+    name: str,
+    gib: int,
+    *,
+    gpu_uuid: str = "gpu-0",
+    weights_gib: int = 10,
+    is_parkable: bool = True,
+    minimum_grade: IsolationGrade | None = None,
+) -> ReplicaProposal:
+    return ReplicaProposal(
+        replica_id=name,
+        deployment_id=f"d-{name}",
+        tenant="default",
+        deployment=DeploymentSpec(
+            name=name,
+            engine=EngineSpec(weights_bytes=weights_gib * GiB),
+            share=ShareSpec(request_bytes=gib * GiB, minimum_grade=minimum_grade),
+            swap=SwapSpec(is_parkable=is_parkable),
+        ),
+        shares=(
+            ShareProposal(
+                replica_id=name, shard_index=0, gpu_uuid=gpu_uuid, request_bytes=gib * GiB, limit_bytes=gib * GiB
+            ),
+        ),
+    )
+
+
+def proposal(*replicas: ReplicaProposal, node: str = NODE) -> PlacementProposed:
+    name = "-".join(r.replica_id for r in replicas)
+    return PlacementProposed(at_s=0.0, proposal_id=f"p-{name}", node=node, replicas=replicas, reason="tightest fit")
+
+
+def release(name: str, *, node: str = NODE) -> ReleaseProposed:
+    return ReleaseProposed(at_s=0.0, node=node, replica_id=name, reason="retired", drain_s=7.0)
+
+
+class Agent:
+    """One agent whose writer epoch is 1 and whose proposals come with rising sequences."""
+
+    def __init__(self, *gpus: GpuOffer, host_gib: int = 1000) -> None:
+        settings = NodeAgentSettings(node=NODE, residue_bytes=RESIDUE_GIB * GiB)
+        self.state: NodeState = SERVICE.new_state(settings)
+        self.now_s = 100.0
+        self.seq = 0
+        self.handle(
+            NodeProbed(
+                machine_id="m",
+                gpus=gpus or (gpu(),),
+                host_budget_bytes=host_gib * GiB,
+                holder_url="http://node-0:7070",
+                label="software GPU",
+            )
+        )
+
+    def handle(self, item: Any) -> list[Outcome]:
+        """What the core decides; its facts are folded as the shell folds them, and the invariants hold after it."""
+        self.seq += 1
+        self.now_s += 1.0
+        observe = SERVICE.observers.get(type(item))
+        if observe is not None:
+            observe(self.state, item, self.now_s)
+        ctx = Context(now_s=self.now_s, writer_epoch=1, cause_seq=self.seq)
+        outcomes = list(SERVICE.handlers[type(item)](self.state, item, ctx))
+        for outcome in outcomes:
+            if isinstance(outcome, Fact):
+                fact = decode(encode(outcome))
+                assert isinstance(fact, Fact)
+                SERVICE.evolve(self.state, fact)
+        SERVICE.check_invariants(self.state)
+        return outcomes
+
+    def lease(self, name: str) -> Replica:
+        return self.state.replicas[name]
+
+    def residency(self, name: str) -> str:
+        return self.lease(name).residency.value
+
+    # --- Ways to come to a residency ----------------------------------------------------------------------------------
+
+    def granted(self, name: str, gib: int, **values: Any) -> None:
+        self.handle(proposal(replica(name, gib, **values)))
+
+    def resident(self, name: str, gib: int, **values: Any) -> None:
+        self.granted(name, gib, **values)
+        self.handle(self.started(name))
+        assert self.residency(name) == "resident"
+
+    def parked(self, name: str, gib: int, **values: Any) -> None:
+        self.resident(name, gib, **values)
+        self.handle(self.park(name))
+        self.handle(self.has_parked(name))
+        assert self.residency(name) == "parked"
+
+    # --- Orders, and what comes back of effects -----------------------------------------------------------------------
+
+    def wake(self, name: str, *victims: str, wake_epoch: int | None = None, writer_epoch: int = 9) -> WakeOrdered:
+        return WakeOrdered(
+            node=NODE,
+            writer_epoch=writer_epoch,
+            deadline_ms=1000,
+            replica_id=name,
+            wake_epoch=self.lease(name).wake_epoch if wake_epoch is None else wake_epoch,
+            victim_ids=victims,
+        )
+
+    def park(self, name: str, *, wake_epoch: int | None = None, writer_epoch: int = 9) -> ParkOrdered:
+        return ParkOrdered(
+            node=NODE,
+            writer_epoch=writer_epoch,
+            deadline_ms=1000,
+            replica_id=name,
+            wake_epoch=self.lease(name).wake_epoch if wake_epoch is None else wake_epoch,
+            reason="idle",
+        )
+
+    def _of(self, name: str) -> dict[str, Any]:
+        return {"replica_id": name, "lease_epoch": self.lease(name).lease_epoch}
+
+    def started(self, name: str) -> EngineStarted:
+        return EngineStarted(**self._of(name), endpoint=f"http://{name}", start_s=9.0, enforced_bytes=30 * GiB)
+
+    def has_parked(self, name: str, *, residue_gib: int = RESIDUE_GIB) -> EngineParked:
+        return EngineParked(
+            **self._of(name),
+            residue_bytes=residue_gib * GiB,
+            host_bytes=10 * GiB,
+            copied_bytes=0,
+            park_s=0.1,
+            drain_s=0.2,
+            reason="idle",
+        )
+
+    def stayed(self, name: str) -> EngineStayed:
+        return EngineStayed(**self._of(name), reason="still busy")
+
+    def woken(self, name: str) -> EngineWoken:
+        return EngineWoken(
+            **self._of(name), endpoint=f"http://{name}", copied_bytes=10 * GiB, restore_s=0.3, verify_s=0.1
+        )
+
+    def not_woken(self, name: str) -> EngineNotWoken:
+        return EngineNotWoken(**self._of(name), reason="restore failed", short_by_bytes=0)
+
+    def stopped(self, name: str) -> EngineStopped:
+        return EngineStopped(**self._of(name))
+
+    def lost(self, name: str) -> EngineLost:
+        return EngineLost(**self._of(name), reason="it ended with code 137")
+
+
+def outline(outcomes: list[Outcome]) -> list[str]:
+    """Kind and replica of each outcome, in order: what was decided, without the numbers."""
+    return [f"{type(outcome).__name__} {_about(outcome)}".strip() for outcome in outcomes]
+
+
+def _about(outcome: Outcome) -> str:
+    match outcome:
+        case EngineEffect():
+            return outcome.replica.replica_id
+        case Timer() if isinstance(outcome.input, EngineInput):
+            return outcome.input.replica_id
+        case LeaseGranted() | ReplicaReady():
+            return " ".join(r.replica_id for r in outcome.replicas)
+        case LeaseRefused():
+            return " ".join(outcome.replica_ids)
+        case _:
+            return getattr(outcome, "replica_id", "")
+
+
+def effects(outcomes: list[Outcome]) -> list[Effect]:
+    return [outcome for outcome in outcomes if isinstance(outcome, Effect)]
+
+
+def start_of(agent: Agent, name: str) -> StartEngine:
+    lease = agent.lease(name)
+    return StartEngine(replica=lease.proposal, lease_epoch=lease.lease_epoch, wake_epoch=lease.wake_epoch)
