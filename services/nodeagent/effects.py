@@ -132,9 +132,6 @@ class NodeEffects:
             python=self._settings.engine_python or sys.executable,
             environment=engine_environment(),
         )
-        if replica.deployment.engine.kind == "training":
-            checkpoints = wish.arguments[wish.arguments.index("--checkpoint-dir") + 1]
-            await anyio.Path(checkpoints).mkdir(parents=True, exist_ok=True)
         await self._end_older(effect)
         engine = await self._holder.start(wish)
         share = replica.shares[0]
@@ -146,7 +143,7 @@ class NodeEffects:
             raise Gone(f"its share cannot be enforced: {error}") from error
         if engine.is_gated:
             await self._holder.open_gate(replica.replica_id, lease_epoch=effect.lease_epoch)
-        endpoint = endpoint_of(engine)
+        endpoint = self._endpoint(engine)
         with self._tracer.span("engine load", parent=traceparent):
             await self._until_ready(effect, endpoint)
         with self._tracer.span("engine verify", parent=traceparent):
@@ -204,7 +201,7 @@ class NodeEffects:
 
     async def _park(self, effect: ParkEngine, traceparent: str) -> Input:
         engine = await self._running(effect)
-        endpoint = endpoint_of(engine)
+        endpoint = self._endpoint(engine)
         replica_id = effect.replica.replica_id
         began_s = time.monotonic()
         with self._tracer.span("drain", parent=traceparent):
@@ -256,7 +253,7 @@ class NodeEffects:
 
     async def _wake(self, effect: WakeEngine, traceparent: str) -> Input:
         engine = await self._running(effect)
-        endpoint = endpoint_of(engine)
+        endpoint = self._endpoint(engine)
         share = effect.replica.shares[0]
         replica_id = effect.replica.replica_id
         began_s = time.monotonic()
@@ -283,7 +280,7 @@ class NodeEffects:
     async def _rolled_back(self, effect: WakeEngine, engine: EngineView, error: EngineProblem) -> Input:
         """A wake that the engine could not do: parked as before if it says so, else lost."""
         try:
-            state = await self._engines.state(endpoint_of(engine))
+            state = await self._engines.state(self._endpoint(engine))
         except EngineProblem:
             raise Gone(str(error)) from error
         if state.state != "asleep":
@@ -306,14 +303,14 @@ class NodeEffects:
         if engine.is_alive and not engine.is_gated:
             await self._holder.close_route(effect.replica.replica_id)
             with contextlib.suppress(Gone):
-                await self._idle(effect, endpoint_of(engine), timeout_s=effect.drain_s)
+                await self._idle(effect, self._endpoint(engine), timeout_s=effect.drain_s)
         await self._end(effect, engine)
         return stopped
 
     async def _adopt(self, effect: AdoptEngine, traceparent: str) -> Input | None:
         """Whether it is as its lease says; what differs is put right, what is gone is told."""
         engine = await self._running(effect)
-        endpoint = endpoint_of(engine)
+        endpoint = self._endpoint(engine)
         try:
             state = await self._engines.state(endpoint)
         except EngineProblem as error:
@@ -329,6 +326,9 @@ class NodeEffects:
         return None
 
     # --- Ends ---------------------------------------------------------------------------------------------------------
+
+    def _endpoint(self, engine: EngineView) -> str:
+        return f"http://{self._settings.engine_host}:{engine.port}"
 
     async def _running(self, effect: EngineEffect) -> EngineView:
         engine = await self._holder.engine(effect.replica.replica_id)
@@ -387,10 +387,6 @@ class NodeEffects:
                     break
                 await anyio.sleep(HOLDER_RETRY_S)
         self._watched.discard((replica_id, lease_epoch))
-
-
-def endpoint_of(engine: EngineView) -> str:
-    return f"http://127.0.0.1:{engine.port}"
 
 
 def log_line(engine: EngineView) -> str:

@@ -1,9 +1,13 @@
 """How an engine is started: its arguments, from the lease and the deployment."""
 
+from typing import Final
+
 from schemas.deployments import EngineKind
 from schemas.holders import EngineStart
 from schemas.placement import ReplicaProposal
 from services.nodeagent.settings import NodeAgentSettings
+
+LOOPBACK: Final = ("127.0.0.1", "localhost")
 
 
 def engine_start(
@@ -29,6 +33,8 @@ def engine_start(
         "--port",
         "{port}",
     ]
+    if settings.engine_host not in LOOPBACK:
+        common += ["--host", "0.0.0.0"]  # noqa: S104  (as the setting says)
     if spec.engine.kind is EngineKind.TRAINING:
         common += ["--checkpoint-dir", f"{settings.state_dir}/checkpoints/{replica.tenant}/{spec.name}"]
     else:
