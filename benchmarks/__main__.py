@@ -1,0 +1,36 @@
+"""``python -m benchmarks NAME``: run one benchmark."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+BENCHMARKS: Final = {
+    "serve": "a trace of many models through the whole stack on few GPUs, also with a service killed on the way",
+}
+"""{name: what it measures}. The module of the same name has ``main(arguments) -> exit status``."""
+
+
+def usage() -> str:
+    lines = ["usage: python -m benchmarks NAME [OPTIONS]     (NAME --help tells the options)", "", "benchmarks:"]
+    lines += [f"  {name:<9} {summary}" for name, summary in BENCHMARKS.items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there is: {', '.join(BENCHMARKS)}"
+        print(f"error: there is no benchmark '{name}'; {hint}", file=sys.stderr)
+        return 2
+    status: int = importlib.import_module(f"benchmarks.{name}").main(rest)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
