@@ -57,6 +57,7 @@ class Replica:
     is_asked_awake: bool = False
     """An operator asked for it; holds until it is resident."""
     is_asked_parked: bool = False
+    """An operator asked for it; holds until its next wake begins: training does not return from it by itself."""
     refused_at_s: float = 0.0
 
     @property
@@ -212,12 +213,13 @@ def fold_parked(state: FleetState, fact: ReplicaParked) -> None:
     if replica is not None:
         replica.wake_epoch = fact.wake_epoch
         replica.residue_bytes = fact.residue_bytes
-        replica.is_asked_parked = False
     _settle(state, fact.replica_id, is_wake=False)
 
 
 def fold_waking(state: FleetState, fact: ReplicaWaking) -> None:
-    _move(state, fact.replica_id, Tier.WAKING if fact.is_reserved else Tier.WAITING, fact.at_s)
+    replica = _move(state, fact.replica_id, Tier.WAKING if fact.is_reserved else Tier.WAITING, fact.at_s)
+    if replica is not None and not fact.is_reserved:
+        replica.is_asked_parked = False
 
 
 def fold_resident(state: FleetState, fact: ReplicaResident) -> None:
