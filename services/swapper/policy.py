@@ -131,8 +131,8 @@ def _plan(
             if quiet_s < state.settings.training_return_s:
                 return None
         return Plan(replica=replica, victims=(), reason=_reason(replica, wanted))
-    if replica.is_training and replica.tier is Tier.PARKED and not replica.is_asked_awake:
-        return None  # Training takes what is free; nobody gives way to it.
+    if replica.is_training and not replica.is_asked_awake:
+        return None  # Training takes what is free; nobody gives way to its first start or its return.
     victims = _victims(state, account, replica, wanted, missing_bytes=missing_bytes, now_s=now_s)
     return Plan(replica=replica, victims=victims, reason=_reason(replica, wanted)) if victims else None
 
@@ -182,14 +182,19 @@ def _victims(
 
 
 def _may_give_way(state: FleetState, other: Replica, replica: Replica, *, has_waited: bool, now_s: float) -> bool:
-    """Training gives way to inference at once; inference when idle and long enough here, or to a long wait."""
+    """Training gives way to inference at once; inference when idle and long enough here, or to a long wait.
+
+    To a lower priority only idle inference gives way, and only to a long wait: it is guaranteed its return, and a GPU
+    that nobody uses is no reason to let requests run out of time.
+    """
     if other.spec.priority_number < replica.spec.priority_number and other.is_training:
         return True
-    if other.spec.priority_number > replica.spec.priority_number:
-        return False
     if now_s - other.since_s < other.spec.swap.minimum_residency_s:
         return False
-    return has_waited or is_idle(state, other, now_s=now_s)
+    idle = is_idle(state, other, now_s=now_s)
+    if other.spec.priority_number > replica.spec.priority_number:
+        return has_waited and idle and not other.is_training
+    return has_waited or idle
 
 
 def expired(state: FleetState, *, now_s: float) -> list[tuple[Replica, str]]:
