@@ -17,7 +17,7 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     holder_url: str = "http://127.0.0.1:8090"
     """Where gateways reach the holder for their route leases."""
     engine_host: str = "127.0.0.1"
-    """Where this agent and gateways reach the engines. Not loopback: engines listen on every interface of their network,
+    """Where this agent and gateways reach the engines. Not loopback: engines listen on every interface of their network
     and answer whoever comes, so give them a network of their own."""
     reserve_bytes: int = 2 * GiB
     """Kept free on each GPU: driver allocations that leases cannot see.
