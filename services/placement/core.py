@@ -1,9 +1,10 @@
 """Placement's decisions: one fact for every command, a proposal or an explanation for every replica."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from kit.outcomes import Context, Outcome
+from kit.outcomes import Context, Input, Outcome, Timer
 from kit.service import Service
 from schemas.autoscaler import ReplicasDecided
 from schemas.nodes import (
@@ -41,6 +42,11 @@ from services.placement.packing import Choice, choose
 from services.placement.state import ClusterState, Deployment, Replica
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceNext(Input):
+    """Go on with the deployments that came after the one that was proposed."""
+
+
 def reads(node: str) -> Sequence[str]:
     return ["sublet.fact.node.>", "sublet.fact.autoscaler.>"]
 
@@ -50,10 +56,11 @@ def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
 
 
 def check_invariants(state: ClusterState) -> None:
-    """Every admitted deployment is placed, or it is known why not."""
+    """Every admitted deployment is placed, or it is known why not, or it comes after one that was just proposed."""
+    is_going_on = any(replica.state == "proposed" for replica in state.replicas.values())
     for deployment in state.deployments.values():
         placed = len(state.replicas_of(deployment.deployment_id))
-        explained = bool(deployment.problem) or placed >= deployment.replica_count
+        explained = bool(deployment.problem) or placed >= deployment.replica_count or is_going_on
         assert explained, f"{deployment.spec.name} is neither placed nor explained"
 
 
@@ -102,14 +109,17 @@ for _kind, _fold in _FOLDS:
 def place_missing(state: ClusterState, ctx: Context) -> Iterator[Outcome]:
     """Try every deployment that lacks a replica, in the order of admission; each may take what the last one left.
 
-    One per input: a proposal changes the account that the next decision needs, so the node's answer triggers the next.
+    One proposal per input, because it changes the account that the next decision needs. The others follow at once, not
+    when the node answers: it may be away for long.
     """
-    for deployment in state.deployments.values():
-        if len(state.replicas_of(deployment.deployment_id)) < deployment.replica_count:
-            outcomes = place(state, deployment, ctx)
-            yield from outcomes
-            if any(isinstance(outcome, PlacementProposed) for outcome in outcomes):
-                return
+    missing = [d for d in state.deployments.values() if len(state.replicas_of(d.deployment_id)) < d.replica_count]
+    for deployment in missing:
+        outcomes = place(state, deployment, ctx)
+        yield from outcomes
+        if any(isinstance(outcome, PlacementProposed) for outcome in outcomes):
+            if deployment is not missing[-1]:
+                yield Timer(due_s=ctx.now_s, input=PlaceNext())
+            return
 
 
 def place(state: ClusterState, deployment: Deployment, ctx: Context) -> list[Outcome]:
@@ -181,6 +191,11 @@ def _release(replica: Replica, reason: str, ctx: Context) -> ReleaseProposed:
 
 @SERVICE.on(NodeJoined)
 def node_joined(state: ClusterState, fact: NodeJoined, ctx: Context) -> Sequence[Outcome]:
+    return list(place_missing(state, ctx))
+
+
+@SERVICE.on(PlaceNext)
+def place_next(state: ClusterState, due: PlaceNext, ctx: Context) -> Sequence[Outcome]:
     return list(place_missing(state, ctx))
 
 
