@@ -28,7 +28,10 @@ def main(arguments: Sequence[str]) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"there is: {', '.join(BENCHMARKS)}"
         print(f"error: there is no benchmark '{name}'; {hint}", file=sys.stderr)
         return 2
-    status: int = importlib.import_module(f"benchmarks.{name}").main(rest)
+    try:
+        status: int = importlib.import_module(f"benchmarks.{name}").main(rest)
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

@@ -100,7 +100,9 @@ def main(arguments: Sequence[str]) -> int:
         models, requests = _chosen(options)
         _check_places(options)
         with _state_folder(options.state) as folder:
-            settings = StackSettings(state_dir=folder, gpu_count=options.gpus, cold_start_s=COLD_START_S)
+            settings = StackSettings(
+                state_dir=folder, gpu_count=options.gpus, uses_software_gpu=True, cold_start_s=COLD_START_S
+            )
             ended = anyio.run(_run, options, settings, models, requests, backend_options={"use_uvloop": True})
     except TraceError as error:
         print(f"error: {error}", file=sys.stderr)
