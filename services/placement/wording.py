@@ -44,7 +44,9 @@ def gib(size_bytes: int) -> str:
 
 
 def _victims(ids: tuple[str, ...]) -> str:
-    return f", {', '.join(ids)} give way" if ids else ""
+    if not ids:
+        return ""
+    return f", {', '.join(ids)} {'gives' if len(ids) == 1 else 'give'} way"
 
 
 _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
@@ -82,7 +84,7 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     ),
     WakeRefused: lambda f: f"wake refused: {f.reason}, short by {gib(f.short_by_bytes)}",
     ReplicaFailed: lambda f: f"engine failed ({f.attempt_count}): {f.reason}",
-    ReplicasDecided: lambda f: f"{f.replica_count} replicas: {f.reason}",
+    ReplicasDecided: lambda f: f"{f.replica_count} replica{'' if f.replica_count == 1 else 's'}: {f.reason}",
     WakeDecided: lambda f: f"wake: {f.reason}{_victims(f.victim_ids)}",
     ParkDecided: lambda f: f"park: {f.reason}",
     DecisionClosed: lambda f: f"decision given up: {f.reason}",
