@@ -85,7 +85,8 @@ def record_of(path: Path) -> Record:
     if len(cells) != HEAD.count("|") - 1:
         raise RecordError(f"docs/adr/{path.name}: the table has one row with four cells, as in docs/adr/{TEMPLATE}")
     date, status, tags, _ = cells
-    return Record(name[1], path.name, lines[0].removeprefix("# "), date, status, tags)
+    title = lines[0].removeprefix("# ").removeprefix(f"{name[1]}: ")
+    return Record(name[1], path.name, title, date, status, tags)
 
 
 if __name__ == "__main__":
