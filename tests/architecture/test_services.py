@@ -12,7 +12,10 @@ MAY_LACK = {
     "holder": {"state.py": "what it holds is the kernel's: processes, descriptors, pages"},
 }
 # Folders in services/ that are not services, with the reason.
-NOT_SERVICES = {"local": "starts the services on one host, for development"}
+NOT_SERVICES = {
+    "local": "starts the services on one host, for development",
+    "provision": "runs before the services of an installation in containers, and ends",
+}
 REGISTRY = Path("services/registry.py")
 
 
