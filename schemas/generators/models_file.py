@@ -90,7 +90,7 @@ def _what() -> dict[str, Any]:
 
 def _room() -> dict[str, Any]:
     """How much of a GPU."""
-    limit = _part("May grow to this while neighbours are quiet. Default: the request.", 0.4)
+    limit = _part("Upper bound, at least the request; kept, bursting is not built yet. Default: the request.", 0.4)
     return {
         "share": {
             "description": "Guaranteed part of a GPU: a portion, a size, or a mapping with request and limit.",

@@ -40,7 +40,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would 
 @click.argument("model", metavar="MODEL")
 @click.option("--weights", required=True, help="Size of its weights, for example 14.5GB.")
 @click.option("--share", required=True, help="Guaranteed part of a GPU: 0.3, or 20GiB.")
-@click.option("--limit", help="May grow to this part while neighbours are quiet.")
+@click.option("--limit", help="Upper bound of its part; kept, not used yet.")
 @click.option("--engine", type=click.Choice(contract.ENGINES), help="The program that serves it.")
 @click.option("--kind", type=click.Choice(contract.KINDS), help="inference, or a training job.")
 @click.option("--priority", type=click.Choice(contract.PRIORITIES), help="Default: by kind.")
