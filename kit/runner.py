@@ -27,7 +27,7 @@ from kit.processor import Delivery, Processor, Released
 from kit.queries import PendingQueries, Question
 from kit.service import Service
 from kit.telemetry import Tracer
-from schemas.catalogue import UnreadableMessage, decode, encode
+from schemas.catalogue import UNDECODABLE, UnknownVersion, UnreadableMessage, decode, encode
 from schemas.messages import Command, Message, Order, Signal, answer_subject, message_subject, token_of
 
 S = TypeVar("S")
@@ -241,8 +241,8 @@ class _Live(Generic[S]):
     def _receive_message(self, received: Received) -> None:
         try:
             message = decode(received.body)
-        except UnreadableMessage as error:
-            self._runner._log.warning("unreadable message", extra={"subject": received.subject, "reason": error.reason})
+        except (UnreadableMessage, UnknownVersion) as error:
+            self._runner._log.warning("unreadable message", extra={"subject": received.subject, "reason": str(error)})
             return
         self.offer(Delivery(input=message, now_s=self._runner.now_s(), traceparent=received.traceparent))
 
@@ -382,8 +382,9 @@ def inbox_delivery(stored: Stored, *, now_s: float) -> Delivery:
         command = decode(stored.body)
         if not isinstance(command, Command):
             raise UnreadableMessage(f"'{type(command).__name__}' is not a command")
-    except UnreadableMessage as error:
-        command = UnreadableCommand(command_id=_command_id_in(stored), reason=error.reason)
+    except (UnreadableMessage, UnknownVersion) as error:
+        # A fact in an unknown version stops a service; a stranger's command must not be able to.
+        command = UnreadableCommand(command_id=_command_id_in(stored), reason=str(error))
     return Delivery(input=command, now_s=now_s, inbox_seq=stored.seq, tenant=tenant, traceparent=stored.traceparent)
 
 
@@ -394,7 +395,7 @@ class _Nameable(msgspec.Struct):
 def _command_id_in(stored: Stored) -> str:
     try:
         named = msgspec.json.decode(stored.body, type=_Nameable).command_id
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNDECODABLE:
         named = ""
     return named or stored.id or f"inbox-{stored.seq}"
 

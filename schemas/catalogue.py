@@ -66,6 +66,9 @@ def _without_version(tag: str) -> str:
     return tag.rpartition(".v")[0]
 
 
+UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""All that msgspec raises for bytes of a stranger: no JSON, another shape, no UTF-8, nested too deeply."""
+
 _FAMILIES: Final = {_without_version(tag) for tag in MESSAGES}
 
 
@@ -77,7 +80,7 @@ def decode(body: bytes | memoryview) -> Message:
     """
     try:
         tag = _ENVELOPE.decode(body).type
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise UnreadableMessage(f"not a JSON object with a 'type': {error}") from error
     decoder = _DECODERS.get(tag)
     if decoder is None:
@@ -89,7 +92,7 @@ def decode(body: bytes | memoryview) -> Message:
         raise UnreadableMessage(f"unknown message type '{tag}'" if tag else "the object has no 'type'")
     try:
         message: Message = decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise UnreadableMessage(f"{tag}: {error}") from error
     return message
 
