@@ -14,6 +14,7 @@ from kit.journal import Journal
 from kit.outcomes import Effect, Input
 from kit.runner import Runner
 from kit.serving import connected, new_instance, serve, service_tracer
+from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
 from services.nodeagent import leases, residency
 from services.nodeagent.core import SERVICE
@@ -79,11 +80,13 @@ def _log_server(bus: Bus, runner: Runner[NodeState], holder: HolderClient, tasks
     """Answers `ReadLogs`: not from state but from files, hence beside the runner."""
 
     async def answer(received: Received) -> None:
+        if not received.reply_subject:
+            return
         tenant = received.subject.split(".")[2]
         try:
             query = msgspec.json.decode(received.body, type=ReadLogs)
             body = msgspec.json.encode(await _logs(query, tenant))
-        except (msgspec.MsgspecError, LookupError, HolderProblem, OSError) as error:
+        except (*UNDECODABLE, LookupError, HolderProblem, OSError) as error:
             body = msgspec.json.encode(QueryRefused(error=str(error)))
         await bus.publish(received.reply_subject, body)
 

@@ -13,7 +13,7 @@ import anyio
 import msgspec
 
 from kit.bus import Bus, Received, Stored, Stream
-from schemas.catalogue import UnknownVersion, UnreadableMessage, decode, encode
+from schemas.catalogue import UNDECODABLE, UnknownVersion, UnreadableMessage, decode, encode
 from schemas.messages import Fact, Message, query_subject
 from schemas.nodes import LeaseGranted, LeaseRefused, ReplicaReady
 from schemas.placement import CommandFact, DeploymentAdmitted, PlacementProposed
@@ -64,9 +64,11 @@ class EventLog:
 
     async def _answer(self, received: Received) -> None:
         tenant = received.subject.split(".")[2]
+        if not received.reply_subject:
+            return
         try:
             query = msgspec.json.decode(received.body, type=ListEvents)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             await self._bus.publish(
                 received.reply_subject, encode(QueryRefused(error=f"the query cannot be read: {error}"))
             )
