@@ -17,6 +17,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from msgspec import structs
 
 from kit.bus import Bus, BusError, CaughtUp, Received, Stored, Stream
 from kit.commit import Committer, DirectCommitter, JournaledCommitter
@@ -402,4 +403,8 @@ def _command_id_in(stored: Stored) -> str:
 
 def _under(item: D, traceparent: str) -> D:
     """The same input, continuing the given trace."""
-    return item if traceparent == item.traceparent else replace(item, traceparent=traceparent)
+    if traceparent == item.traceparent:
+        return item
+    if isinstance(item, Stored):
+        return structs.replace(item, traceparent=traceparent)
+    return replace(item, traceparent=traceparent)
