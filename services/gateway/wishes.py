@@ -102,7 +102,7 @@ async def read_wish(request: web.Request, *, bytes_max: int, meter_streams: bool
         head = _HEAD.decode(body)
     except msgspec.ValidationError as error:
         return refusals.bad_request(f"The body is not a request: {error}.", param=_param_of(str(error)))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return refusals.bad_request(f"The body is not valid JSON: {error}.")
     is_stream = bool(head.stream)
     shows_usage = head.stream_options is not None and bool(head.stream_options.include_usage)
