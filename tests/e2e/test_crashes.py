@@ -1,0 +1,96 @@
+"""Parts die while models are in use: requests to resident models do not notice, engines stay, and all comes back."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import sublet
+from tests.e2e.conftest import CHAT, OTHER
+from tests.e2e.stack import Load, RunningStack, answers, chat, eventually, survivors
+
+pytestmark = pytest.mark.nats
+
+
+@pytest.mark.parametrize("part", ["nodeagent", "placement", "swapper", "autoscaler", "nats"])
+def test_no_request_to_a_resident_model_fails_when_a_part_dies(stack: RunningStack, part: str) -> None:
+    engines = stack.engines()
+    with Load(stack.openai(), CHAT) as load:
+        stack.wait_back(part, was=stack.kill(part))
+
+    assert [] == load.problems
+    assert load.longest_s < 2.0
+    assert engines == stack.engines(), "engines are adopted, not restarted"
+
+
+def test_a_model_wakes_after_every_part_that_decides_has_died(stack: RunningStack) -> None:
+    with stack.client() as client:
+        client.park(OTHER)
+    eventually(lambda: stack.state_of(OTHER) == "parked", "not parked")
+    engines = stack.engines()
+    for part in ("nodeagent", "placement", "swapper", "autoscaler"):
+        stack.kill(part)
+
+    assert chat(stack.openai(), OTHER)
+    assert engines == stack.engines()
+
+
+def test_the_gateway_comes_back_and_serves(stack: RunningStack) -> None:
+    stack.wait_back("gateway", was=stack.kill("gateway"))
+
+    assert chat(stack.openai(), CHAT)
+
+
+def test_nobody_but_gateway_and_engines_is_needed_for_a_resident_model(stack: RunningStack) -> None:
+    """Not dead but silent, all at once: no connection breaks, and nobody answers."""
+    silent = [stack.pids[part] for part in ("nats", "placement", "swapper", "autoscaler", "nodeagent")]
+    try:
+        with Load(stack.openai(), CHAT) as load:
+            for pid in silent:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(3.0)
+    finally:
+        for pid in silent:
+            os.kill(pid, signal.SIGCONT)
+
+    assert [] == load.problems
+    assert load.longest_s < 2.0
+
+
+def test_a_killed_supervisor_leaves_nothing_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    stack = RunningStack.start(tmp_path / "state")
+    with stack.client() as client:
+        client.deploy(sublet.deployment("kept", weights="1GB", share=0.2))
+    chat(stack.openai(), "kept")
+    api_key, everybody = stack.context.api_key, stack.everybody()
+    assert len(everybody) > 8, everybody
+
+    stack.process.kill()
+    stack.process.wait()
+    eventually(lambda: not survivors(everybody), "something outlived the supervisor", timeout_s=5)
+
+    stack = RunningStack.start(tmp_path / "state")
+    try:
+        assert api_key == stack.context.api_key
+        assert chat(stack.openai(), "kept"), "its engine is started again"
+        everybody = stack.everybody()
+    finally:
+        assert 0 == stack.stop()
+    assert not survivors(everybody)
+    assert not stack.folder.runtime.exists()
+
+
+def test_a_second_up_says_that_it_runs_already(stack: RunningStack) -> None:
+    import subprocess
+    import sys
+
+    again = subprocess.run(
+        [sys.executable, "-m", "services", "up", "--state", str(stack.folder.path)],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+
+    assert 0 == again.returncode
+    assert f"already running (pid {stack.process.pid})" in again.stdout
+    assert answers(f"{stack.context.gateway_url}/healthz")
