@@ -112,9 +112,10 @@ def test_an_engine_that_is_another_process_or_none_afterwards_was_restarted() ->
 
 
 def test_a_request_on_its_way_through_a_killed_gateway_is_counted_apart_from_failures() -> None:
-    killed = Kill(name="gateway", at_s=60.0, recovery_s=1.5)
+    killed = Kill(name="gateway", at_s=60.0, gone_s=60.05, recovery_s=1.5)
     requests = [
         request(sent_s=59.5, end_s=60.01, failure="cut (X)", is_cut=True),
+        request(sent_s=60.02, end_s=60.04, failure="cut (X)", is_cut=True),
         request(sent_s=61.0, end_s=62.0, failure="cut (X)", is_cut=True),
         request(sent_s=59.0, end_s=60.5, failure="deadline_exceeded"),
         request(sent_s=1.0, end_s=2.0),
@@ -122,10 +123,10 @@ def test_a_request_on_its_way_through_a_killed_gateway_is_counted_apart_from_fai
 
     figures = figures_of(outcome(*requests, killed=killed))
 
-    assert (2, 1, 1) == (figures["failed_count"], figures["lost_with_gateway_count"], figures["answered_count"])
+    assert (2, 2, 1) == (figures["failed_count"], figures["lost_with_gateway_count"], figures["answered_count"])
 
 
-@pytest.mark.parametrize("killed", [None, Kill(name="swapper", at_s=60.0, recovery_s=1.5)])
+@pytest.mark.parametrize("killed", [None, Kill(name="swapper", at_s=60.0, gone_s=60.05, recovery_s=1.5)])
 def test_no_cut_is_excused_when_no_gateway_was_killed(killed: Kill | None) -> None:
     assert [] == lost_with_gateway([request(sent_s=59.5, end_s=61.0, failure="cut (X)", is_cut=True)], killed)
 
