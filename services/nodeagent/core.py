@@ -49,6 +49,8 @@ def reads(node: str) -> Sequence[str]:
 
 
 def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
+    """Look at the node before anything is taken up; what is begun meanwhile is not begun a second time."""
+    state.observed.left = {replica_id: replica.step for replica_id, replica in state.replicas.items()}
     return [ProbeNode()]
 
 
@@ -105,8 +107,13 @@ def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[
 
 
 def resume(state: NodeState) -> Iterator[Outcome]:
-    """The effect that each replica is waiting for; repeating one is adoption, not a restart."""
-    for replica in state.replicas.values():
+    """The effect that each replica is waiting for; repeating one is adoption, not a restart.
+
+    Only for replicas that are where an earlier life left them: the others' effects are on their way in this one.
+    """
+    for replica_id, replica in state.replicas.items():
+        if state.observed.left.get(replica_id) != replica.step:
+            continue
         match replica.residency:
             case Residency.STARTING:
                 yield effect(StartEngine, replica)

@@ -65,6 +65,11 @@ class Replica:
     reserved_at_s: float = 0.0
 
     @property
+    def step(self) -> tuple[Residency, int, int]:
+        """Names the effect that is on its way for it."""
+        return self.residency, self.lease_epoch, self.wake_epoch
+
+    @property
     def share_bytes(self) -> int:
         return self.proposal.shares[0].request_bytes
 
@@ -92,6 +97,8 @@ class Observed:
 
     writer_epochs: dict[str, int] = field(default_factory=dict)
     """{kind of order: newest writer epoch seen}; older ones are refused."""
+    left: dict[str, tuple[Residency, int, int]] = field(default_factory=dict)
+    """{replica_id: (residency, lease epoch, wake epoch)} as an earlier life of this agent left it."""
 
 
 @dataclass(slots=True)

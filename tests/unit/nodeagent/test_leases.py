@@ -254,7 +254,18 @@ def test_an_effect_that_is_repeated_names_the_lease_and_wake_of_the_first_one() 
     assert isinstance(start_of(agent, "a"), StartEngine)
 
 
+def test_what_a_new_agent_begins_before_it_has_looked_at_its_node_is_not_begun_twice() -> None:
+    agent = agent_with("a", "parked")
+    agent.resident("b", 10)
+    looked = probe(agent)
+    agent.handle(agent.wake("a"))
+
+    assert ["NodeJoined", "AdoptEngine b"] == outline(agent.handle(looked))
+
+
 def probe(agent: Agent) -> NodeProbed:
+    """What comes back of the look at its node, after the agent began a new life."""
+    SERVICE.on_start(agent.state, context())
     return NodeProbed(
         machine_id="m",
         gpus=tuple(agent.state.gpus.values()),
