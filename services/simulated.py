@@ -1,11 +1,12 @@
 """The whole system in virtual time: every service, simulated hosts, and clients that want models. One seed, one run."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from kit.bus import Stored
+from kit.service import Service
 from kit.simulation import Faults, Simulation
 from schemas.deployments import DeploymentSpec
 from schemas.gateways import LoadSampled, ModelLoad, ModelWanted
@@ -180,16 +181,20 @@ class SimulatedSystem:
         host_faults: HostFaults | None = None,
         host_budget_bytes: int = 4096 * GiB,
         swapper: SwapperSettings | None = None,
+        services: Mapping[str, Service[Any]] | None = None,
     ) -> None:
+        """`services`: others to run in place of the real ones, by name; tests plant faults that checks must find."""
+        run: dict[str, Service[Any]] = {s.name: s for s in (PLACEMENT, SWAPPER, AUTOSCALER, NODEAGENT)}
+        run.update(services or {})
         self.simulation = Simulation(seed=seed, faults=faults)
         self.hosts: dict[str, SimulatedHost] = {}
         self.clients = SimulatedClients(self.simulation)
         self.random = random.Random(f"{seed}/system")  # Reproducible by design.
         self._command_count = 0
         simulation = self.simulation
-        simulation.add(PLACEMENT, PlacementSettings(), writer="placement")
-        simulation.add(SWAPPER, swapper or SwapperSettings(), writer="swapper")
-        simulation.add(AUTOSCALER, AutoscalerSettings(), writer="autoscaler")
+        simulation.add(run["placement"], PlacementSettings(), writer="placement")
+        simulation.add(run["swapper"], swapper or SwapperSettings(), writer="swapper")
+        simulation.add(run["autoscaler"], AutoscalerSettings(), writer="autoscaler")
         for number in range(node_count):
             node = f"node-{number}"
             host = SimulatedHost(
@@ -202,7 +207,7 @@ class SimulatedSystem:
             )
             self.hosts[node] = host
             settings = NodeAgentSettings(node=node)
-            simulation.add(NODEAGENT, settings, writer=f"node.{node}", world=host, is_journaled=True)
+            simulation.add(run["nodeagent"], settings, writer=f"node.{node}", world=host, is_journaled=True)
         self.clients.start()
         simulation.run_for(1.0)
 
