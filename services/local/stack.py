@@ -103,6 +103,7 @@ async def running(
     has_started = False
     with folder.locked():
         folder.make()
+        folder.remove_leftovers()
         try:
             stack, plan = await _prepared(settings, folder)
             specs = process_specs(plan)

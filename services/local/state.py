@@ -20,6 +20,7 @@ from kit.process import free_port
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  (the software GPU and a short socket path; a folder of our own in it)
 CONTEXT_FILE: Final = "context.json"
 LOCK_FILE: Final = "lock"
+OWNER_FILE: Final = "owner"
 PORTS_FILE: Final = "ports.json"
 PROCESSES_FILE: Final = "processes.json"
 OWN_NAMES: Final = frozenset(
@@ -78,6 +79,7 @@ class StateFolder:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise StackError(f"the folder {folder} cannot be made: {error.strerror}") from error
+        (self.runtime / OWNER_FILE).write_text(str(self.path), encoding="utf-8")
 
     def remove_runtime(self) -> None:
         shutil.rmtree(self.runtime, ignore_errors=True)
@@ -89,6 +91,19 @@ class StateFolder:
             raise StackError(f"{self.path} does not look like the state of a stack; remove it yourself if you mean it")
         for child in children:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+    def remove_leftovers(self) -> None:
+        """Take away what killed stacks of this user left in shared memory: their state folder is gone or unlocked."""
+        for owner in self.runtime.parent.glob(f"sublet-*/{OWNER_FILE}"):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                other = StateFolder(Path(owner.read_text(encoding="utf-8")))
+                if other.path == self.path or other.runtime != owner.parent or owner.stat().st_uid != os.getuid():
+                    continue
+                if not other.path.exists():
+                    other.remove_runtime()
+                    continue
+                with contextlib.suppress(AlreadyRunning), other.locked():
+                    other.remove_runtime()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -145,7 +145,9 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m services up",
         description="Every service, embedded NATS, and software GPUs where there are none.",
     )
-    parser.add_argument("--port", type=int, default=GATEWAY_PORT, help="of the gateway (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=GATEWAY_PORT, help="of the gateway; 0: a free one (default: %(default)s)"
+    )
     parser.add_argument("--state", type=Path, default=STATE_DIR, help="folder that is kept (default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=2, help="software GPUs, 1 to 16 (default: %(default)s)")
     parser.add_argument(

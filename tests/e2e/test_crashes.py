@@ -43,6 +43,17 @@ def test_the_gateway_comes_back_and_serves(stack: RunningStack) -> None:
     assert chat(stack.openai(), CHAT)
 
 
+def test_models_come_back_after_the_holder_died_with_its_engines(stack: RunningStack) -> None:
+    engines = stack.engines()
+
+    stack.wait_back("holder", was=stack.kill("holder"))
+
+    eventually(lambda: len(stack.engines()) == len(engines), "engines were not started again", timeout_s=20)
+    assert not engines & stack.engines()
+    assert chat(stack.openai(), CHAT)
+    assert chat(stack.openai(), OTHER)
+
+
 def test_nobody_but_gateway_and_engines_is_needed_for_a_resident_model(stack: RunningStack) -> None:
     """Not dead but silent, all at once: no connection breaks, and nobody answers."""
     silent = [stack.pids[part] for part in ("nats", "placement", "swapper", "autoscaler", "nodeagent")]
