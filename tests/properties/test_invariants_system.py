@@ -47,7 +47,7 @@ from tests.simulation.swarm import inference, training
 RUN_S = 30.0
 SETTLE_S = 90.0
 quick = settings(
-    max_examples=25,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
@@ -251,10 +251,14 @@ class Trial:
         for name, spec in zip(self.names, plan.models, strict=True):
             self._deploy(name, spec)
 
+    def begin(self) -> None:
+        """Put the plan's steps on the clock."""
+        for step in self.plan.steps:
+            self.system.simulation.at(self._begun_at_s + step.at_s, partial(self._do, step))
+
     def run(self) -> "Trial":
         simulation = self.system.simulation
-        for step in self.plan.steps:
-            simulation.at(self._begun_at_s + step.at_s, partial(self._do, step))
+        self.begin()
         self.system.run_for(RUN_S)
         simulation.faults, self._is_healed, self._silent_until_s = Faults(), True, 0.0
         for host in self.system.hosts.values():
