@@ -109,15 +109,26 @@ class Runner(Generic[S]):
             self._live.offer(Delivery(input=result, now_s=self.now_s()))
 
     async def run(self) -> None:
-        """Serve for ever; rebuild from history when another instance took over."""
+        """Serve for ever; rebuild from history when another instance took over.
+
+        A fact in a version that this build does not know makes it not ready, until somebody upgrades it.
+        """
         while True:
             try:
                 await self._run_once()
             except* Superseded as group:
                 self.status.is_ready, self.status.why_not = False, "rebuilding: another instance wrote here"
                 self.status.rebuilt_count += 1
-                self._log.warning("superseded, rebuilding", extra={"reason": str(group.exceptions[0])})
+                self._log.warning("superseded, rebuilding", extra={"reason": str(_first(group))})
+            except* UnknownVersion as group:
+                await self._stop_deciding(str(_first(group)))
             await anyio.sleep(REBUILD_PAUSE_S)
+
+    async def _stop_deciding(self, why: str) -> None:
+        """An upgrade in the wrong order: guessing could be wrong and a restart would not help, so say so and wait."""
+        self.status.is_ready, self.status.why_not = False, why
+        self._log.error("not ready", extra={"reason": why})
+        await anyio.sleep_forever()
 
     async def _run_once(self) -> None:
         await self._become_active()
@@ -176,6 +187,12 @@ class Runner(Generic[S]):
 
     def _follow(self, stored: Stored) -> None:
         self._offset_s = max(self._offset_s, stored.time_s - self._clock())
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first plain exception in nested groups."""
+    found = group.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 class _Live(Generic[S]):

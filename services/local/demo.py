@@ -108,7 +108,7 @@ def table(measured: Measured, *, label: str) -> str:
     for model in MODELS:
         name = model.name
         lines.append(
-            f"  {name:<14}{f'{model.share:g} to {model.limit:g}':<14}{f'gpu{measured.gpu_index[name]}':<6}"
+            f"  {name:<14}{f'{model.share:g} / {model.limit:g}':<14}{f'gpu{measured.gpu_index[name]}':<6}"
             f"{measured.resident_s[name]:>9.3f}{measured.parked_s[name]:>12.2f}{measured.cold_s[name]:>14.2f}"
         )
     lines += [
@@ -118,6 +118,7 @@ def table(measured: Measured, *, label: str) -> str:
         f"  GPUs dedicated {len(MODELS) + 1}   one for each model and the training job",
         f"  Requests       {requests}   ({label})",
         "",
+        "  Shares are request / limit of a GPU; the request is enforced, nothing grows to its limit yet.",
         f"  * Of a cold start, {COLD_START_S:g} s are a setting of the software engines.",
         f"  {RIVAL.name} comes back to a GPU that the training job has to leave first.",
         "  Timings are those of a software GPU, not of real hardware.",

@@ -108,7 +108,7 @@ class Story:
     async def _cold_starts(self) -> None:
         for model in MODELS:
             await self._command(DeployRequested(command_id=_id(f"deploy-{model.name}"), deployment=model.spec))
-            self._say(f"{model.name}: {model.weights_gb:g} GB, share {model.share:g}, may grow to {model.limit:g}")
+            self._say(f"{model.name}: {model.weights_gb:g} GB, share {model.share:g}, limit {model.limit:g}")
         await self._command(DeployRequested(command_id=_id("deploy-training"), deployment=training_spec()))
         self._say(f"{TRAINING}: share {TRAINING_SHARE:g}, runs when there is room")
         self._say("the first requests wait for the engines' cold start")

@@ -51,6 +51,16 @@ class World:
         self._hash = chain_hash(self._hash, id=entry.id, subject=subject, body=body)
         self._last_seq = (await self.bus.append("sublet.fact.placement.>", [entry], last_seq=self._last_seq)).last_seq
 
+    async def append_raw(self, body: bytes) -> None:
+        """A fact of placement's, with these bytes."""
+        number = next(self._numbers)
+        subject = "sublet.fact.placement.x"
+        entry = Entry(
+            subject=subject, body=body, id=f"placement:x:{number}", cause_seq=0, cursor_seq=0, previous_hash=self._hash
+        )
+        self._hash = chain_hash(self._hash, id=entry.id, subject=subject, body=body)
+        self._last_seq = (await self.bus.append("sublet.fact.placement.>", [entry], last_seq=self._last_seq)).last_seq
+
     async def perform(self, effect: Effect, traceparent: str) -> Input | None:
         assert isinstance(effect, Work)
         self.performed.append(effect.model)
@@ -180,6 +190,19 @@ async def test_a_foreign_message_under_the_own_prefix_makes_the_writer_rebuild_a
                 readable = [s for s in world.server.stored(Stream.HISTORY) if b"not json" not in s.body]
     (dead,) = world.server.stored(Stream.DEAD)
     assert b"not a JSON object" in dead.body
+
+
+async def test_a_fact_in_an_unknown_version_makes_the_service_not_ready_and_nothing_is_decided(world: World) -> None:
+    async with world.running("one") as runner:
+        await world.append_raw(b'{"type": "placement.deployment_retired.v99"}')
+        with anyio.fail_after(5):
+            while runner.status.is_ready:
+                await anyio.sleep(0.01)
+        await world.retire("a")
+        await anyio.sleep(0.05)
+
+        assert "upgrade this service first" in runner.status.why_not
+        assert [] == world.facts()
 
 
 async def test_a_second_instance_stands_by_until_the_first_is_gone(world: World) -> None:
