@@ -4,8 +4,8 @@ Rule of every handler: bytes are held before an effect may use them, and given u
 free. Effects are idempotent, so a restarted agent simply issues them again (`resume`).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 from kit.outcomes import Context, Outcome
 from kit.service import Service
@@ -42,6 +42,8 @@ from services.nodeagent.state import NodeState, Replica, Residency
 
 T = TypeVar("T", bound=EngineEffect)
 
+GPU_IS_GONE: Final = "its GPU is gone"
+
 
 def reads(node: str) -> Sequence[str]:
     """Only what placement has for this node's shard."""
@@ -59,7 +61,8 @@ def check_invariants(state: NodeState) -> None:
         held_bytes = state.held_bytes(gpu_uuid)
         assert held_bytes + gpu.reserve_bytes <= gpu.capacity_bytes, (gpu_uuid, held_bytes, gpu.capacity_bytes)
     for replica in state.replicas.values():
-        assert replica.gpu_uuid in state.gpus, replica.gpu_uuid
+        is_leaving = replica.residency is Residency.RELEASING
+        assert replica.gpu_uuid in state.gpus or is_leaving, replica.gpu_uuid
         if replica.residency in (Residency.PARKED, Residency.WAKING):
             assert replica.is_started, replica.proposal.replica_id
 
@@ -93,7 +96,7 @@ for _kind, _fold in (
 
 @SERVICE.on(NodeProbed)
 def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[Outcome]:
-    """Offer what is here, if it changed or this agent is new; then take up every replica where it was left."""
+    """Offer what is here; give up what was on a GPU that is gone; take up every other replica where it was left."""
     joined = NodeJoined(
         node=state.settings.node,
         at_s=ctx.now_s,
@@ -103,16 +106,30 @@ def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[
         holder_url=probed.holder_url,
         label=probed.label,
     )
-    return [joined, *resume(state)]
+    here = {gpu.gpu_uuid for gpu in probed.gpus}
+    gone = [replica for replica in state.replicas.values() if replica.gpu_uuid not in here]
+    return [joined, *_given_up(state, gone, ctx), *resume(state, here)]
 
 
-def resume(state: NodeState) -> Iterator[Outcome]:
+def _given_up(state: NodeState, replicas: Sequence[Replica], ctx: Context) -> Iterator[Outcome]:
+    """Releases, so that placement finds them another place; those that had begun are resumed."""
+    for replica in replicas:
+        if replica.residency is Residency.RELEASING:
+            yield effect(StopEngine, replica, drain_s=0.0)
+        elif replica.has_process:
+            yield ReplicaDraining(**names(state, replica, ctx), reason=GPU_IS_GONE, is_release=True)
+            yield effect(StopEngine, replica, drain_s=0.0)
+        else:
+            yield released(state, replica, GPU_IS_GONE, ctx)
+
+
+def resume(state: NodeState, gpu_uuids: Collection[str]) -> Iterator[Outcome]:
     """The effect that each replica is waiting for; repeating one is adoption, not a restart.
 
     Only for replicas that are where an earlier life left them: the others' effects are on their way in this one.
     """
     for replica_id, replica in state.replicas.items():
-        if state.observed.left.get(replica_id) != replica.step:
+        if state.observed.left.get(replica_id) != replica.step or replica.gpu_uuid not in gpu_uuids:
             continue
         match replica.residency:
             case Residency.STARTING:

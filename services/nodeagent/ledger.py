@@ -9,13 +9,14 @@ class Ledger:
 
     def __init__(self, state: NodeState, *, settled: Replica | None = None) -> None:
         """`settled`: its drain has just ended one way or the other, so it promises nothing any more."""
-        self._offered = {uuid: gpu.allocatable_bytes for uuid, gpu in state.gpus.items()}
-        self._held = {uuid: state.held_bytes(uuid) for uuid in state.gpus}
-        self._claimed = dict.fromkeys(state.gpus, 0)
-        self._giving = dict.fromkeys(state.gpus, 0)
-        self._resting: dict[str, int] = dict.fromkeys(state.gpus, 0)
-        self._fixed: dict[str, int] = dict.fromkeys(state.gpus, 0)
-        self._largest: dict[str, int] = dict.fromkeys(state.gpus, 0)
+        self._offered = {replica.gpu_uuid: 0 for replica in state.replicas.values()}  # Of a GPU that is gone: nothing.
+        self._offered.update({uuid: gpu.allocatable_bytes for uuid, gpu in state.gpus.items()})
+        self._held = {uuid: state.held_bytes(uuid) for uuid in self._offered}
+        self._claimed = dict.fromkeys(self._offered, 0)
+        self._giving = dict.fromkeys(self._offered, 0)
+        self._resting: dict[str, int] = dict.fromkeys(self._offered, 0)
+        self._fixed: dict[str, int] = dict.fromkeys(self._offered, 0)
+        self._largest: dict[str, int] = dict.fromkeys(self._offered, 0)
         for replica in state.replicas.values():
             gpu = replica.gpu_uuid
             if replica.residency is Residency.WAITING:

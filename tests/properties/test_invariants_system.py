@@ -455,3 +455,20 @@ def test_the_same_seed_gives_the_same_trace(plan: Plan) -> None:
     hashes = {Trial(plan).run().system.simulation.trace_hash() for _ in range(2)}
 
     assert 1 == len(hashes)
+
+
+def test_models_of_a_gpu_that_vanished_are_placed_elsewhere_and_its_agent_goes_on() -> None:
+    system = SimulatedSystem(seed=1, gpu_count=2)
+    system.deploy([replace(inference("x", weights_gb=10, portion=0.6), name=name) for name in ("a", "b")])
+    system.run_for(10.0)
+    host = system.hosts["node-0"]
+    host.gpus = host.gpus[1:]
+    system.simulation.crash("node.node-0", down_s=1.0)
+
+    system.run_for(20.0)
+
+    placement = system.state("placement")
+    assert isinstance(placement, ClusterState), placement
+    assert {"GPU-node-0-1"} == {replica.gpu_uuid for replica in placement.replicas.values()}
+    assert {"a", "b"} == {placement.deployments[r.deployment_id].spec.name for r in placement.replicas.values()}
+    system.check()

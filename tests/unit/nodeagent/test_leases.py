@@ -4,7 +4,7 @@ import pytest
 
 from kit.outcomes import Context, Outcome
 from schemas.deployments import IsolationGrade
-from schemas.nodes import LeaseRefused, LeaseReleased, NodeJoined, RefusalReason
+from schemas.nodes import GpuOffer, LeaseRefused, LeaseReleased, NodeJoined, RefusalReason
 from schemas.units import GiB
 from services.nodeagent.core import SERVICE
 from services.nodeagent.inputs import NodeProbed, ProbeNode, StartEngine, StopEngine
@@ -277,3 +277,46 @@ def probe(agent: Agent) -> NodeProbed:
 
 def context() -> Context:
     return Context(now_s=1.0, writer_epoch=1)
+
+
+# --- A GPU that vanishes ----------------------------------------------------------------------------------------------
+
+
+def without(agent: Agent, *gpus: GpuOffer) -> NodeProbed:
+    """What a new life of the agent finds: only these GPUs."""
+    looked = probe(agent)
+    return NodeProbed(
+        machine_id=looked.machine_id,
+        gpus=gpus,
+        host_budget_bytes=looked.host_budget_bytes,
+        holder_url=looked.holder_url,
+        label=looked.label,
+    )
+
+
+@pytest.mark.parametrize("step", ["starting", "resident", "draining", "parked", "waiting", "waking"])
+def test_a_replica_whose_gpu_is_gone_is_released_from_every_residency(step: str) -> None:
+    """So that placement finds it another place; the agent goes on with the GPUs that are left."""
+    agent = agent_with("a", step)
+
+    outcomes = [line for line in outline(agent.handle(without(agent, gpu(1)))) if line.endswith(" a")]
+
+    assert ["ReplicaDraining a", "StopEngine a"] == outcomes
+    assert ["LeaseReleased a"] == outline(agent.handle(agent.stopped("a")))
+    assert ["LeaseGranted b", "ReplicaStarting b", "StartEngine b"] == outline(
+        agent.handle(proposal(replica("b", 30, gpu_uuid="gpu-1")))
+    )
+
+
+@pytest.mark.parametrize("step", ["granted", "failed"])
+def test_a_lease_without_a_process_ends_at_once_when_its_gpu_is_gone(step: str) -> None:
+    agent = agent_with("a", step)
+
+    assert "LeaseReleased a" in outline(agent.handle(without(agent, gpu(1))))
+
+
+def test_a_release_that_had_begun_goes_on_when_its_gpu_is_gone() -> None:
+    agent = agent_with("a", "releasing")
+
+    assert ["NodeJoined", "StopEngine a"] == outline(agent.handle(without(agent, gpu(1))))
+    assert ["LeaseReleased a"] == outline(agent.handle(agent.lost("a")))
