@@ -71,14 +71,17 @@ def _reply(command: Command | UnreadableCommand, verdict: Verdict, message: str,
 
 @SERVICE.on(DeployRequested)
 def deploy_requested(state: ClusterState, command: DeployRequested, ctx: Context) -> Sequence[Outcome]:
-    """Admit a sound wish; the same wish again changes nothing, another one for the same name replaces the old."""
+    """Admit a sound wish; the same wish again changes nothing, another one for the same name replaces the old.
+
+    What failed for good is replaced by the same wish too: it is tried anew.
+    """
     if duplicate := _duplicate(state, command, ctx):
         return duplicate
     spec = command.deployment
     if problems := problems_of(spec):
         return _reject(command, "SUB-ADM-001", " ".join(problems), ctx)
     present = state.named(ctx.tenant, spec.name)
-    if present is not None and present.spec == spec:
+    if present is not None and present.spec == spec and not _failure(state, present):
         return _same(command, f"{spec.name} is deployed like this already", ctx)
     outcomes: list[Outcome] = []
     revision_count = 1
@@ -137,6 +140,13 @@ def wake_requested(state: ClusterState, command: WakeRequested, ctx: Context) ->
     deployment = state.named(ctx.tenant, command.model)
     if deployment is None:
         return _unknown_model(state, command, command.model, ctx)
+    if reason := _failure(state, deployment):
+        message = f"{command.model} failed for good ({reason}); deploy it again to try anew"
+        return _reject(command, "SUB-SWP-003", message, ctx)
+    is_placed = bool(state.replicas_of(deployment.deployment_id))
+    if deployment.problem and deployment.replica_count > 0 and not is_placed:
+        why = "; ".join(part for part in (deployment.problem, deployment.remedy) if part)
+        return _reject(command, "SUB-SWP-002", f"{command.model} is not placed: {why}", ctx)
     fact = WakeAsked(**_command(command, ctx), deployment_id=deployment.deployment_id)
     return _admit(command, fact, f"{command.model} is being woken", ctx)
 
@@ -168,6 +178,13 @@ def key_revoke_requested(state: ClusterState, command: KeyRevokeRequested, ctx: 
 def unreadable_command(state: ClusterState, command: UnreadableCommand, ctx: Context) -> Sequence[Outcome]:
     """Nothing is lost or silent: the bytes stay in the inbox, the reason goes into history and to the sender."""
     return _reject(command, "SUB-INB-001", f"the command cannot be read: {command.reason}", ctx)
+
+
+def _failure(state: ClusterState, deployment: Deployment) -> str:
+    """Why all of its replicas were given up; empty when one is alive or none was made."""
+    replicas = state.replicas_of(deployment.deployment_id)
+    has_failed = bool(replicas) and all(replica.state == "failed" for replica in replicas)
+    return replicas[-1].problem or "no reason was told" if has_failed else ""
 
 
 def _unknown_model(state: ClusterState, command: Command, model: str, ctx: Context) -> list[Outcome]:

@@ -13,7 +13,9 @@ from schemas.inbox import (
     RetireRequested,
     WakeRequested,
 )
+from schemas.nodes import ReplicaFailed
 from schemas.placement import CommandFact, DeploymentAdmitted
+from services.placement.core import SERVICE
 from tests.unit.placement.builders import Placement, kinds, message, spec, verdict
 
 HASH = "0123456789abcdef" * 4
@@ -183,3 +185,57 @@ def test_remembered_commands_are_bounded_and_the_oldest_are_forgotten_first() ->
     assert count == len(placement.state.command_ids)
     assert "default/old0" not in placement.state.command_ids
     assert "default/new" in placement.state.command_ids
+
+
+# --- What failed for good ---------------------------------------------------------------------------------------------
+
+
+def with_a_failed_replica() -> Placement:
+    placement = furnished()
+    failed = ReplicaFailed(
+        node="node-0",
+        at_s=1.0,
+        replica_id="a-d2-1",
+        deployment_id="d2",
+        model="a",
+        reason="it ended with code 1",
+        attempt_count=5,
+        is_final=True,
+        wake_epoch=6,
+    )
+    SERVICE.evolve(placement.state, failed)
+    return placement
+
+
+def test_a_wake_of_what_failed_for_good_is_rejected_with_the_reason_and_a_way_out() -> None:
+    outcomes = with_a_failed_replica().handle(WakeRequested(command_id="w", model="a"))
+
+    assert ("CommandRejected", "rejected", "SUB-SWP-003") == verdict(outcomes)
+    assert "a failed for good (it ended with code 1); deploy it again to try anew" == message(outcomes)
+
+
+def test_the_same_wish_again_tries_anew_what_failed_for_good() -> None:
+    outcomes = with_a_failed_replica().deploy(spec("a", 30))
+
+    assert ["ReleaseProposed", "DeploymentRetired", "DeploymentAdmitted", "Reply", "PlacementProposed"] == kinds(
+        outcomes
+    )
+
+
+def test_a_wake_of_what_is_not_placed_is_rejected_with_the_reason_and_the_remedy() -> None:
+    placement = furnished()
+    placement.deploy(spec("big", 90))
+
+    outcomes = placement.handle(WakeRequested(command_id="w", model="big"))
+
+    assert ("CommandRejected", "rejected", "SUB-SWP-002") == verdict(outcomes)
+    assert message(outcomes).startswith("big is not placed: big fits no GPU")
+    assert message(outcomes).endswith("use a share smaller by 10.0 GiB")
+
+
+def test_a_wake_of_what_is_cold_is_admitted() -> None:
+    placement = furnished()
+    placement.scale("d2", 0)
+    placement.release("a-d2-1")
+
+    assert "admitted" == verdict(placement.handle(WakeRequested(command_id="w", model="a")))[1]
