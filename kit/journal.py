@@ -1,7 +1,8 @@
 """A local write-ahead journal: a node agent commits here first, so that it can act while the stream is away.
 
-One file; each record is a length, a CRC-32 and a JSON body. A torn tail (power cut, kill) is cut off at the next start;
-everything before it was synced to disk before anything that follows from it was done.
+One file; each record is a length, a CRC-32 and a JSON array of the entries that were decided together: all of them are
+there after a crash, or none. A torn tail (power cut, kill) is cut off at the next start; all before it was synced
+to disk before anything that follows from it was done.
 """
 
 import os
@@ -38,10 +39,8 @@ class Journal:
         return self._entries
 
     def write(self, entries: Sequence[Entry]) -> None:
-        """Returns when the entries are on disk."""
-        for entry in entries:
-            body = self._encoder.encode(entry)
-            self._file.write(len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body)
+        """Returns when the entries are on disk, as one record."""
+        self._file.write(self._record(entries))
         self._file.flush()
         os.fdatasync(self._file.fileno())
         self._entries.extend(entries)
@@ -52,9 +51,8 @@ class Journal:
         kept = [entry for entry in self._entries if entry.id not in gone]
         replacement = self._path.with_suffix(".new")
         with replacement.open("wb") as file:
-            for entry in kept:
-                body = self._encoder.encode(entry)
-                file.write(len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body)
+            if kept:
+                file.write(self._record(kept))
             file.flush()
             os.fsync(file.fileno())
         replacement.replace(self._path)
@@ -65,11 +63,15 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
+    def _record(self, entries: Sequence[Entry]) -> bytes:
+        body = self._encoder.encode(list(entries))
+        return len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body
+
     def _recover(self) -> list[Entry]:
         if not self._path.exists():
             return []
         raw = self._path.read_bytes()
-        decoder = msgspec.json.Decoder(Entry)
+        decoder = msgspec.json.Decoder(list[Entry])
         entries: list[Entry] = []
         offset = 0
         while offset + _HEADER_BYTES <= len(raw):
@@ -78,7 +80,7 @@ class Journal:
             body = raw[offset + _HEADER_BYTES : offset + _HEADER_BYTES + size]
             if size > RECORD_BYTES_MAX or len(body) < size or zlib.crc32(body) != checksum:
                 break
-            entries.append(decoder.decode(body))
+            entries.extend(decoder.decode(body))
             offset += _HEADER_BYTES + size
         if offset < len(raw):
             self._cut(raw, offset)

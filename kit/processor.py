@@ -174,13 +174,19 @@ class Processor(Generic[S]):
         return self.take_batch()
 
     def started(self, *, writer_epoch: int) -> None:
-        """This writer has taken over: re-issue what is unfinished, then handle what came beyond the last cursor."""
+        """This writer has taken over: re-issue what is unfinished. Call `catch_up` next."""
         self.writer_epoch = writer_epoch
         nothing = Delivery(input=None, now_s=self.now_s)
         self._collect(self.service.on_start(self.state, self._context(nothing)), nothing)
-        while self._waiting:
-            foreign = self._waiting.popleft()
-            self._handle_foreign(foreign)
+
+    def catch_up(self, *, entries_max: int) -> bool:
+        """Handle what came beyond the last cursor, until the batch holds `entries_max`; True when nothing is left.
+
+        Commit between two calls: one handled input is never spread over two appends.
+        """
+        while self._waiting and len(self.batch.entries) < entries_max:
+            self._handle_foreign(self._waiting.popleft())
+        return not self._waiting
 
     # --- Handling -----------------------------------------------------------------------------------------------------
 

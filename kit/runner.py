@@ -38,6 +38,8 @@ INPUTS_WAITING_MAX: Final = 10_000
 """Stored inputs wait for room (back-pressure); fleeting ones beyond it are dropped and counted."""
 INPUTS_PER_BATCH_MAX: Final = 256
 """Handled between two appends: bounds one atomic batch well below the server's 1,000."""
+ENTRIES_PER_BATCH_MAX: Final = 400
+"""Handling stops here and commits; what one more input adds stays within the server's 1,000 entries of a batch."""
 REBUILD_PAUSE_S: Final = 0.5
 LEASE_TERM_S: Final = 2.0
 
@@ -223,6 +225,8 @@ class _Live(Generic[S]):
         batch = self._processor.take_over(now_s=now_s)
         last_seq = await self._committer.commit_durably(batch)
         self._processor.started(writer_epoch=last_seq)
+        while not self._processor.catch_up(entries_max=ENTRIES_PER_BATCH_MAX):
+            await self._commit()
         await self._commit()
 
     # --- Inputs -------------------------------------------------------------------------------------------------------
@@ -296,6 +300,8 @@ class _Live(Generic[S]):
         while True:
             await self._handle(await self._receive.receive())
             for _ in range(INPUTS_PER_BATCH_MAX):
+                if len(self._processor.batch.entries) >= ENTRIES_PER_BATCH_MAX:
+                    break
                 try:
                     item = self._receive.receive_nowait()
                 except anyio.WouldBlock:

@@ -8,6 +8,7 @@ import hashlib
 import heapq
 import itertools
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -305,6 +306,7 @@ class Simulation:
         if is_start:
             member.is_active = True
             processor.started(writer_epoch=last_seq)
+            processor.catch_up(entries_max=sys.maxsize)
             if member.service.inbox_cursor is not None:
                 member.inbox_position = member.service.inbox_cursor(processor.state)
                 self._read_inbox(member)

@@ -37,7 +37,8 @@ def test_entries_survive_a_reopening(tmp_path: Path) -> None:
 def test_a_torn_last_record_is_cut_off_and_everything_before_it_kept(tmp_path: Path, lost_count: int) -> None:
     path = tmp_path / "journal"
     journal = Journal(path)
-    journal.write([entry(1), entry(2)])
+    journal.write([entry(1)])
+    journal.write([entry(2)])
     journal.close()
     path.write_bytes(path.read_bytes()[:-lost_count])
 
@@ -48,10 +49,22 @@ def test_a_torn_last_record_is_cut_off_and_everything_before_it_kept(tmp_path: P
     assert [entry(1), entry(3)] == read(path)
 
 
+def test_what_was_decided_together_is_there_together_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.write([entry(1)])
+    journal.write([entry(2), entry(3), entry(4)])
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-3])
+
+    assert [entry(1)] == read(path)
+
+
 def test_a_damaged_record_in_the_middle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path)
-    journal.write([entry(1), entry(2)])
+    journal.write([entry(1)])
+    journal.write([entry(2)])
     journal.close()
     content = bytearray(path.read_bytes())
     content[20] ^= 0xFF

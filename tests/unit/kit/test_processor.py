@@ -74,6 +74,7 @@ def started(history: History, *, instance: str = "one") -> Processor[ToyState]:
         )
     processor.committed(batch, last_seq=len(history.stored))
     processor.started(writer_epoch=len(history.stored))
+    processor.catch_up(entries_max=100)
     return processor
 
 
@@ -101,6 +102,24 @@ def test_facts_beyond_the_last_cursor_are_handled_after_a_restart() -> None:
 
     assert ["a:after 1"] == rebuilt.state.decided
     assert [Work(model="a")] == [released.outcome for released in rebuilt.batch.released]
+
+
+def test_a_long_absence_is_caught_up_in_bounded_batches() -> None:
+    history = History()
+    for number in range(5):
+        history.retire(f"m{number}")
+    processor = Processor(toy(), None, writer="autoscaler", instance="one")
+    processor.replay(history.stored)
+    processor.take_over(now_s=0.0)
+    processor.started(writer_epoch=6)
+
+    sizes = []
+    is_done = False
+    while not is_done:
+        is_done = processor.catch_up(entries_max=2)
+        sizes.append(len(processor.take_batch().entries))
+
+    assert [2, 2, 1] == sizes
 
 
 def test_an_input_that_was_handled_is_not_handled_again_after_a_restart() -> None:
