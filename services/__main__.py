@@ -18,6 +18,8 @@ def usage() -> str:
         "  up          every service, embedded NATS, software GPUs where there are none",
     ]
     lines += ["  demo        the same with models and traffic; ends with a table"]
+    lines += ["", "without GPUs, processes or time passing:"]
+    lines += ["  sim FILE    a scenario in virtual time, for example tests/simulation/scenarios/*.txt"]
     lines += ["", "installations in containers:"]
     lines += ["  setup STEP  what must be there before they run: files, streams, key"]
     return "\n".join(lines)
@@ -32,13 +34,17 @@ def main(arguments: Sequence[str]) -> int:
         from services.provision.main import main as run_setup
 
         return run_setup(arguments[1:])
+    if name == "sim":
+        from services.scenario import main as play
+
+        return play(list(arguments[1:]))
     if name in STACKS:
         from services.local.main import main as run_stack
 
         return run_stack(arguments)
     entry = BY_NAME.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, [*BY_NAME, *STACKS, "setup"], n=1)
+        near = difflib.get_close_matches(name, [*BY_NAME, *STACKS, "setup", "sim"], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         print(f"error: there is no service '{name}'{hint}\n\n{usage()}", file=sys.stderr)
         return 2
