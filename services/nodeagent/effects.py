@@ -51,6 +51,8 @@ ANOTHER_EPOCH: Final = 409
 FREED_POLL_S: Final = 0.01
 FREED_DEADLINE_S: Final = 5.0
 """The driver's account follows an unmap within milliseconds; longer means that the bytes are not free."""
+RESIDUE_SLACK_BYTES: Final = 64 * MiB
+"""Between an engine's own account and the driver's: both count the context, the driver its rounding too."""
 ENGINE_ENVIRONMENT: Final = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "HOME", "LANG")
 ENGINE_ENVIRONMENT_PREFIXES: Final = ("SOFTGPU_", "OTEL_")
 log = logging.getLogger("nodeagent")
@@ -240,13 +242,21 @@ class NodeEffects:
             raise Gone(str(error)) from error
 
     async def _proven_residue(self, effect: EngineEffect, engine: EngineView) -> int:
-        """What the driver says is left, once that is less than half of the share. Raises `Gone` when it stays more."""
+        """What the driver says is left, once that is no more than a parked engine may keep.
+
+        That is what the engine says it holds, or half of its share when it does not say. Raises `Gone` when more stays.
+        """
         share = effect.replica.shares[0]
+        try:
+            told_bytes = (await self._engines.state(self._endpoint(engine))).held_bytes
+        except EngineProblem as error:
+            raise Gone(str(error)) from error
+        allowed_bytes = told_bytes + RESIDUE_SLACK_BYTES if told_bytes else share.request_bytes // 2
         used_bytes: int | None = None
         with anyio.move_on_after(FREED_DEADLINE_S):
             while True:
                 used_bytes = await self._guard.used_bytes(share.gpu_uuid, engine.namespace, engine.pid)
-                if used_bytes is not None and used_bytes <= share.request_bytes // 2:
+                if used_bytes is not None and used_bytes <= allowed_bytes:
                     return max(used_bytes, MiB)
                 await anyio.sleep(FREED_POLL_S)
         raise Gone(f"its bytes are not proven free after its park ({used_bytes} used)")

@@ -29,6 +29,8 @@ class EngineState(msgspec.Struct, kw_only=True):
     failure: str | None = None
     weights_bytes: int = 0
     weights_generation: int = 0
+    held_bytes: int = 0
+    """Device bytes that it says it holds, its context included; 0 when it does not say."""
 
 
 class Slept(msgspec.Struct, kw_only=True):

@@ -49,6 +49,21 @@ def test_a_request_wakes_a_parked_model(stack: RunningStack) -> None:
     assert engines == stack.engines(), "a park keeps the process"
 
 
+def test_a_model_whose_context_is_most_of_its_share_parks_and_wakes_too(stack: RunningStack) -> None:
+    others = stack.engines()
+    with stack.client() as client:
+        client.deploy(sublet.deployment("tiny", weights="50MB", share="800MiB"))
+        eventually(lambda: stack.state_of("tiny") == "resident", "not resident")
+        engines = stack.engines()
+        client.park("tiny")
+        eventually(lambda: stack.state_of("tiny") == "parked", "not parked")
+
+        assert chat(stack.openai(), "tiny")
+        assert engines == stack.engines(), "a park keeps the process"
+        client.retire("tiny")
+    eventually(lambda: stack.engines() == others, "its engine is still there")
+
+
 def test_a_park_right_after_a_wake_stays(stack: RunningStack) -> None:
     with stack.client() as client:
         client.park(CHAT)
