@@ -6,6 +6,7 @@ to disk before anything that follows from it was done.
 """
 
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._encoder = msgspec.json.Encoder()
+        self._lock = threading.Lock()  # A trim swaps the file that a write in another thread appends to.
         path.parent.mkdir(parents=True, exist_ok=True)
         self._entries = self._recover()
         self._file = path.open("ab")
@@ -40,25 +42,27 @@ class Journal:
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Returns when the entries are on disk, as one record."""
-        self._file.write(self._record(entries))
-        self._file.flush()
-        os.fdatasync(self._file.fileno())
-        self._entries.extend(entries)
+        with self._lock:
+            self._file.write(self._record(entries))
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            self._entries.extend(entries)
 
     def trim(self, uploaded_ids: Iterable[str]) -> None:
         """Forget entries that the stream holds. Rewrites the file atomically."""
         gone = set(uploaded_ids)
-        kept = [entry for entry in self._entries if entry.id not in gone]
-        replacement = self._path.with_suffix(".new")
-        with replacement.open("wb") as file:
-            if kept:
-                file.write(self._record(kept))
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.replace(self._path)
-        self._file.close()
-        self._file = self._path.open("ab")
-        self._entries = kept
+        with self._lock:
+            kept = [entry for entry in self._entries if entry.id not in gone]
+            replacement = self._path.with_suffix(".new")
+            with replacement.open("wb") as file:
+                if kept:
+                    file.write(self._record(kept))
+                file.flush()
+                os.fsync(file.fileno())
+            replacement.replace(self._path)
+            self._file.close()
+            self._file = self._path.open("ab")
+            self._entries = kept
 
     def close(self) -> None:
         self._file.close()

@@ -1,5 +1,6 @@
 """The local journal: what was written before a crash is there after it; damage is not mistaken for a torn write."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,17 @@ def test_trimming_keeps_what_the_stream_does_not_hold(tmp_path: Path) -> None:
     journal.close()
 
     assert [entry(3), entry(4)] == read(tmp_path / "journal")
+
+
+def test_a_trim_beside_writes_loses_nothing(tmp_path: Path) -> None:
+    """The uploader trims on the loop's thread while the next batch is written in a worker thread."""
+    journal = Journal(tmp_path / "journal")
+    written = threading.Thread(target=lambda: [journal.write([entry(number)]) for number in range(200)])
+    written.start()
+    while written.is_alive():
+        journal.trim([entry(number).id for number in range(0, 200, 2)])
+    written.join()
+    journal.trim([entry(number).id for number in range(0, 200, 2)])
+    journal.close()
+
+    assert [entry(number) for number in range(1, 200, 2)] == read(tmp_path / "journal")
