@@ -88,7 +88,12 @@ def test_trimming_keeps_what_the_stream_does_not_hold(tmp_path: Path) -> None:
 def test_a_trim_beside_writes_loses_nothing(tmp_path: Path) -> None:
     """The uploader trims on the loop's thread while the next batch is written in a worker thread."""
     journal = Journal(tmp_path / "journal")
-    written = threading.Thread(target=lambda: [journal.write([entry(number)]) for number in range(200)])
+
+    def write_all() -> None:
+        for number in range(200):
+            journal.write([entry(number)])
+
+    written = threading.Thread(target=write_all)
     written.start()
     while written.is_alive():
         journal.trim([entry(number).id for number in range(0, 200, 2)])
