@@ -52,7 +52,7 @@ def missing_key() -> Refusal:
         type="authentication_error",
         code="missing_api_key",
         message="This gateway needs an API key: send the header 'Authorization: Bearer sk-...'. "
-        "`sublet key create` makes one.",
+        "`sublet keys new` makes one.",
     )
 
 
@@ -61,7 +61,7 @@ def wrong_key() -> Refusal:
         status=401,
         type="authentication_error",
         code="invalid_api_key",
-        message="The API key is unknown or was revoked. `sublet key create` makes a new one.",
+        message="The API key is unknown or was revoked. `sublet keys new` makes a new one.",
     )
 
 

@@ -24,7 +24,7 @@ CORE_LINES_MAX = 330
 # Split, so that this file does not find itself.
 FIX_MARK = "FIX" + "ME"
 TODO_WITHOUT_ISSUE = re.compile(r"\bTO" + r"DO\b(?!\(#\d+\))")
-# A folder of one developer's machine. `/proc/1/root/` and an address such as `example.org/work/` are not meant.
+# A folder of one developer's machine. Another folder of that name, inside a longer path or an address, is not meant.
 DEVELOPER_PATH = re.compile(r"(?<![\w.~*}-])/(?:root|work)/")
 
 
