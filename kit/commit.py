@@ -1,5 +1,6 @@
 """Two ways to commit what was decided: straight into the stream, or into a local journal that is uploaded in order."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
 import anyio
@@ -9,6 +10,7 @@ from kit.bus import Bus, Entry
 from kit.history import append_surely
 from kit.journal import Journal
 from kit.processor import Batch, Processor
+from kit.steps import Step
 
 UPLOAD_ENTRIES_MAX: Final = 256
 TRIM_AFTER_COUNT: Final = 2000
@@ -60,10 +62,18 @@ class DirectCommitter:
 class JournaledCommitter:
     """Node agents: durable on the local disk first, so that they act within their leases while the stream is away."""
 
-    def __init__(self, bus: Bus, processor: Processor[Any], journal: Journal) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        processor: Processor[Any],
+        journal: Journal,
+        *,
+        passed: Callable[[Step, object], Awaitable[None]],
+    ) -> None:
         self._bus = bus
         self._processor = processor
         self._journal = journal
+        self._passed = passed
         self._waiting: list[Entry] = []
         self._uploaded: list[str] = []
         self._arrived = anyio.Event()
@@ -78,13 +88,16 @@ class JournaledCommitter:
         for entry in surplus:
             if self._processor.replay_own(entry, seq=self._processor.last_seq):
                 self._queue([entry])
+        await self._passed(Step.JOURNAL_FOLDED, surplus)
         await anyio.to_thread.run_sync(
             self._journal.trim, [entry.id for entry in self._journal.entries if entry not in self._waiting]
         )
+        await self._passed(Step.JOURNAL_TRIMMED, None)
 
     async def commit(self, batch: Batch) -> None:
         if batch.entries:
             await anyio.to_thread.run_sync(self._journal.write, batch.entries)
+            await self._passed(Step.JOURNALED, batch)
             self._queue(batch.entries)
 
     async def commit_durably(self, batch: Batch) -> int:
@@ -108,6 +121,7 @@ class JournaledCommitter:
             entries = self._waiting[:UPLOAD_ENTRIES_MAX]
             processor = self._processor
             last_seq = await append_surely(self._bus, processor.prefix, entries, last_seq=processor.last_seq)
+            await self._passed(Step.UPLOADED, entries)
             processor.last_seq = last_seq
             del self._waiting[: len(entries)]
             self._uploaded.extend(entry.id for entry in entries)

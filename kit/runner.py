@@ -27,6 +27,7 @@ from kit.outcomes import Effect, Input, Reply, Timer, UnreadableCommand
 from kit.processor import Delivery, Processor, Released
 from kit.queries import PendingQueries, Question
 from kit.service import Service
+from kit.steps import AtStep, Step
 from kit.telemetry import Tracer
 from schemas.catalogue import UNDECODABLE, UnknownVersion, UnreadableMessage, decode, encode
 from schemas.messages import Command, Message, Order, Signal, answer_subject, message_subject, token_of
@@ -79,7 +80,9 @@ class Runner(Generic[S]):
         journal: Journal | None = None,
         needs_lease: bool = True,
         clock: Callable[[], float] = time.time,
+        at_step: AtStep | None = None,
     ) -> None:
+        """`at_step` is for tests that stop an instance between two steps."""
         self._service = service
         self._settings = settings
         self._bus = bus
@@ -90,6 +93,7 @@ class Runner(Generic[S]):
         self._journal = journal
         self._needs_lease = needs_lease
         self._clock = clock
+        self._at_step = at_step
         self._offset_s = 0.0
         self._log = logging.getLogger(service.name)
         self._generations = itertools.count(1)
@@ -132,6 +136,10 @@ class Runner(Generic[S]):
         self._log.error("not ready", extra={"reason": why})
         await anyio.sleep_forever()
 
+    async def passed(self, step: Step, what: object = None) -> None:
+        if self._at_step is not None:
+            await self._at_step(step, what)
+
     async def _run_once(self) -> None:
         await self._become_active()
         instance = f"{self._instance}-{next(self._generations)}"
@@ -144,6 +152,7 @@ class Runner(Generic[S]):
                     break
                 self._follow(item)
                 processor.replay_one(item)
+            await self.passed(Step.HISTORY_READ)
             committer = self._committer(processor)
             tg = await stack.enter_async_context(anyio.create_task_group())
             live = _Live(self, processor, committer, tg)
@@ -153,6 +162,7 @@ class Runner(Generic[S]):
             self.processor = processor
             tg.start_soon(live.read_history, reader)
             await live.open_subscriptions(stack)
+            await self.passed(Step.SUBSCRIBED)
             if self._needs_lease:
                 tg.start_soon(self._keep_lease)
             self.status.is_ready, self.status.why_not = True, ""
@@ -166,7 +176,7 @@ class Runner(Generic[S]):
     def _committer(self, processor: Processor[S]) -> Committer:
         if self._journal is None:
             return DirectCommitter(self._bus, processor)
-        return JournaledCommitter(self._bus, processor, self._journal)
+        return JournaledCommitter(self._bus, processor, self._journal, passed=self.passed)
 
     async def _become_active(self) -> None:
         while self._needs_lease:
@@ -206,6 +216,7 @@ class _Live(Generic[S]):
         self._bus = runner._bus
         self._processor = processor
         self._committer = committer
+        self._passed = runner.passed
         self._tg = tg
         self._timers: list[tuple[float, int, Delivery]] = []
         self._timer_numbers = itertools.count()
@@ -223,11 +234,14 @@ class _Live(Generic[S]):
         now_s = self._runner.now_s()
         await self._committer.recover()
         batch = self._processor.take_over(now_s=now_s)
+        await self._passed(Step.TAKING_OVER, batch)
         last_seq = await self._committer.commit_durably(batch)
         self._processor.started(writer_epoch=last_seq)
+        await self._passed(Step.TAKEN_OVER, self._processor.batch)
         while not self._processor.catch_up(entries_max=ENTRIES_PER_BATCH_MAX):
             await self._commit()
         await self._commit()
+        await self._passed(Step.CAUGHT_UP)
 
     # --- Inputs -------------------------------------------------------------------------------------------------------
 
@@ -309,11 +323,13 @@ class _Live(Generic[S]):
                 await self._handle(item)
             await self._commit()
             await self._queries.answer_ready(self._processor.state)
+            await self._passed(Step.ANSWERED)
 
     async def _handle(self, item: Delivery | Stored | Question) -> None:
         if isinstance(item, Question):
             self._queries.add(item)
             return
+        await self._passed(Step.RECEIVED, item)
         if isinstance(item, Stored):
             await self._handle_stored(item)
         else:
@@ -321,6 +337,7 @@ class _Live(Generic[S]):
             with self._runner._tracer.span(name, parent=item.traceparent) as span:
                 self._processor.receive(_under(item, span.traceparent))
         self._runner.status.handled_count += 1
+        await self._passed(Step.HANDLED, item)
         await self._send_ahead()
 
     async def _handle_stored(self, stored: Stored) -> None:
@@ -354,15 +371,19 @@ class _Live(Generic[S]):
         for item in ahead:
             waiting.remove(item)
             await self._publish(item)
+            await self._passed(Step.SENT_AHEAD, item.outcome)
 
     async def _commit(self) -> None:
         batch = self._processor.take_batch()
         if batch.is_empty:
             return
+        await self._passed(Step.COMMITTING, batch)
         await self._committer.commit(batch)
         self._runner.status.appended_count += len(batch.entries)
+        await self._passed(Step.COMMITTED, batch)
         for item in batch.released:
             await self._release(item)
+            await self._passed(Step.RELEASED, item.outcome)
 
     async def _release(self, item: Released) -> None:
         outcome = item.outcome
@@ -393,6 +414,7 @@ class _Live(Generic[S]):
         name = f"{self._service.name} {type(effect).__name__}"
         with self._runner._tracer.span(name, parent=traceparent) as span:
             result = await self._runner._perform(effect, span.traceparent)
+            await self._passed(Step.PERFORMED, result)
             if result is not None:
                 delivery = Delivery(input=result, now_s=self._runner.now_s(), traceparent=span.traceparent)
                 await self._send.send(delivery)
