@@ -14,6 +14,16 @@ from typing import Any, Final, Generic, TypeVar, cast
 from kit.bus import Entry, Stored, subject_matches
 from kit.outcomes import Context, Effect, Input, Outcome, Reply, Timer, Under
 from kit.service import Service
+from kit.snapshots import (
+    FORMAT_VERSION,
+    OWN_IDS_MAX,
+    Position,
+    Snapshot,
+    check_fit,
+    encode_state,
+    restore_state,
+    state_types,
+)
 from schemas.catalogue import UnreadableMessage, decode, encode
 from schemas.history import Progressed, WriterStarted
 from schemas.messages import Command, Fact, Order, Signal, fact_subject, prefix_of
@@ -78,25 +88,37 @@ class _Foreign:
 class Processor(Generic[S]):
     """One writer's state and its place in history."""
 
-    def __init__(self, service: Service[S], settings: Any, *, writer: str, instance: str) -> None:
+    def __init__(self, service: Service[S], settings: Any, *, writer: str, instance: str, machine_id: str = "") -> None:
+        """`machine_id` goes into `WriterStarted`; empty for a writer that may run anywhere."""
         self.service = service
         self.writer = writer
         self.prefix = prefix_of(writer)
         self.instance = instance
+        self.machine_id = machine_id
         self.state: S = service.new_state(settings)
         self.writer_epoch = 0
         self.last_seq = 0
         """Newest sequence known under the own prefix, valid or not: what the next append must name."""
         self.cursor_seq = 0
         """Sequence of the last foreign fact that was handled."""
+        self.read_seq = 0
+        """All of the stream up to here that concerns this writer was handed to it and, unless it waits, folded."""
+        self.stream_id = ""
+        """Which stream all these sequences are of; the shell sets it."""
+        self.last_machine_id = ""
+        """On which machine this prefix's newest `WriterStarted` was written."""
         self.last_hash = CHAIN_START
         self.now_s = 0.0
         self.skipped_count = 0
         """Facts that no fold accepted: unreadable, or not continuing their prefix's chain."""
+        self.refused_order_count = 0
+        """Orders of superseded writers, and orders that came too late; never carried out."""
         self._own_ids: deque[str] = deque(maxlen=10_000)
         self.reads = tuple(service.reads(writer.removeprefix("node.") if writer.startswith("node.") else ""))
         """Subject filters of the foreign facts that this service follows."""
         self._foreign_hashes: dict[str, str] = {}
+        self._writer_epochs: dict[str, int] = {}
+        """{writer: the newest epoch that its `WriterStarted`, or an order, told}"""
         self._complete: dict[str, bool] = {}
         """{writer: whether all of its prefix is read}; only then can its chain be followed."""
         self._waiting: deque[_Foreign] = deque()
@@ -116,12 +138,15 @@ class Processor(Generic[S]):
             self.replay_one(stored)
 
     def replay_one(self, stored: Stored) -> None:
+        self.read_seq = stored.seq
         if not self.is_own(stored):
             foreign = self._accept_foreign(stored)
             if foreign is not None:
                 self._waiting.append(foreign)
             return
-        self.last_seq = max(self.last_seq, stored.seq)
+        if stored.seq <= self.last_seq:
+            return  # In the snapshot that this replay began from.
+        self.last_seq = stored.seq
         self.replay_own(
             Entry(
                 subject=stored.subject,
@@ -150,6 +175,7 @@ class Processor(Generic[S]):
         self._own_ids.append(entry.id)
         if isinstance(fact, WriterStarted):
             self.writer_epoch = seq
+            self.last_machine_id = fact.machine_id
         self._advance(getattr(fact, "at_s", 0.0))
         self.service.evolve(self.state, fact)
         return True
@@ -165,12 +191,64 @@ class Processor(Generic[S]):
         """True for an own fact that is part of the folded state (of the last 10,000)."""
         return entry_id in self._own_ids
 
+    # --- Snapshots ----------------------------------------------------------------------------------------------------
+
+    def mark_progress(self) -> None:
+        """Append `Progressed`: a snapshot is taken at an own fact, and one that moves on may be trimmed below."""
+        self._silent_count = 0
+        self._append(Progressed(at_s=self.now_s), cause_seq=0, traceparent="")
+
+    def snapshot(self) -> Snapshot:
+        """The state as it is. Only while nothing waits: every own fact acknowledged, every decision released."""
+        assert self.batch.is_empty
+        assert not self._waiting
+        position = Position(
+            format_version=FORMAT_VERSION,
+            service=self.service.name,
+            writer=self.writer,
+            state_version=self.service.state_version,
+            state_types=state_types(type(self.state)),
+            stream_id=self.stream_id,
+            read_seq=self.read_seq,
+            last_seq=self.last_seq,
+            cursor_seq=self.cursor_seq,
+            last_hash=self.last_hash,
+            writer_epoch=self.writer_epoch,
+            now_s=self.now_s,
+            machine_id=self.last_machine_id,
+        )
+        return Snapshot(
+            position=position,
+            foreign_hashes=dict(self._foreign_hashes),
+            writer_epochs=dict(self._writer_epochs),
+            own_ids=list(self._own_ids)[-OWN_IDS_MAX:],
+            state=encode_state(self.state),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Begin there instead of at the start of history; replay what follows `read_seq`.
+
+        For a new processor. Raises `SnapshotUnusable`; this processor must then not be used.
+        """
+        position = snapshot.position
+        check_fit(position, self.service, self.state, writer=self.writer)
+        restore_state(self.state, snapshot.state)
+        self.stream_id = position.stream_id
+        self.read_seq, self.last_seq, self.cursor_seq = position.read_seq, position.last_seq, position.cursor_seq
+        self.last_hash, self.writer_epoch = position.last_hash, position.writer_epoch
+        self.now_s, self.last_machine_id = position.now_s, position.machine_id
+        self._foreign_hashes = dict(snapshot.foreign_hashes)
+        self._writer_epochs = dict(snapshot.writer_epochs)
+        self._own_ids.extend(snapshot.own_ids)
+
     # --- Taking over --------------------------------------------------------------------------------------------------
 
     def take_over(self, *, now_s: float) -> Batch:
         """The batch that makes this instance the writer; call `started` with its sequence once it is acknowledged."""
         self._advance(now_s)
-        self._append(WriterStarted(instance=self.instance, at_s=self.now_s), cause_seq=0, traceparent="")
+        self.last_machine_id = self.machine_id
+        started = WriterStarted(instance=self.instance, at_s=self.now_s, machine_id=self.machine_id)
+        self._append(started, cause_seq=0, traceparent="")
         return self.take_batch()
 
     def started(self, *, writer_epoch: int) -> None:
@@ -199,12 +277,23 @@ class Processor(Generic[S]):
 
     def receive_stored(self, stored: Stored) -> None:
         """Handle one foreign fact from the live stream."""
+        self.read_seq = stored.seq
         foreign = self._accept_foreign(stored)
         if foreign is not None:
             self._handle_foreign(foreign)
 
-    def receive(self, delivery: Delivery) -> None:
-        """Handle one input that is no fact: a command, a signal, an order, a timer's input, an effect's result."""
+    def receive(self, delivery: Delivery, *, handled_s: float | None = None) -> str:
+        """Handle one input that is no fact: a command, a signal, an order, a timer's input, an effect's result.
+
+        `handled_s`: the time now, where the input waited since its arrival (`delivery.now_s`). The answer is '' or why
+        an order was refused: its writer was superseded, or it waited longer than its deadline.
+        """
+        if isinstance(delivery.input, Order):
+            waited_s = (delivery.now_s if handled_s is None else handled_s) - delivery.now_s
+            refusal = self._refusal(delivery.input, waited_s=waited_s)
+            if refusal:
+                self.refused_order_count += 1
+                return refusal
         self._advance(delivery.now_s)
         kind = type(delivery.input)
         observe = self.service.observers.get(kind)
@@ -215,8 +304,9 @@ class Processor(Generic[S]):
             assert not isinstance(delivery.input, Command | Input), (
                 f"{self.service.name} has no handler for {kind.__name__}"
             )
-            return
+            return ""
         self._collect(handler(self.state, delivery.input, self._context(delivery)), delivery)
+        return ""
 
     def take_batch(self) -> Batch:
         """Everything decided since the last call; hand its entries to the stream before releasing the rest."""
@@ -229,6 +319,20 @@ class Processor(Generic[S]):
             self.last_seq = last_seq
 
     # --- Inside -------------------------------------------------------------------------------------------------------
+
+    def _refusal(self, order: Order, *, waited_s: float) -> str:
+        newest = self._learn_epoch(order.writer, order.writer_epoch)
+        if order.writer_epoch < newest:
+            return f"{order.writer} of epoch {order.writer_epoch} was superseded by {newest}"
+        if waited_s * 1000 > order.deadline_ms:
+            return f"it waited {waited_s:.3f} s, longer than its deadline of {order.deadline_ms} ms"
+        return ""
+
+    def _learn_epoch(self, writer: str, epoch: int) -> int:
+        """The newest epoch of this writer that is known now."""
+        newest = max(epoch, self._writer_epochs.get(writer, 0))
+        self._writer_epochs[writer] = newest
+        return newest
 
     def _accept_foreign(self, stored: Stored) -> _Foreign | None:
         """The fact, unless it is unreadable or does not continue a chain that this service reads completely."""
@@ -251,6 +355,9 @@ class Processor(Generic[S]):
         if not isinstance(fact, Fact):
             self.skipped_count += 1
             return None
+        if isinstance(fact, WriterStarted):
+            # At once, not when it is handled: no order of an older instance may slip through in between.
+            self._learn_epoch(writer, stored.seq)
         return _Foreign(stored, fact)
 
     def _reads_all_of(self, writer: str) -> bool:
@@ -275,8 +382,7 @@ class Processor(Generic[S]):
             self._collect(handler(self.state, foreign.fact, self._context(delivery)), delivery)
         self._silent_count = 0 if self._entry_count > before_count else self._silent_count + 1
         if self._silent_count >= SILENT_INPUTS_MAX:
-            self._silent_count = 0
-            self._append(Progressed(at_s=self.now_s), cause_seq=0, traceparent="")
+            self.mark_progress()
 
     def _advance(self, now_s: float) -> None:
         self.now_s = max(self.now_s, now_s)

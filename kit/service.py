@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -12,6 +12,9 @@ from schemas.messages import Command, Fact, Order, Query, Signal
 S = TypeVar("S")
 E = TypeVar("E")
 Q = TypeVar("Q", bound=Query)
+
+NOT_DURABLE: Final = frozenset({"observed", "settings"})
+"""Fields of a state that are no part of history: no digest and no snapshot holds them."""
 
 Handler = Callable[[S, E, Context], Sequence[Outcome]]
 Fold = Callable[[S, E], None]
@@ -39,6 +42,8 @@ class Service(Generic[S]):
     on_start: Callable[[S, Context], Sequence[Outcome]] = _nothing_to_start
     """Re-issues what is unfinished in the state, after this writer has taken over."""
     check_invariants: Callable[[S], None] = _nothing_to_check
+    state_version: int = 1
+    """Raise it when a fold changes what it makes of old facts: snapshots of other versions are refolded."""
     inbox_cursor: Callable[[S], int] | None = None
     """Set by the one service that admits commands: the highest inbox sequence that a fact of its names."""
     handlers: dict[type, Handler[S, Any]] = field(default_factory=dict)
@@ -119,8 +124,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
         return msgspec.to_builtins(value)
     if is_dataclass(value):
-        skipped = ("observed", "settings")
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in skipped}
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in NOT_DURABLE}
     if isinstance(value, dict):
         return {str(key): _plain(child) for key, child in value.items()}
     if isinstance(value, set | frozenset):

@@ -19,6 +19,7 @@ from kit.bus import Entry, Stored, subject_matches
 from kit.outcomes import Effect, Input, Reply, Timer
 from kit.processor import Batch, Delivery, Processor, Released, writer_of
 from kit.service import Service, digest
+from kit.simulation_snapshots import DrawnSnapshots
 from schemas.catalogue import decode, encode
 from schemas.messages import Command, Fact, Message, Order, Signal, command_subject, message_subject, prefix_of
 
@@ -98,6 +99,7 @@ class Simulation:
         self.inbox: list[Stored] = []
         self.replies: list[Reply] = []
         self.counters = Counters()
+        self.snapshots = DrawnSnapshots(seed)
         self.on_stored: list[Callable[[Stored, Fact], None]] = []
         self.on_signal: list[Callable[[Signal], None]] = []
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -150,10 +152,9 @@ class Simulation:
     def start(self, member: Member) -> None:
         """Rebuild from history and take over, as the real shell does."""
         processor = Processor(member.service, member.settings, writer=member.writer, instance=f"sim{member.life}")
-        filters = (processor.prefix, *processor.reads)
-        for stored in self.stream:
-            if any(subject_matches(pattern, stored.subject) for pattern in filters):
-                processor.replay_one(stored)
+        if self.snapshots.is_drawn():
+            self.snapshots.restore(processor)
+        self._replay(processor)
         member.processor, member.is_alive, member.is_active = processor, True, False
         member.position = len(self.stream)
         member.waiting.clear()
@@ -164,6 +165,13 @@ class Simulation:
                     processor.replay_own(entry, seq=processor.last_seq)
         batch = processor.take_over(now_s=self.now_s)
         self._commit(member, batch, is_start=True)
+
+    def _replay(self, processor: Processor[Any]) -> None:
+        """All of history that concerns it, from where it is."""
+        filters = (processor.prefix, *processor.reads)
+        for stored in self.stream[processor.read_seq :]:
+            if any(subject_matches(pattern, stored.subject) for pattern in filters):
+                processor.replay_one(stored)
 
     def crash(self, writer: str, *, down_s: float) -> None:
         """SIGKILL: memory and everything scheduled for this life are gone; history, journal and the world remain."""
@@ -255,6 +263,10 @@ class Simulation:
         """Handle what waits, one after another; an append in flight holds up the rest."""
         while member.is_active and member.in_flight is None and member.waiting:
             self._handle(member, member.waiting.popleft())
+        processor = member.processor
+        is_quiet = member.is_active and member.in_flight is None and not member.waiting
+        if is_quiet and processor is not None and member.uploaded_count == len(member.journal):
+            self.snapshots.offer(processor)
 
     def _handle(self, member: Member, item: Delivery | Stored) -> None:
         processor = member.processor
@@ -265,7 +277,7 @@ class Simulation:
                 return
             processor.receive_stored(item)
         else:
-            processor.receive(item)
+            processor.receive(item, handled_s=self.now_s)
         member.service.check_invariants(processor.state)
         ahead = [r for r in processor.batch.released if isinstance(r.outcome, Order) and r.outcome.goes_ahead]
         for released in ahead:
@@ -457,20 +469,23 @@ class Simulation:
     # --- Checks -------------------------------------------------------------------------------------------------------
 
     def check_replay(self) -> None:
-        """A fold from zero gives every quiet member's live state, byte for byte."""
+        """A fold from zero, and one from a snapshot, gives every quiet member's live state, byte for byte."""
         for member in self.members.values():
             if not member.is_active or member.in_flight is not None or member.waiting:
                 continue
             live = member.processor
             assert live is not None, member.writer
-            fresh = Processor(member.service, member.settings, writer=member.writer, instance="replay")
-            filters = (fresh.prefix, *fresh.reads)
-            upto = [s for s in self.stream if any(subject_matches(p, s.subject) for p in filters)]
-            fresh.replay(upto)
-            if member.is_journaled:
+            for is_restored in (False, True):
+                fresh = Processor(member.service, member.settings, writer=member.writer, instance="replay")
+                if is_restored and not self.snapshots.restore(fresh):
+                    continue
+                self._replay(fresh)
                 for entry in member.journal:
                     if not fresh.knows(entry.id):
                         fresh.replay_own(entry, seq=fresh.last_seq)
-            fresh.fold_foreign_to(live.cursor_seq)
-            replayed, lived = digest(fresh.state), digest(live.state)
-            assert replayed == lived, f"{member.writer}: replay differs\nreplayed {replayed!r}\nlived    {lived!r}"
+                fresh.fold_foreign_to(live.cursor_seq)
+                replayed, lived = digest(fresh.state), digest(live.state)
+                assert replayed == lived, (
+                    f"{member.writer}: replay differs, from a snapshot {is_restored}\n"
+                    f"replayed {replayed!r}\nlived    {lived!r}"
+                )

@@ -9,6 +9,8 @@ class WriterStarted(Fact, frozen=True, tag="history.writer_started.v1"):
 
     instance: str
     at_s: UnixSeconds
+    machine_id: str = ""
+    """Where a node's agent runs: a prefix is continued on no other machine. Empty: a writer that may run anywhere."""
 
 
 class Progressed(Fact, frozen=True, tag="history.progressed.v1"):

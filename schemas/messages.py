@@ -30,6 +30,8 @@ class Fact(Message, frozen=True, kw_only=True):
 class Order(Message, frozen=True, kw_only=True):
     """A fleeting instruction to one node agent. Refused by its receiver when the writer's epoch is stale."""
 
+    writer: ClassVar[str] = ""
+    """Who alone sends it: whose epoch it carries."""
     goes_ahead: ClassVar[bool] = False
     """True: leaves before its fact is acknowledged; its receiver's own fact states what happened."""
 
@@ -84,6 +86,11 @@ def fact_subject(writer: str, fact: Fact) -> str:
         node: str = fact.node  # type: ignore[attr-defined]  # Sharded facts name their node; an architecture test checks it.
         return f"{subject}.{shard_of(node)}"
     return subject
+
+
+def started_filter(writer: str) -> str:
+    """The subject filter of one writer's `WriterStarted`, for those that obey its orders."""
+    return f"sublet.fact.{writer}.history_writer_started_v1"
 
 
 def fact_filter(kind: type[Fact], node: str | None = None) -> str:

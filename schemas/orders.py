@@ -9,6 +9,7 @@ from schemas.units import Epoch, Identifier
 class WakeOrdered(Order, frozen=True, tag="orders.wake_ordered.v1"):
     """Bring this replica onto its GPU; park the victims first. A replica that was never started is started."""
 
+    writer: ClassVar[str] = "swapper"
     goes_ahead: ClassVar[bool] = True
 
     replica_id: Identifier
@@ -19,6 +20,8 @@ class WakeOrdered(Order, frozen=True, tag="orders.wake_ordered.v1"):
 
 class ParkOrdered(Order, frozen=True, tag="orders.park_ordered.v1"):
     """Park this replica: drain within the deadline, then give its bytes back."""
+
+    writer: ClassVar[str] = "swapper"
 
     replica_id: Identifier
     wake_epoch: Epoch

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 from kit.outcomes import Context, Outcome
 from kit.service import Service
-from schemas.messages import fact_filter
+from schemas.messages import fact_filter, started_filter
 from schemas.nodes import (
     LeaseGranted,
     LeaseReleased,
@@ -24,7 +24,6 @@ from schemas.nodes import (
     ReplicaWaking,
     WakeRefused,
 )
-from schemas.orders import ParkOrdered, WakeOrdered
 from schemas.placement import PlacementProposed, ReleaseProposed, ReplicaProposal
 from services.nodeagent import state as fold
 from services.nodeagent.inputs import (
@@ -46,8 +45,8 @@ GPU_IS_GONE: Final = "its GPU is gone"
 
 
 def reads(node: str) -> Sequence[str]:
-    """Only what placement has for this node's shard."""
-    return [fact_filter(PlacementProposed, node), fact_filter(ReleaseProposed, node)]
+    """Only what placement has for this node's shard, and who the swapper is: orders of an older one are refused."""
+    return [fact_filter(PlacementProposed, node), fact_filter(ReleaseProposed, node), started_filter("swapper")]
 
 
 def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
@@ -147,24 +146,6 @@ def resume(state: NodeState, gpu_uuids: Collection[str]) -> Iterator[Outcome]:
 
 
 # --- Small parts ------------------------------------------------------------------------------------------------------
-
-
-def is_stale(state: NodeState, writer: str, writer_epoch: int) -> bool:
-    """True for an order of an older instance than one that was heard before."""
-    newest = state.observed.writer_epochs.get(writer, 0)
-    return writer_epoch < newest
-
-
-@SERVICE.observing(WakeOrdered)
-def observe_wake(state: NodeState, order: WakeOrdered, now_s: float) -> None:
-    epochs = state.observed.writer_epochs
-    epochs["swapper"] = max(epochs.get("swapper", 0), order.writer_epoch)
-
-
-@SERVICE.observing(ParkOrdered)
-def observe_park(state: NodeState, order: ParkOrdered, now_s: float) -> None:
-    epochs = state.observed.writer_epochs
-    epochs["swapper"] = max(epochs.get("swapper", 0), order.writer_epoch)
 
 
 def current(state: NodeState, result: EngineInput) -> Replica | None:

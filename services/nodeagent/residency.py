@@ -14,7 +14,7 @@ from schemas.nodes import (
     ReplicaWaking,
 )
 from schemas.orders import ParkOrdered, WakeOrdered
-from services.nodeagent.core import SERVICE, current, effect, is_stale, names, released, starting, wake_refused
+from services.nodeagent.core import SERVICE, current, effect, names, released, starting, wake_refused
 from services.nodeagent.inputs import (
     EngineLost,
     EngineNotWoken,
@@ -92,7 +92,7 @@ def restart_due(state: NodeState, due: RestartDue, ctx: Context) -> Sequence[Out
 @SERVICE.on(ParkOrdered)
 def park_ordered(state: NodeState, order: ParkOrdered, ctx: Context) -> Sequence[Outcome]:
     replica = state.replicas.get(order.replica_id)
-    if is_stale(state, "swapper", order.writer_epoch) or replica is None:
+    if replica is None:
         return []
     if replica.residency is not Residency.RESIDENT or replica.wake_epoch != order.wake_epoch:
         return []
@@ -146,7 +146,7 @@ def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence
     A repeat finds the replica on its way already and changes nothing: the standing plan goes on.
     """
     replica = state.replicas.get(order.replica_id)
-    if is_stale(state, "swapper", order.writer_epoch) or replica is None:
+    if replica is None:
         return []
     if replica.residency not in (Residency.PARKED, Residency.GRANTED) or replica.wake_epoch != order.wake_epoch:
         return []

@@ -95,8 +95,6 @@ class Replica:
 class Observed:
     """Not history: lost at a restart."""
 
-    writer_epochs: dict[str, int] = field(default_factory=dict)
-    """{kind of order: newest writer epoch seen}; older ones are refused."""
     left: dict[str, tuple[Residency, int, int]] = field(default_factory=dict)
     """{replica_id: (residency, lease epoch, wake epoch)} as an earlier life of this agent left it."""
 

@@ -212,7 +212,7 @@ def test_nothing_is_found_where_nothing_is_planted() -> None:
 
 def test_a_replay_in_stream_order_is_noticed() -> None:
     """What was read last is not what was handled last: folding by sequence gives another state at some instant."""
-    assert any(_differs_in_stream_order(seed) for seed in SEEDS)
+    assert any(_differs_in_stream_order(seed) for seed in range(60))
 
 
 def _differs_in_stream_order(seed: int) -> bool:

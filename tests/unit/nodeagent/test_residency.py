@@ -219,16 +219,6 @@ def test_an_order_of_another_wake_is_ignored() -> None:
     assert [] == agent.handle(agent.wake("a", wake_epoch=1))
 
 
-def test_orders_of_an_older_writer_are_refused_once_a_newer_one_was_heard() -> None:
-    agent = agent_with("a", "parked")
-    agent.resident("b", 10)
-    agent.handle(agent.park("b", wake_epoch=99, writer_epoch=20))
-
-    assert [] == agent.handle(agent.wake("a", writer_epoch=19))
-    assert [] == agent.handle(agent.park("b", writer_epoch=19))
-    assert "ReplicaWaking a" in outline(agent.handle(agent.wake("a", writer_epoch=20)))
-
-
 def test_a_wake_whose_victims_free_too_little_is_refused_with_the_missing_bytes() -> None:
     agent = Agent()
     agent.parked("a", 60)
