@@ -70,10 +70,13 @@ class CudaProcessCheckpoint:
 
 
 def _call(name: str, pid: int, *arguments: Any) -> Any:
-    """A call about a process; the only value in it that can be invalid is the pid."""
+    """A call about a process; the only value in it that can be invalid is the pid.
+
+    Of a process that never used CUDA the driver says that it is not initialized.
+    """
     try:
         return call(name, pid, *arguments)
     except InvalidUse as error:
-        if error.code == "CUDA_ERROR_INVALID_VALUE":
+        if error.code in {"CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_NOT_INITIALIZED"}:
             raise NotFound(call=name, code=error.code, detail=f"pid {pid}") from error
         raise

@@ -28,7 +28,9 @@ class ProcessStatus(TypedDict):
     pid: int
     command: str
     group: str
+    state: str  # running, locked, checkpointed, failed, checkpointing, restoring
     context_bytes: int
+    away_bytes: int  # what it will take here again when it is restored
     used_bytes: int
 
 

@@ -48,7 +48,14 @@ def profiles() -> Mapping[str, Profile]:
     tables = {
         name: {call: CallCost(**cost) for call, cost in table.items()} for name, table in content["costs"].items()
     }
-    return {name: Profile(**{**values, "costs": tables[values["costs"]]}) for name, values in content["gpu"].items()}
+    return {
+        name: Profile(**{**values, "costs": _joined(tables, values["costs"])})
+        for name, values in content["gpu"].items()
+    }
+
+
+def _joined(tables: Mapping[str, Mapping[str, CallCost]], names: list[str]) -> Mapping[str, CallCost]:
+    return {call: cost for name in names for call, cost in tables[name].items()}
 
 
 def profile_named(name: str) -> Profile:

@@ -159,3 +159,10 @@ int chunk_file_zero(const chunk_file *file, uint64_t offset, uint64_t bytes) {
     mark_written(file, offset / PAGE, (offset + bytes + PAGE - 1) / PAGE);
     return 0;
 }
+
+/* The marks first: what is punched without them would read as zero, not as fresh. */
+int chunk_file_forget(const chunk_file *file) {
+    for (uint64_t word = 0; file->written && word < bitmap_bytes(file->bytes) / sizeof *file->written; word++)
+        __atomic_store_n(&file->written[word], 0, __ATOMIC_RELEASE);
+    return fallocate(file->descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)file->bytes);
+}

@@ -33,6 +33,7 @@ void chunk_file_close(chunk_file *file);
  * chunk. */
 int chunk_file_read(const chunk_file *file, uint64_t offset, void *to, uint64_t bytes);
 int chunk_file_write(const chunk_file *file, uint64_t offset, const void *from, uint64_t bytes);
+int chunk_file_forget(const chunk_file *file); /* all of it is as fresh memory again */
 int chunk_file_zero(const chunk_file *file, uint64_t offset, uint64_t bytes);
 
 #endif

@@ -19,20 +19,25 @@ static void number(const char *key, uint64_t value) {
     printf("\"%s\": %llu, ", key, (unsigned long long)value);
 }
 
+static const char *const state_names[] = {"running", "locked",        "checkpointed",
+                                          "failed",  "checkpointing", "restoring"};
+
 static void processes_of(int index) {
     const char *separator = "";
     printf("\"processes\": [");
     for (int i = 0; i < PROCESS_MAX; i++) {
         const process_record *process = &host->processes[i];
-        uint64_t used_bytes = process->context_bytes[index] + process->charged_bytes[index];
-        if (!process->is_used || !used_bytes)
+        uint64_t used_bytes = process_bytes(process, index), own_bytes = process_own_bytes(process, index);
+        if (!process->is_used || !own_bytes)
             continue;
         printf("%s{\"pid\": %d, \"command\": ", separator, process_pid(i));
         text(process->command);
         printf(", \"group\": ");
         text(process->group_name);
         printf(", ");
-        number("context_bytes", process->context_bytes[index]);
+        printf("\"state\": \"%s\", ", state_names[checkpoint_state(process)]);
+        number("context_bytes", process->context_bytes[process_ordinal(process, index)]);
+        number("away_bytes", own_bytes - used_bytes);
         printf("\"used_bytes\": %llu}", (unsigned long long)used_bytes);
         separator = ", ";
     }

@@ -21,6 +21,7 @@ typedef struct CUctx_st *CUcontext;
 typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
 typedef struct CUmemPoolHandle_st *CUmemoryPool;
+typedef struct CUIcheckpointOperation_st *CUcheckpointOperationHandle;
 typedef void (*CUhostFn)(void *user_data);
 
 typedef struct {
@@ -58,6 +59,37 @@ typedef struct {
     unsigned char reserved[54];
 } CUmemPoolProps;
 
+typedef struct {
+    unsigned timeoutMs, reserved0;
+    uint64_t reserved1[7];
+} CUcheckpointLockArgs;
+typedef struct {
+    CUdeviceptr devPtr;
+    size_t size;
+    CUstream stream;
+} CUcheckpointCustomStoragePerDeviceData;
+typedef struct {
+    CUcheckpointOperationHandle handle;
+    CUcheckpointCustomStoragePerDeviceData *perDeviceData;
+    unsigned deviceCount;
+} CUcheckpointCustomStorageInfo;
+typedef struct {
+    CUcheckpointCustomStorageInfo **customStorageInfo_out;
+    char reserved[56];
+} CUcheckpointCheckpointArgs;
+typedef struct {
+    CUuuid oldUuid, newUuid;
+} CUcheckpointGpuPair;
+typedef struct {
+    CUcheckpointGpuPair *gpuPairs;
+    unsigned gpuPairsCount, padding0;
+    CUcheckpointCustomStorageInfo **customStorageInfo_out;
+    char reserved[40];
+} CUcheckpointRestoreArgs;
+
+_Static_assert(sizeof(CUcheckpointLockArgs) == 64, "CUcheckpointLockArgs is read from the client's memory");
+_Static_assert(sizeof(CUcheckpointCheckpointArgs) == 64, "likewise");
+_Static_assert(sizeof(CUcheckpointRestoreArgs) == 64, "likewise");
 _Static_assert(sizeof(CUmemAccessDesc) == 12, "CUmemAccessDesc is an array element of the client");
 _Static_assert(sizeof(CUmemAllocationProp) == 32, "CUmemAllocationProp is written into the client's memory");
 _Static_assert(offsetof(CUmemPoolProps, maxSize) == 24, "CUmemPoolProps is read from the client's memory");

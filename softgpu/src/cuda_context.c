@@ -16,19 +16,22 @@ void context_setup(void) {
 }
 
 CUcontext context_current(void) { return depth ? stack[depth - 1] : NULL; }
+CUcontext context_primary(int device) { return primaries[device].references > 0 ? &primaries[device] : NULL; }
 
 /* With the driver lock held. */
 static CUresult charge(int index) {
-    if (host->devices[index].is_lost)
+    if (host->devices[driver_device(index)].is_lost)
         return CUDA_ERROR_DEVICE_UNAVAILABLE;
     if (context_counts[index]++)
         return CUDA_SUCCESS;
-    uint64_t started_ns = clock_ns(), bytes = host->devices[index].context_bytes;
+    device *gpu = &host->devices[driver_device(index)];
+    uint64_t started_ns = clock_ns(), bytes = gpu->context_bytes;
     host_lock();
-    int admitted = chunk_reserve(index, own_process, bytes);
+    group_refresh(driver_process());
+    int admitted = chunk_reserve(driver_device(index), driver_process(), bytes);
     if (admitted) {
-        host->processes[own_process].context_bytes[index] = bytes;
-        host->devices[index].used_bytes += bytes;
+        driver_process()->context_bytes[index] = bytes;
+        gpu->used_bytes += bytes;
     }
     host_unlock();
     if (!admitted) {
@@ -47,8 +50,9 @@ static void dismantle(CUcontext context) {
     if (--context_counts[context->device])
         return;
     host_lock();
-    host->devices[context->device].used_bytes -= host->processes[own_process].context_bytes[context->device];
-    host->processes[own_process].context_bytes[context->device] = 0;
+    process_record *process = driver_process();
+    host->devices[driver_device(context->device)].used_bytes -= process->context_bytes[context->device];
+    process->context_bytes[context->device] = 0;
     host_unlock();
 }
 

@@ -89,7 +89,7 @@ static uint64_t book_piece(const place *target, const place *source, uint64_t by
     direction way = target->handle ? HOST_TO_DEVICE : DEVICE_TO_HOST;
     const place *on_device = target->handle ? target : source, *on_host = target->handle ? source : target;
     driver_lock();
-    int index = handle_record_of(on_device->handle)->device;
+    int index = driver_device(handle_record_of(on_device->handle)->device);
     driver_unlock();
     return engine_book(index, way, on_host->is_pageable, bytes, earliest_ns);
 }

@@ -4,12 +4,12 @@
 #include <stdio.h>
 #include <string.h>
 
-#define CHECK_DEVICE(candidate)               \
-    do {                                      \
-        ENTER();                              \
-        if (!is_device(candidate))            \
-            return CUDA_ERROR_INVALID_DEVICE; \
-    } while (0)
+#define CHECK_DEVICE(candidate) \
+    ENTER();                    \
+    if (!is_device(candidate))  \
+    return CUDA_ERROR_INVALID_DEVICE
+
+static const device *device_of(CUdevice index) { return &host->devices[driver_device(index)]; }
 
 CUDA_EXPORT CUresult cuDeviceGetCount(int *count) {
     ENTER();
@@ -29,25 +29,25 @@ CUDA_EXPORT CUresult cuDeviceGet(CUdevice *found, int ordinal) {
 
 CUDA_EXPORT CUresult cuDeviceGetName(char *name, int size, CUdevice index) {
     CHECK_DEVICE(index);
-    snprintf(name, (size_t)size, "%s", host->devices[index].name);
+    snprintf(name, (size_t)size, "%s", device_of(index)->name);
     return CUDA_SUCCESS;
 }
 
 CUDA_EXPORT CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice index) {
     CHECK_DEVICE(index);
-    memcpy(uuid->bytes, host->devices[index].uuid_bytes, sizeof uuid->bytes);
+    memcpy(uuid->bytes, device_of(index)->uuid_bytes, sizeof uuid->bytes);
     return CUDA_SUCCESS;
 }
 
 CUDA_EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice index) {
     CHECK_DEVICE(index);
-    *bytes = host->devices[index].total_bytes - host->devices[index].reserved_bytes;
+    *bytes = device_of(index)->total_bytes - device_of(index)->reserved_bytes;
     return CUDA_SUCCESS;
 }
 
 CUDA_EXPORT CUresult cuDeviceGetPCIBusId(char *text, int size, CUdevice index) {
     CHECK_DEVICE(index);
-    snprintf(text, (size_t)size, "0000:%02x:00.0", host->devices[index].pci_bus);
+    snprintf(text, (size_t)size, "0000:%02x:00.0", device_of(index)->pci_bus);
     return CUDA_SUCCESS;
 }
 
@@ -57,7 +57,7 @@ CUDA_EXPORT CUresult cuDeviceGetByPCIBusId(CUdevice *found, const char *text) {
     if (!found || !text || sscanf(text, "%x:%x:%x", &domain, &bus, &slot) != 3)
         return CUDA_ERROR_INVALID_VALUE;
     for (uint32_t i = 0; i < host->device_count; i++) {
-        if (host->devices[i].pci_bus != bus)
+        if (device_of((CUdevice)i)->pci_bus != bus)
             continue;
         *found = (CUdevice)i;
         return CUDA_SUCCESS;
@@ -67,8 +67,8 @@ CUDA_EXPORT CUresult cuDeviceGetByPCIBusId(CUdevice *found, const char *text) {
 
 CUDA_EXPORT CUresult cuDeviceComputeCapability(int *major, int *minor, CUdevice index) {
     CHECK_DEVICE(index);
-    *major = (int)host->devices[index].compute_major;
-    *minor = (int)host->devices[index].compute_minor;
+    *major = (int)device_of(index)->compute_major;
+    *minor = (int)device_of(index)->compute_minor;
     return CUDA_SUCCESS;
 }
 
@@ -121,7 +121,7 @@ CUDA_EXPORT CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice in
     CHECK_DEVICE(index);
     if (!value)
         return CUDA_ERROR_INVALID_VALUE;
-    *value = profile_attribute(&host->devices[index], attribute);
+    *value = profile_attribute(device_of(index), attribute);
     for (size_t i = 0; i < sizeof fixed_attributes / sizeof *fixed_attributes; i++)
         if (fixed_attributes[i].attribute == attribute)
             *value = fixed_attributes[i].value;

@@ -20,35 +20,41 @@ extern pthread_mutex_t driver_mutex; /* guards regions, handles, contexts and th
 void driver_lock(void);
 void driver_unlock(void);
 uint64_t driver_new_id(void); /* with the driver lock held */
-CUresult
-driver_enter(const char *function); /* the start of every call: is the driver usable, must it fail? */
+typedef struct {
+    CUresult result;
+    int is_counted;
+} driver_call;
+driver_call driver_enter(const char *function); /* the start of every call: may it go on, must it fail? */
+void driver_leave(const driver_call *call);     /* its end, wherever it returns */
+void driver_work_behind_the_gate(void);         /* this thread's calls never wait: it does queued work */
+int driver_attach(void);                        /* the host, and a row in it for this process; 0 or -1 */
+process_record *driver_process(void);           /* this process's row */
+int driver_device(int ordinal);                 /* the host's number of a device */
 CUresult driver_condition(void);    /* what an earlier failure of the device or of queued work means now */
 void driver_fail(CUresult failure); /* queued work failed; every later call says so, as CUDA's errors stick */
 int is_device(CUdevice candidate);
 
-#define ENTER()                                    \
-    do {                                           \
-        CUresult entered = driver_enter(__func__); \
-        if (entered != CUDA_SUCCESS)               \
-            return entered;                        \
-    } while (0)
+#define ENTER()                                                                          \
+    __attribute__((cleanup(driver_leave))) driver_call entered = driver_enter(__func__); \
+    if (entered.result != CUDA_SUCCESS)                                                  \
+    return entered.result
 
-#define ENTER_WITH_CONTEXT()                   \
-    do {                                       \
-        ENTER();                               \
-        if (!context_current())                \
-            return CUDA_ERROR_INVALID_CONTEXT; \
-    } while (0)
+#define ENTER_WITH_CONTEXT() \
+    ENTER();                 \
+    if (!context_current())  \
+    return CUDA_ERROR_INVALID_CONTEXT
 
 /* cuda_context.c */
 void context_setup(void);
 CUcontext context_current(void);
+CUcontext context_primary(int device); /* NULL while nobody in this process retains it */
 
 /* cuda_region.c: ranges of addresses and what stands behind them (with the driver lock held). */
 typedef enum {
     REGION_MAPPED,     /* cuMemMap */
     REGION_ALLOCATED,  /* cuMemAlloc */
     REGION_IPC,        /* cuIpcOpenMemHandle */
+    REGION_STORAGE,    /* a process's memory while it goes to custom storage or comes back */
     REGION_HOST,       /* cuMemHostAlloc */
     REGION_REGISTERED, /* cuMemHostRegister */
     REGION_RESERVED,   /* cuMemAddressReserve; kept in a table of its own, for mappings lie inside */
@@ -81,8 +87,8 @@ void *reserve_addresses(uint64_t bytes, uint64_t alignment); /* touching them is
 
 /* cuda_handle.c: this process's holds on chunks (with the driver lock held, the host lock not). */
 typedef struct {
-    int chunk; /* row in the host's table; -1: the entry is free */
-    int device;
+    int chunk;      /* row in the host's table; -1: the entry is free */
+    int device;     /* this process's ordinal */
     int references; /* what cuMemRelease gives back */
     int mappings;   /* regions, and copies in progress */
     uint32_t generation;
@@ -90,7 +96,7 @@ typedef struct {
     CUmemAllocationProp properties;
 } handle_record;
 
-CUresult handle_create(int device_index, uint64_t bytes, const CUmemAllocationProp *properties, int *handle);
+CUresult handle_create(int device, uint64_t bytes, const CUmemAllocationProp *properties, int *handle);
 CUresult handle_adopt(int chunk, int descriptor, int *handle); /* of a chunk opened from elsewhere */
 handle_record *handle_record_of(int handle);
 CUmemGenericAllocationHandle handle_value(int handle);
@@ -122,11 +128,23 @@ typedef struct op {
 CUresult stream_submit(CUstream stream, op submitted);
 CUresult stream_finish(CUstream stream); /* waits until it is empty */
 void streams_finish(int including_non_blocking);
+CUstream stream_create(CUcontext context); /* NULL without memory */
+CUresult cuStreamDestroy_v2(CUstream stream);
 
 /* cuda_event.c */
 void event_complete(CUevent event, uint64_t sequence);
 void event_await(CUevent event, uint64_t sequence);
 void event_let_go(CUevent event);
+
+/* cuda_checkpoint.c, cuda_storage.c: another process as the target of a checkpoint */
+typedef struct {
+    int index;       /* its row */
+    uint64_t serial; /* tells it from a later process in the same row */
+    process_record *process;
+} target;
+int target_is_there(const target *aimed); /* with the host lock held */
+CUresult storage_begin(const target *aimed, process_state step, CUcheckpointCustomStorageInfo **info);
+CUresult storage_check(const target *aimed, const uint8_t *device_map);
 
 /* cuda_memory.c, cuda_entry.c */
 CUresult allocation_free(region *allocated); /* with the driver lock held */

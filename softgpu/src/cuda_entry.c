@@ -11,6 +11,13 @@
 
 /* name, first version, function */
 #define ENTRIES(ROW)                                                                           \
+    ROW(cuCheckpointOperationComplete, 13041, cuCheckpointOperationComplete)                   \
+    ROW(cuCheckpointProcessCheckpoint, 12080, cuCheckpointProcessCheckpoint)                   \
+    ROW(cuCheckpointProcessGetRestoreThreadId, 12080, cuCheckpointProcessGetRestoreThreadId)   \
+    ROW(cuCheckpointProcessGetState, 12080, cuCheckpointProcessGetState)                       \
+    ROW(cuCheckpointProcessLock, 12080, cuCheckpointProcessLock)                               \
+    ROW(cuCheckpointProcessRestore, 12080, cuCheckpointProcessRestore)                         \
+    ROW(cuCheckpointProcessUnlock, 12080, cuCheckpointProcessUnlock)                           \
     ROW(cuCtxCreate, 12050, cuCtxCreate_v4)                                                    \
     ROW(cuCtxCreate, 11040, cuCtxCreate_v3)                                                    \
     ROW(cuCtxCreate, 3020, cuCtxCreate_v2)                                                     \

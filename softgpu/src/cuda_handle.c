@@ -40,7 +40,7 @@ static void host_let_go(int chunk) {
     host_unlock();
 }
 
-static CUresult fill_record(int chunk, int index, uint64_t bytes, int descriptor, int *handle) {
+static CUresult fill_record(int chunk, int device, uint64_t bytes, int descriptor, int *handle) {
     chunk_file file;
     int found = free_record();
     if (!found) {
@@ -54,20 +54,20 @@ static CUresult fill_record(int chunk, int index, uint64_t bytes, int descriptor
     }
     uint32_t generation = records[found].generation + 1;
     records[found] = (handle_record){
-        .chunk = chunk, .device = index, .references = 1, .generation = generation, .file = file};
+        .chunk = chunk, .device = device, .references = 1, .generation = generation, .file = file};
     free_hint = found + 1;
     *handle = found;
     return CUDA_SUCCESS;
 }
 
-CUresult handle_create(int index, uint64_t bytes, const CUmemAllocationProp *properties, int *handle) {
+CUresult handle_create(int device, uint64_t bytes, const CUmemAllocationProp *properties, int *handle) {
     int descriptor = -1;
     host_lock();
-    int chunk = chunk_create(index, bytes, own_process, &descriptor);
+    int chunk = chunk_create(device, bytes, own_process, &descriptor);
     host_unlock();
     if (chunk < 0)
         return chunk == CHUNK_NO_ROOM ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_ERROR_OPERATING_SYSTEM;
-    CUresult result = fill_record(chunk, index, bytes, descriptor, handle);
+    CUresult result = fill_record(chunk, device, bytes, descriptor, handle);
     if (result == CUDA_SUCCESS && properties)
         records[*handle].properties = *properties;
     return result;
@@ -75,12 +75,13 @@ CUresult handle_create(int index, uint64_t bytes, const CUmemAllocationProp *pro
 
 CUresult handle_adopt(int chunk, int descriptor, int *handle) {
     const chunk_record *shared = &host->chunks[chunk]; /* ours to read: the descriptor keeps the row */
-    CUresult result = fill_record(chunk, (int)shared->device, shared->bytes, descriptor, handle);
+    int device = process_ordinal(driver_process(), chunk_device(shared));
+    CUresult result = fill_record(chunk, device, shared->bytes, descriptor, handle);
     if (result == CUDA_SUCCESS)
         records[*handle].properties = (CUmemAllocationProp){
             .type = CU_MEM_ALLOCATION_PINNED,
             .requestedHandleTypes = CU_MEM_HANDLE_POSIX_FD,
-            .location = {CU_MEM_LOCATION_DEVICE, (int)shared->device},
+            .location = {CU_MEM_LOCATION_DEVICE, device},
         };
     return result;
 }

@@ -11,10 +11,14 @@ pthread_mutex_t driver_mutex = PTHREAD_MUTEX_INITIALIZER;
 static int is_ready, is_forked_child;
 static int sticky_failure;
 static uint64_t last_id = 1000;
+static __thread int nesting; /* of calls that passed the gate */
 
 void driver_lock(void) { pthread_mutex_lock(&driver_mutex); }
 void driver_unlock(void) { pthread_mutex_unlock(&driver_mutex); }
 uint64_t driver_new_id(void) { return ++last_id; }
+process_record *driver_process(void) { return &host->processes[own_process]; }
+int driver_device(int ordinal) { return process_device(driver_process(), ordinal); }
+void driver_work_behind_the_gate(void) { nesting++; }
 int is_device(CUdevice candidate) { return candidate >= 0 && candidate < (int)host->device_count; }
 
 /* A forked child has no streams, no liveness lock and no right to its parent's memory: CUDA calls it
@@ -33,16 +37,26 @@ static void raise_descriptor_limit(void) {
     setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-static CUresult start(void) {
+/* With the driver lock held. */
+int driver_attach(void) {
+    if (own_process >= 0)
+        return is_forked_child ? -1 : 0;
     if (host_attach())
-        return CUDA_ERROR_NO_DEVICE;
-    if (!host->device_count)
-        return CUDA_ERROR_NO_DEVICE;
+        return -1;
     host_lock();
     own_process = process_enter();
     host_unlock();
-    if (own_process < 0)
+    return own_process < 0 ? -1 : 0;
+}
+
+static CUresult start(void) {
+    if (host_attach() || !host->device_count)
+        return CUDA_ERROR_NO_DEVICE;
+    if (driver_attach())
         return CUDA_ERROR_OPERATING_SYSTEM;
+    host_lock();
+    driver_process()->is_client = 1;
+    host_unlock();
     raise_descriptor_limit();
     context_setup();
     pthread_atfork(NULL, NULL, become_forked_child);
@@ -61,18 +75,26 @@ CUDA_EXPORT CUresult cuInit(unsigned flags) {
     return result == CUDA_SUCCESS ? (CUresult)fault_code(__func__) : result;
 }
 
-CUresult driver_enter(const char *function) {
+/* A call within a call, or within queued work, is part of what already passed the gate. */
+driver_call driver_enter(const char *function) {
     if (!is_ready || is_forked_child)
-        return CUDA_ERROR_NOT_INITIALIZED;
+        return (driver_call){.result = CUDA_ERROR_NOT_INITIALIZED};
+    if (!nesting++)
+        gate_enter(driver_process());
     CUresult injected = (CUresult)fault_code(function);
-    if (injected)
-        return injected;
-    return driver_condition();
+    return (driver_call){.result = injected ? injected : driver_condition(), .is_counted = 1};
+}
+
+void driver_leave(const driver_call *call) {
+    if (call->is_counted && !--nesting)
+        gate_leave(driver_process());
 }
 
 CUresult driver_condition(void) {
     CUcontext context = context_current();
-    if (context && host->devices[context->device].is_lost)
+    if (context && host->devices[driver_device(context->device)].is_lost)
+        return CUDA_ERROR_UNKNOWN;
+    if (checkpoint_state(driver_process()) == STATE_FAILED)
         return CUDA_ERROR_UNKNOWN;
     return (CUresult)__atomic_load_n(&sticky_failure, __ATOMIC_ACQUIRE);
 }

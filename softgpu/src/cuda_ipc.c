@@ -36,7 +36,7 @@ static int open_token(const token *given) {
     host_lock();
     const chunk_record *chunk = &host->chunks[given->chunk];
     if (chunk->is_used && chunk->id == given->id && chunk->owner != own_process)
-        descriptor = chunk_open((int)given->chunk);
+        descriptor = chunk_open((int)given->chunk, own_process);
     host_unlock();
     return descriptor;
 }

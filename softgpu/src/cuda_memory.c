@@ -11,7 +11,7 @@
 /* The leaf group's hard limit is the device's size as its processes see it; a parent's limit is enforced
  * unseen. */
 static void narrow_to_group(int index, uint64_t *free_bytes, uint64_t *total_bytes) {
-    process_record *process = &host->processes[own_process];
+    process_record *process = driver_process();
     group_refresh(process);
     const group_record *group = process->group_keys[0] ? group_find(process->group_keys[0]) : NULL;
     if (!group || group->hard_bytes[index] >= *total_bytes)
@@ -27,7 +27,7 @@ CUDA_EXPORT CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
     ENTER_WITH_CONTEXT();
     if (!free_bytes || !total_bytes)
         return CUDA_ERROR_INVALID_VALUE;
-    int index = context_current()->device;
+    int index = driver_device(context_current()->device);
     host_lock();
     host_reap();
     uint64_t total = host->devices[index].total_bytes - host->devices[index].reserved_bytes;

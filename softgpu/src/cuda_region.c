@@ -11,7 +11,7 @@ region_table regions, reservations;
 
 int region_is_device(const region *candidate) {
     return candidate->kind == REGION_MAPPED || candidate->kind == REGION_ALLOCATED ||
-           candidate->kind == REGION_IPC;
+           candidate->kind == REGION_IPC || candidate->kind == REGION_STORAGE;
 }
 
 /* Index of the first region whose base is above the address. */

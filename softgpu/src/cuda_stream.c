@@ -60,11 +60,13 @@ static op *take(CUstream stream) {
 
 static void *work(void *argument) {
     CUstream stream = argument;
+    driver_work_behind_the_gate();
     prctl(PR_SET_TIMERSLACK, 1000ul); /* wake up when the copy ends, not up to 50 us later */
     for (op *taken; (taken = take(stream)) != NULL; free(taken)) {
         run(taken);
         pthread_mutex_lock(&stream->mutex);
         stream->is_busy = 0;
+        __atomic_fetch_sub(&driver_process()->queued_ops, 1, __ATOMIC_SEQ_CST);
         if (!stream->head)
             pthread_cond_broadcast(&stream->idle);
         pthread_mutex_unlock(&stream->mutex);
@@ -155,6 +157,7 @@ CUresult stream_submit(CUstream handle, op submitted) {
     }
     *queued = submitted;
     queued->next = NULL;
+    __atomic_fetch_add(&driver_process()->queued_ops, 1, __ATOMIC_SEQ_CST);
     pthread_mutex_lock(&stream->mutex);
     if (stream->tail)
         stream->tail->next = queued;
@@ -174,6 +177,13 @@ CUresult stream_finish(CUstream handle) {
         streams_finish(0); /* the legacy stream waits for all blocking ones */
     drain(stream);
     return driver_condition();
+}
+
+CUstream stream_create(CUcontext context) {
+    driver_lock();
+    CUstream created = create(context, CU_STREAM_NON_BLOCKING, 0);
+    driver_unlock();
+    return created;
 }
 
 CUDA_EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority) {

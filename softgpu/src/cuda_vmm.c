@@ -236,7 +236,7 @@ CUDA_EXPORT CUresult cuMemExportToShareableHandle(void *shareable, CUmemGenericA
     int handle = handle_of_value(value);
     if (handle && handle_record_of(handle)->properties.requestedHandleTypes & type) {
         host_lock();
-        descriptor = chunk_open(handle_record_of(handle)->chunk);
+        descriptor = chunk_open(handle_record_of(handle)->chunk, HOLDER_DESCRIPTOR);
         host_unlock();
     }
     driver_unlock();
@@ -256,7 +256,7 @@ CUDA_EXPORT CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle
     int handle;
     host_lock();
     int chunk = chunk_of_descriptor((int)(intptr_t)shareable);
-    int descriptor = chunk < 0 ? -1 : chunk_open(chunk);
+    int descriptor = chunk < 0 ? -1 : chunk_open(chunk, own_process);
     host_unlock();
     if (descriptor < 0)
         return CUDA_ERROR_INVALID_VALUE;

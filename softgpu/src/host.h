@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOST_MAGIC 0x3255504754464f53ull /* raise the digit when the layout of host_state changes */
+#define HOST_MAGIC 0x3355504754464f53ull /* raise the digit when the layout of host_state changes */
 
 enum {
     DEVICE_MAX = 16,
@@ -48,6 +48,14 @@ typedef enum {
     CALL_MEM_RELEASE,
     CALL_HOST_ALLOC,
     CALL_HOST_REGISTER,
+    CALL_CHECKPOINT, /* to host memory */
+    CALL_RESTORE,
+    CALL_CHECKPOINT_MAP, /* to custom storage: mapping the target's memory into the caller */
+    CALL_CHECKPOINT_COMPLETE,
+    CALL_RESTORE_MAP,
+    CALL_RESTORE_COMPLETE,
+    CALL_CHECKPOINT_LOCK,
+    CALL_CHECKPOINT_UNLOCK,
     CALL_COUNT
 } call;
 
@@ -79,12 +87,41 @@ typedef struct {
     uint32_t is_lost;
 } device;
 
+/* CUprocessState: where a process stands in the checkpoint protocol. */
+typedef enum {
+    STATE_RUNNING,
+    STATE_LOCKED,
+    STATE_CHECKPOINTED,
+    STATE_FAILED,
+    STATE_CHECKPOINTING, /* the memory is mapped into a caller that copies it, or the copy is on its way */
+    STATE_RESTORING,
+} process_state;
+
+/* A process's placement is one word, so that any change of it is whole: its process_state, and these bits. */
+enum {
+    PLACEMENT_STATE = 0xff,
+    PLACEMENT_AWAY = 0x100,   /* its memory is not on any device, and counts nowhere */
+    PLACEMENT_MAP = 0x200,    /* which of its two device maps holds */
+    PLACEMENT_STORED = 0x400, /* its content went to custom storage, and must come back from there */
+};
+
+#define NOBODY (-1)
+/* Devices are numbered twice: a process's ordinals never change, but a restore can move it to other devices.
+ * What lies in a process's row goes by ordinal; see process_device. */
 typedef struct {
     uint32_t is_used;
-    int32_t pid;                          /* in the process's own pid namespace; for others see process_pid */
+    int32_t pid;            /* in the process's own pid namespace; for others see process_pid */
+    int32_t restore_thread; /* likewise */
+    uint32_t placement;     /* see host_checkpoint.c */
+    int32_t checkpointer;   /* the process that is in the midst of a step with this one, or NOBODY */
+    uint32_t gate;          /* 1: calls wait, on this word; see host_gate.c */
+    uint32_t active_calls, queued_ops;    /* what has passed the gate and is not done */
+    uint32_t is_client;                   /* it called cuInit, so the driver knows it */
+    uint64_t serial;                      /* of the process: rows are used again */
     uint64_t group_keys[GROUP_DEPTH_MAX]; /* the groups it belongs to, leaf first; 0 ends the list */
     uint64_t context_bytes[DEVICE_MAX];
     uint64_t charged_bytes[DEVICE_MAX]; /* the chunks it created and that still exist */
+    uint8_t device_maps[2][DEVICE_MAX]; /* ordinal to device */
     char command[16];
     char group_name[GROUP_NAME_MAX];
 } process_record;
@@ -92,10 +129,12 @@ typedef struct {
 #define CHUNK_UNOWNED (-1)
 typedef struct {
     uint32_t is_used;
-    uint32_t device;
+    uint32_t ordinal; /* the owner's number of the device */
+    uint32_t device;  /* where it is once nobody owns it; see chunk_device */
     int32_t
         owner; /* the process that created it and is charged for it, or CHUNK_UNOWNED once that has died */
     uint32_t is_detached; /* the owner lives but let go of it: it exists only while somebody else holds it */
+    uint32_t was_shared;  /* others can have it: somebody exported or opened it */
     uint64_t id;
     uint64_t bytes;
     uint64_t inode;
@@ -128,7 +167,7 @@ typedef struct {
     uint32_t is_clean;   /* new memory reads as zero instead of as another's leavings */
     uint32_t fault_count, detached_count;
     uint64_t recovery_count; /* how often somebody died inside the lock */
-    uint64_t last_chunk_id, event_count;
+    uint64_t last_chunk_id, last_serial, event_count;
     uint32_t group_end;    /* no used group row at or above this index */
     uint32_t cgroup_count; /* limits set on cgroups; while 0, processes need not look up their own */
     uint32_t chunk_end;    /* no used chunk at or above this index */
@@ -153,19 +192,47 @@ void host_unlock(void);
 void host_prepare_mutex(host_state *fresh); /* for the creator of a state file */
 
 /* host_process.c (all but process_pid with the lock held) */
-int process_attach(void);   /* opens the liveness file; called once by host_attach */
-int process_enter(void);    /* this process's row, or -1 */
-int process_pid(int index); /* as the caller's pid namespace sees it; 0 unseen, -1 dead */
-void host_reap(void);       /* frees what only the dead held */
+int process_attach(void);    /* opens the liveness file; called once by host_attach */
+int process_enter(void);     /* this process's row, or -1 */
+int process_pid(int index);  /* as the caller's pid namespace sees it; 0 unseen, -1 dead */
+int process_of_pid(int pid); /* its row, or -1 */
+void host_reap(void);        /* frees what only the dead held */
+int process_device(const process_record *process, int ordinal);
+int process_ordinal(const process_record *process, int device_index);
+int process_is_away(const process_record *process);
+uint64_t process_bytes(const process_record *process, int device_index); /* what it takes of a device now */
+uint64_t process_own_bytes(const process_record *process, int device_index); /* the same, away or not */
+
+/* host_gate.c (without the lock: it is passed at every call) */
+void gate_enter(process_record *process); /* returns once the gate is open, and counts the call */
+void gate_leave(process_record *process);
+void gate_set(process_record *process); /* opens or closes it, as the process's state wants */
+int gate_is_quiet(const process_record *process);
+
+/* host_checkpoint.c (with the lock held) */
+process_state checkpoint_state(const process_record *process);
+int checkpoint_begin(process_record *process, process_state from, process_state to, int by); /* 0, or -1 */
+void checkpoint_reach(process_record *process, process_state reached, int is_stored);
+void checkpoint_release(process_record *process);                          /* the step is over */
+int checkpoint_admits(process_record *process, const uint8_t *device_map); /* is there room for its return? */
+void checkpoint_bring_back(process_record *process, const uint8_t *device_map, int by);
+void checkpoint_settle(process_record *process); /* whoever was in the midst of a step with it is gone */
+int checkpoint_is_shared(int process_index);     /* does it share memory with others? */
 
 /* host_chunk.c (with the lock held) */
-int chunk_create(int device_index, uint64_t bytes, int owner, int *descriptor); /* row, or a chunk_failure */
+int chunk_create(int ordinal, uint64_t bytes, int owner, int *descriptor); /* row, or a chunk_failure */
 enum chunk_failure { CHUNK_NO_ROOM = -1, CHUNK_OS_ERROR = -2 };
-int chunk_open(int index);               /* a new descriptor that keeps the chunk alive, or -1 */
+enum { HOLDER_DESCRIPTOR = PROCESS_MAX }; /* an exported descriptor: no process yet */
+int chunk_open(int index, int holder);    /* a new descriptor that keeps the chunk alive, or -1 */
+void chunk_disown(chunk_record *chunk);   /* its owner is gone, others hold it */
+int chunk_device(const chunk_record *chunk);
+int chunk_is_on_device(const chunk_record *chunk);
+int chunk_is_held_by(const chunk_record *chunk, int first_holder, int end_holder);
 int chunk_of_descriptor(int descriptor); /* row, or -1 when it is not a live chunk of this host */
 void chunk_let_go(int index, int owner); /* the caller has closed its descriptors of it */
 void chunk_settle(int index);            /* frees it when nobody holds it, else leaves it to its holders */
-int chunk_reserve(int device_index, int owner, uint64_t bytes); /* 1 when so much may be taken now */
+int chunk_reserve(int device_index, process_record *process,
+                  uint64_t bytes); /* 1: so much may be taken now */
 
 /* host_group.c (with the lock held) */
 uint64_t group_key_of_path(const char *path); /* 0 when there is no such directory */

@@ -31,9 +31,26 @@ static int fits(int device_index, uint64_t bytes) {
     return taken_bytes <= gpu->total_bytes && bytes <= gpu->total_bytes - taken_bytes;
 }
 
-int chunk_reserve(int device_index, int owner, uint64_t bytes) {
-    process_record *process = &host->processes[owner];
-    group_refresh(process);
+int chunk_device(const chunk_record *chunk) {
+    if (chunk->owner == CHUNK_UNOWNED)
+        return (int)chunk->device;
+    return process_device(&host->processes[chunk->owner], (int)chunk->ordinal);
+}
+
+int chunk_is_on_device(const chunk_record *chunk) {
+    return chunk->owner == CHUNK_UNOWNED || !process_is_away(&host->processes[chunk->owner]);
+}
+
+/* The device first: it counts only once there is no owner. */
+void chunk_disown(chunk_record *chunk) {
+    int index = chunk_device(chunk), was_counted = chunk_is_on_device(chunk);
+    chunk->device = (uint32_t)index;
+    __atomic_store_n(&chunk->owner, CHUNK_UNOWNED, __ATOMIC_RELEASE);
+    if (!was_counted)
+        host->devices[index].used_bytes += chunk->bytes;
+}
+
+int chunk_reserve(int device_index, process_record *process, uint64_t bytes) {
     if (!group_admits(process, device_index, bytes)) {
         host_reap(); /* a dead member of the group may still be charged */
         if (!group_admits(process, device_index, bytes))
@@ -54,6 +71,12 @@ static int free_row(void) {
     return -1;
 }
 
+/* The shared flock keeps the chunk alive; the lock on the holder's byte tells who it is. */
+static int hold(int descriptor, int holder) {
+    struct flock byte = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = holder, .l_len = 1};
+    return flock(descriptor, LOCK_SH) || fcntl(descriptor, F_OFD_SETLK, &byte) ? -1 : 0;
+}
+
 static int create_file(chunk_record *chunk, int index) {
     char path[320];
     struct stat status;
@@ -62,7 +85,7 @@ static int create_file(chunk_record *chunk, int index) {
     if (descriptor < 0)
         return -1;
     if (chunk_file_format(descriptor, index, chunk->id, chunk->bytes) || fstat(descriptor, &status) ||
-        flock(descriptor, LOCK_SH)) {
+        hold(descriptor, chunk->owner)) {
         close(descriptor);
         unlink(path);
         return -1;
@@ -71,15 +94,18 @@ static int create_file(chunk_record *chunk, int index) {
     return descriptor;
 }
 
-int chunk_create(int device_index, uint64_t bytes, int owner, int *descriptor) {
-    if (!chunk_reserve(device_index, owner, bytes))
+int chunk_create(int ordinal, uint64_t bytes, int owner, int *descriptor) {
+    process_record *process = &host->processes[owner];
+    int device_index = process_device(process, ordinal);
+    group_refresh(process);
+    if (!chunk_reserve(device_index, process, bytes))
         return CHUNK_NO_ROOM;
     int index = free_row();
     if (index < 0)
         return CHUNK_OS_ERROR;
     chunk_record *chunk = &host->chunks[index];
     *chunk = (chunk_record){
-        .device = (uint32_t)device_index, .owner = owner, .bytes = bytes, .id = ++host->last_chunk_id};
+        .ordinal = (uint32_t)ordinal, .owner = owner, .bytes = bytes, .id = ++host->last_chunk_id};
     __atomic_store_n(&chunk->is_used, 1, __ATOMIC_RELEASE);
     if ((uint32_t)index >= host->chunk_end)
         host->chunk_end = (uint32_t)index + 1;
@@ -90,17 +116,34 @@ int chunk_create(int device_index, uint64_t bytes, int owner, int *descriptor) {
     }
     host->chunk_next = (uint32_t)index + 1;
     host->devices[device_index].used_bytes += bytes;
-    host->processes[owner].charged_bytes[device_index] += bytes;
+    process->charged_bytes[ordinal] += bytes;
     return index;
 }
 
-int chunk_open(int index) {
+int chunk_open(int index, int holder) {
     char path[320];
     chunk_path(path, sizeof path, host->chunks[index].id);
     int descriptor = open(path, O_RDWR | O_CLOEXEC);
-    if (descriptor >= 0)
-        flock(descriptor, LOCK_SH);
+    if (descriptor < 0)
+        return -1;
+    host->chunks[index].was_shared |= holder != host->chunks[index].owner;
+    hold(descriptor, holder);
     return descriptor;
+}
+
+int chunk_is_held_by(const chunk_record *chunk, int first_holder, int end_holder) {
+    char path[320];
+    struct flock bytes = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = first_holder};
+    bytes.l_len = end_holder - first_holder;
+    if (!bytes.l_len) /* which would mean: to the end */
+        return 0;
+    chunk_path(path, sizeof path, chunk->id);
+    int descriptor = open(path, O_RDWR | O_CLOEXEC);
+    if (descriptor < 0)
+        return 0;
+    int is_held = !fcntl(descriptor, F_OFD_GETLK, &bytes) && bytes.l_type != F_UNLCK;
+    close(descriptor);
+    return is_held;
 }
 
 int chunk_of_descriptor(int descriptor) {
@@ -131,9 +174,10 @@ static void destroy(chunk_record *chunk) {
     chunk_path(path, sizeof path, chunk->id);
     unlink(path);
     __atomic_store_n(&chunk->is_used, 0, __ATOMIC_RELEASE);
-    host->devices[chunk->device].used_bytes -= chunk->bytes;
+    if (chunk_is_on_device(chunk))
+        host->devices[chunk_device(chunk)].used_bytes -= chunk->bytes;
     if (chunk->owner != CHUNK_UNOWNED)
-        host->processes[chunk->owner].charged_bytes[chunk->device] -= chunk->bytes;
+        host->processes[chunk->owner].charged_bytes[chunk->ordinal] -= chunk->bytes;
     if (chunk->is_detached)
         host->detached_count--;
     host->chunk_next = (uint32_t)(chunk - host->chunks);

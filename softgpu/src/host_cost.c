@@ -16,6 +16,14 @@ const char *const call_names[CALL_COUNT] = {
     [CALL_MEM_RELEASE] = "cuMemRelease",
     [CALL_HOST_ALLOC] = "cuMemHostAlloc",
     [CALL_HOST_REGISTER] = "cuMemHostRegister",
+    [CALL_CHECKPOINT] = "checkpoint",
+    [CALL_RESTORE] = "restore",
+    [CALL_CHECKPOINT_MAP] = "checkpoint_map",
+    [CALL_CHECKPOINT_COMPLETE] = "checkpoint_complete",
+    [CALL_RESTORE_MAP] = "restore_map",
+    [CALL_RESTORE_COMPLETE] = "restore_complete",
+    [CALL_CHECKPOINT_LOCK] = "checkpoint_lock",
+    [CALL_CHECKPOINT_UNLOCK] = "checkpoint_unlock",
 };
 
 /* A sleep wakes up late by about the thread's timer slack (50 us by default); the last bit is spun. */

@@ -88,7 +88,7 @@ uint64_t group_used(uint64_t key, int device_index) {
     for (int i = 0; i < PROCESS_MAX; i++) {
         const process_record *process = &host->processes[i];
         if (process->is_used && is_member(process, key))
-            used_bytes += process->charged_bytes[device_index] + process->context_bytes[device_index];
+            used_bytes += process_bytes(process, device_index);
     }
     return used_bytes;
 }

@@ -55,6 +55,11 @@ int process_enter(void) {
             continue;
         memset(process, 0, sizeof *process);
         process->pid = getpid();
+        process->restore_thread = gettid();
+        process->serial = ++host->last_serial;
+        process->checkpointer = NOBODY;
+        for (int d = 0; d < DEVICE_MAX; d++)
+            process->device_maps[0][d] = process->device_maps[1][d] = (uint8_t)d;
         read_command(process->command, sizeof process->command);
         group_locate(process);
         __atomic_store_n(&process->is_used, 1,
@@ -64,9 +69,41 @@ int process_enter(void) {
     return -1;
 }
 
+int process_of_pid(int pid) {
+    for (int i = 0; pid > 0 && i < PROCESS_MAX; i++)
+        if (host->processes[i].is_used && process_pid(i) == pid)
+            return i;
+    return -1;
+}
+
+int process_device(const process_record *process, int ordinal) {
+    uint32_t placement = __atomic_load_n(&process->placement, __ATOMIC_ACQUIRE);
+    return process->device_maps[(placement & PLACEMENT_MAP) != 0][ordinal];
+}
+
+int process_ordinal(const process_record *process, int device_index) {
+    for (int ordinal = 0; ordinal < DEVICE_MAX; ordinal++)
+        if (process_device(process, ordinal) == device_index)
+            return ordinal;
+    return device_index; /* not reached: a map leaves no device out */
+}
+
+int process_is_away(const process_record *process) {
+    return (__atomic_load_n(&process->placement, __ATOMIC_ACQUIRE) & PLACEMENT_AWAY) != 0;
+}
+
+uint64_t process_own_bytes(const process_record *process, int device_index) {
+    int ordinal = process_ordinal(process, device_index);
+    return process->context_bytes[ordinal] + process->charged_bytes[ordinal];
+}
+
+uint64_t process_bytes(const process_record *process, int device_index) {
+    return process_is_away(process) ? 0 : process_own_bytes(process, device_index);
+}
+
 static void free_process(process_record *process) {
-    for (uint32_t d = 0; d < host->device_count; d++)
-        host->devices[d].used_bytes -= process->context_bytes[d];
+    for (uint32_t d = 0; d < host->device_count && !process_is_away(process); d++)
+        host->devices[process_device(process, (int)d)].used_bytes -= process->context_bytes[d];
     __atomic_store_n(&process->is_used, 0, __ATOMIC_RELEASE);
     memset(process, 0, sizeof *process);
 }
@@ -86,9 +123,14 @@ void host_reap(void) {
             chunk_settle((int)i);
     }
     for (uint32_t i = 0; dead_count && i < host->chunk_end; i++) { /* what others hold outlives its creator */
-        chunk_record *chunk = &host->chunks[i];
-        if (chunk->is_used && chunk->owner != CHUNK_UNOWNED && is_dead[chunk->owner])
-            chunk->owner = CHUNK_UNOWNED;
+        if (host->chunks[i].is_used && host->chunks[i].owner != CHUNK_UNOWNED &&
+            is_dead[host->chunks[i].owner])
+            chunk_disown(&host->chunks[i]);
+    }
+    for (int i = 0; dead_count && i < PROCESS_MAX; i++) { /* before their rows are free for others */
+        int by = host->processes[i].checkpointer;
+        if (host->processes[i].is_used && by != NOBODY && is_dead[by])
+            checkpoint_settle(&host->processes[i]);
     }
     for (int i = 0; i < PROCESS_MAX; i++)
         if (is_dead[i])

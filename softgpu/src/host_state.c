@@ -85,24 +85,30 @@ static void recount_chunks(void) {
         if (!chunk->is_used)
             continue;
         host->chunk_end = i + 1;
-        host->devices[chunk->device].used_bytes += chunk->bytes;
+        if (chunk_is_on_device(chunk))
+            host->devices[chunk_device(chunk)].used_bytes += chunk->bytes;
         host->detached_count += chunk->is_detached || chunk->owner == CHUNK_UNOWNED;
         if (chunk->owner != CHUNK_UNOWNED)
-            host->processes[chunk->owner].charged_bytes[chunk->device] += chunk->bytes;
+            host->processes[chunk->owner].charged_bytes[chunk->ordinal] += chunk->bytes;
     }
+}
+
+static void recount_process(process_record *process) {
+    for (uint32_t d = 0; d < host->device_count; d++) {
+        process->charged_bytes[d] = 0;
+        if (process->is_used && !process_is_away(process))
+            host->devices[process_device(process, (int)d)].used_bytes += process->context_bytes[d];
+    }
+    gate_set(process);
 }
 
 /* Somebody died inside the lock: the rows are true (see the order of writes in host_chunk.c), the sums may
  * not be. */
 static void host_recount(void) {
-    for (uint32_t d = 0; d < host->device_count; d++) {
+    for (uint32_t d = 0; d < host->device_count; d++)
         host->devices[d].used_bytes = 0;
-        for (int p = 0; p < PROCESS_MAX; p++) {
-            host->processes[p].charged_bytes[d] = 0;
-            if (host->processes[p].is_used)
-                host->devices[d].used_bytes += host->processes[p].context_bytes[d];
-        }
-    }
+    for (int p = 0; p < PROCESS_MAX; p++)
+        recount_process(&host->processes[p]);
     recount_chunks();
     group_recount();
     host->fault_count = 0;

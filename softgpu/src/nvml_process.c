@@ -6,7 +6,7 @@ static unsigned list_processes(int index, nvmlProcessInfo *list, unsigned room) 
     unsigned count = 0;
     for (int i = 0; i < PROCESS_MAX; i++) {
         const process_record *process = &host->processes[i];
-        uint64_t used_bytes = process->context_bytes[index] + process->charged_bytes[index];
+        uint64_t used_bytes = process_bytes(process, index);
         if (!process->is_used || !used_bytes)
             continue;
         int pid = process_pid(i);
