@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Self
@@ -57,6 +58,7 @@ PING_INTERVAL_S: Final = 5
 PINGS_OUTSTANDING_MAX: Final = 2
 """A peer that vanished without a word is noticed within 15 s."""
 CLOSE_TIMEOUT_S: Final = 3.0
+CANCEL_AGAIN_S: Final = 0.05
 STORE_TIMEOUT_S: Final = 15.0
 """A three-node cluster chooses a new leader within 10 s."""
 STORE_BACKOFF_FIRST_S: Final = 0.05
@@ -127,11 +129,13 @@ class _Client(Client):
         closing = asyncio.ensure_future(self.close())
         with anyio.CancelScope(shield=True):
             await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
-            running = [task for task in (closing, *tasks) if task is not None and not task.done()]
-            for task in running:
-                task.cancel()
-            if running:
-                await asyncio.wait(running, timeout=CLOSE_TIMEOUT_S)
+            running = {task for task in (closing, *tasks) if task is not None and not task.done()}
+            ends_at = time.monotonic() + CLOSE_TIMEOUT_S
+            # Again and again: while it reconnects, nats-py takes a cancellation for a failed try and goes on.
+            while running and time.monotonic() < ends_at:
+                for task in running:
+                    task.cancel()
+                _, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
         if closing.done() and not closing.cancelled() and (error := closing.exception()):
             log.debug("closing the NATS connection", extra={"reason": repr(error)})
         writer = getattr(self._transport, "_io_writer", None)
