@@ -50,6 +50,24 @@ def test_a_torn_last_record_is_cut_off_and_everything_before_it_kept(tmp_path: P
     assert [entry(1), entry(3)] == read(path)
 
 
+@pytest.mark.parametrize(
+    "tail", [bytes(3), bytes(8), bytes(5000), bytes(4096) + b"[end of a record]", b"\0\0\1\0" + bytes(900)]
+)
+def test_a_tail_that_a_power_cut_left_half_written_is_cut_off(tmp_path: Path, tail: bytes) -> None:
+    """A file may have grown without its bytes: those read as zeros."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.write([entry(1)])
+    journal.close()
+    path.write_bytes(path.read_bytes() + tail)
+
+    reopened = Journal(path)
+    reopened.write([entry(2)])
+    reopened.close()
+
+    assert [entry(1), entry(2)] == read(path)
+
+
 def test_what_was_decided_together_is_there_together_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path)
