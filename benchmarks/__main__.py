@@ -8,6 +8,7 @@ from typing import Final
 
 BENCHMARKS: Final = {
     "serve": "a trace of many models through the whole stack on few GPUs, also with a service killed on the way",
+    "power-cut": "the power goes again and again while facts are written: what was acknowledged must be there",
 }
 """{name: what it measures}. The module of the same name has ``main(arguments) -> exit status``."""
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: there is no benchmark '{name}'; {hint}", file=sys.stderr)
         return 2
     try:
-        status: int = importlib.import_module(f"benchmarks.{name}").main(rest)
+        status: int = importlib.import_module(f"benchmarks.{name.replace('-', '_')}").main(rest)
     except KeyboardInterrupt:
         return 130
     return status

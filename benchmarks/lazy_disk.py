@@ -163,8 +163,8 @@ class LazyDisk:
         if node.cut_to is not None:
             del node.kept[node.cut_to :]
         _fit(node.kept, len(node.data))
-        for start, end in node.dirty:
-            end = min(end, len(node.data))
+        for start, wrote_to in node.dirty:
+            end = min(wrote_to, len(node.data))
             node.kept[start:end] = node.data[start:end]
         node.dirty.clear()
         node.cut_to = None

@@ -47,7 +47,7 @@ def why_not() -> str | None:
         return "needs root, to mount a file system"
     if not DEVICE.exists():
         return "needs /dev/fuse (modprobe fuse; a container: --device /dev/fuse --cap-add SYS_ADMIN)"
-    with open("/proc/self/status", encoding="ascii") as lines:
+    with Path("/proc/self/status").open(encoding="ascii") as lines:
         capabilities = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
     if not capabilities >> 21 & 1:
         return "needs the capability SYS_ADMIN, to mount a file system"
@@ -100,13 +100,15 @@ class LazyMount:
         return int(self._ask("used"))
 
     def _ask(self, command: str) -> str:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
         return self._told("ok")
 
     def _told(self, wanted: str) -> str:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         first, _, rest = self._process.stdout.readline().strip().partition(" ")
         if first != wanted:
             raise OSError(f"the lazy disk at {self.path} failed: {first} {rest}".rstrip())

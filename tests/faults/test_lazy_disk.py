@@ -20,6 +20,10 @@ def disk(tmp_path: Path) -> Iterator[LazyMount]:
         yield mount
 
 
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -43,7 +47,7 @@ def test_what_was_not_synced_is_gone_and_what_was_stays(disk: LazyMount) -> None
 
     disk.cut()
 
-    assert ["kept"] == os.listdir(disk.path)
+    assert ["kept"] == listed(disk.path)
     assert b"one" == (disk.path / "kept").read_bytes()
 
 
@@ -57,7 +61,7 @@ def test_a_new_files_name_needs_its_folder_synced_unless_names_are_ordered(
         (disk.path / "file").write_bytes(b"bytes")
         sync(disk.path / "file")
         disk.cut()
-        assert found == os.listdir(disk.path)
+        assert found == listed(disk.path)
 
 
 def test_a_file_opened_with_o_sync_needs_no_other_sync(disk: LazyMount) -> None:
@@ -83,7 +87,7 @@ def test_a_rename_happens_as_a_whole_or_not_at_all(disk: LazyMount, is_synced: b
 
     disk.cut()
 
-    assert ["state"] == os.listdir(disk.path)
+    assert ["state"] == listed(disk.path)
     assert (b"new" if is_synced else b"old") == (disk.path / "state").read_bytes()
 
 
@@ -130,7 +134,7 @@ def test_folders_need_to_be_synced_too(disk: LazyMount) -> None:
     write_durably(disk.path / "a" / "b" / "file", b"deep")
     sync(disk.path)
     disk.cut()
-    assert [] == os.listdir(disk.path / "a")
+    assert [] == listed(disk.path / "a")
 
     (disk.path / "a" / "b").mkdir()
     write_durably(disk.path / "a" / "b" / "file", b"deep")
@@ -143,9 +147,9 @@ def test_whoever_had_a_file_open_at_the_cut_cannot_write_on(disk: LazyMount) -> 
     write_durably(disk.path / "file", b"before")
     fd = os.open(disk.path / "file", os.O_WRONLY | os.O_APPEND)
     disk.cut()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"endpoint is not connected|Input/output|aborted"):
         os.write(fd, b"after")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"endpoint is not connected|Input/output|aborted"):
         os.close(fd)
 
     assert b"before" == (disk.path / "file").read_bytes()
