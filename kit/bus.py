@@ -14,19 +14,24 @@ import msgspec
 
 
 class Stream(StrEnum):
-    """The streams. History and the inbox are kept for ever until trimmed below every reader; the others expire."""
+    """The streams. History and the inbox are kept until trimmed below every reader; the others lose their oldest."""
 
     HISTORY = "SUBLET"
     INBOX = "INBOX"
     RECORD = "RECORD"
     DEAD = "DEAD"
+    SNAPSHOTS = "SNAPSHOTS"
+    """Keeps the newest message of each subject."""
 
 
+# Their messages go by design: a read that starts below them starts where they start.
+EXPIRING_STREAMS: Final = frozenset({Stream.RECORD, Stream.DEAD, Stream.SNAPSHOTS})
 STREAM_SUBJECTS: Final = {
     Stream.HISTORY: ("sublet.fact.>",),
     Stream.INBOX: ("sublet.in.>",),
     Stream.RECORD: ("sublet.record.>",),
     Stream.DEAD: ("sublet.dead.>",),
+    Stream.SNAPSHOTS: ("sublet.snapshot.>",),
 }
 
 

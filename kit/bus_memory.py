@@ -17,6 +17,7 @@ import anyio.lowlevel
 
 from kit.bus import (
     APPEND_ENTRIES_MAX,
+    EXPIRING_STREAMS,
     STREAM_SUBJECTS,
     Acknowledged,
     AppendConflict,
@@ -32,9 +33,6 @@ from kit.bus import (
     Stream,
     subject_matches,
 )
-
-# Streams whose messages expire by design: a read that starts below them starts where they start.
-EXPIRING_STREAMS = frozenset({Stream.RECORD, Stream.DEAD})
 
 
 class AppendFault(Enum):
@@ -59,8 +57,16 @@ class _MemoryStream:
 
     def from_seq(self, seq: int) -> Iterator[Stored]:
         """What is stored at this sequence and after it, in order."""
-        for index in range(max(0, seq - self.first_seq), len(self.stored)):
-            yield self.stored[index]
+        gone_count = self.last_seq + 1 - self.first_seq - len(self.stored)
+        for index in range(max(0, seq - self.first_seq - gone_count), len(self.stored)):
+            if self.stored[index].seq >= seq:
+                yield self.stored[index]
+
+    def drop_older(self, subject: str) -> None:
+        """Keep only the newest message of the subject."""
+        newest = next(stored for stored in reversed(self.stored) if stored.subject == subject)
+        self.stored = deque(s for s in self.stored if s.subject != subject or s is newest)
+        self.first_seq = self.stored[0].seq
 
 
 @dataclass(slots=True, eq=False)
@@ -188,6 +194,8 @@ class MemoryServer:
         seq_of_id = self.streams[stream].seq_of_id
         if entry.id not in seq_of_id:
             seq_of_id[entry.id] = self._store(stream, entry)
+            if stream is Stream.SNAPSHOTS:
+                self.streams[stream].drop_older(entry.subject)
             self.wake_all()
         return seq_of_id[entry.id]
 

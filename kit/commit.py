@@ -34,6 +34,13 @@ class Committer(Protocol):
         """Returns when the batch is in the stream, with the sequence of its last entry."""
         ...
 
+    @property
+    def is_settled(self) -> bool:
+        """Everything that was committed is in the stream."""
+        ...
+
+    async def settled(self) -> None: ...
+
 
 class DirectCommitter:
     """Cluster-wide services: nothing is durable before the stream holds it."""
@@ -57,6 +64,13 @@ class DirectCommitter:
         last_seq = await append_surely(self._bus, processor.prefix, batch.entries, last_seq=processor.last_seq)
         processor.committed(batch, last_seq=last_seq)
         return last_seq
+
+    @property
+    def is_settled(self) -> bool:
+        return True
+
+    async def settled(self) -> None:
+        return None
 
 
 class JournaledCommitter:
@@ -84,7 +98,8 @@ class JournaledCommitter:
 
     async def recover(self) -> None:
         """Fold the journal's surplus after what the stream holds, and queue it for the upload."""
-        surplus = [entry for entry in self._journal.entries if not self._processor.knows(entry.id)]
+        known = self._processor.own_ids()
+        surplus = [entry for entry in self._journal.entries if entry.id not in known]
         for entry in surplus:
             if self._processor.replay_own(entry, seq=self._processor.last_seq):
                 self._queue([entry])
@@ -102,10 +117,17 @@ class JournaledCommitter:
 
     async def commit_durably(self, batch: Batch) -> int:
         await self.commit(batch)
+        await self.settled()
+        return self._processor.last_seq
+
+    @property
+    def is_settled(self) -> bool:
+        return not self._waiting
+
+    async def settled(self) -> None:
         while self._waiting:
             self._drained = anyio.Event()
             await self._drained.wait()
-        return self._processor.last_seq
 
     def _queue(self, entries: list[Entry]) -> None:
         self._waiting.extend(entries)

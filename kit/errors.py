@@ -24,5 +24,9 @@ class Superseded(Exception):
     """Another instance writes under this service's prefix: stop deciding and rebuild from history."""
 
 
+class InvariantBroken(Exception):
+    """The state is not as it must be: this instance stops at once, and its next start folds history anew."""
+
+
 class NotReady(Exception):
     """The service cannot serve until somebody acts; the text says who and how."""

@@ -57,6 +57,8 @@ class Access:
     """Subjects of requests."""
     asks: tuple[str, ...] = ()
     leases: tuple[str, ...] = ()
+    snapshots: str = ""
+    """Of which writer it keeps and reads snapshots."""
 
 
 def permissions_of(access: Access) -> Permissions:
@@ -69,6 +71,14 @@ def permissions_of(access: Access) -> Permissions:
             f"$JS.API.STREAM.INFO.{stream}",
             f"$JS.API.CONSUMER.CREATE.{stream}.>",
             f"$JS.API.CONSUMER.MSG.NEXT.{stream}.*",
+        }
+    if access.snapshots:
+        subjects = f"sublet.snapshot.{access.snapshots}.>"
+        publish |= {
+            subjects,
+            f"$JS.API.STREAM.INFO.{Stream.SNAPSHOTS}",
+            f"$JS.API.CONSUMER.CREATE.{Stream.SNAPSHOTS}.*.{subjects}",
+            f"$JS.API.CONSUMER.MSG.NEXT.{Stream.SNAPSHOTS}.*",
         }
     if access.leases:
         publish |= {f"$JS.API.STREAM.MSG.GET.{LEASE_STREAM}", f"$JS.API.STREAM.INFO.{LEASE_STREAM}"}
@@ -101,6 +111,7 @@ def node_access(node: str) -> Access:
         subscribes=(f"sublet.order.{node}.>", "sublet.signal.>"),
         answers=(f"sublet.query.*.nodeagent.{node}.>",),
         leases=(user,),
+        snapshots=user,
     )
 
 
@@ -132,6 +143,7 @@ def _writer(service: str, **more: tuple[str, ...] | tuple[Stream, ...]) -> Acces
         stores=("sublet.record.>", f"sublet.dead.{service}"),
         answers=(f"sublet.query.*.{service}.>",),
         leases=(service,),
+        snapshots=service,
         **more,  # type: ignore[arg-type]
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 import anyio
 
-from kit.bus import CaughtUp, Forbidden, HistoryGone, Stored, Stream, subject_matches
+from kit.bus import EXPIRING_STREAMS, CaughtUp, Forbidden, HistoryGone, Stored, Stream, subject_matches
 from kit.nats_connection import Connection, Unanswered
 from kit.nats_wire import (
     STREAM_NOT_FOUND,
@@ -39,8 +39,6 @@ RETRY_MAX_S: Final = 0.25
 CONSUMER_INACTIVE_S: Final = 5.0
 """After this the server removes a consumer that nobody pulls from."""
 
-# Their messages expire by design: a read that starts below them starts where they start.
-EXPIRING_STREAMS: Final = frozenset({Stream.RECORD, Stream.DEAD})
 # Statuses that end one pull and no more; the number of messages that it did not get comes with them.
 _PULL_ENDED: Final = frozenset({"message size exceeds maxbytes", "batch completed"})
 

@@ -204,6 +204,8 @@ def stream_configs(*, replica_count: int = 1) -> list[dict[str, Any]]:
         # In memory: telemetry must not make the facts' disk wait. Losing it at a restart loses replay material only.
         Stream.RECORD: {**expiring, "storage": "memory", "max_age": 3_600 * 10**9, "max_bytes": 64 * MiB},
         Stream.DEAD: {**expiring, "max_age": 30 * _DAY_NS, "max_bytes": 256 * MiB},
+        # One message of each subject: a writer's newest snapshots replace its oldest. Without them history is folded.
+        Stream.SNAPSHOTS: {**expiring, "max_msgs_per_subject": 1, "max_bytes": 512 * MiB},
     }
     configs = [
         {"name": str(stream), "subjects": list(STREAM_SUBJECTS[stream]), **config} for stream, config in own.items()

@@ -191,6 +191,10 @@ class Processor(Generic[S]):
         """True for an own fact that is part of the folded state (of the last 10,000)."""
         return entry_id in self._own_ids
 
+    def own_ids(self) -> frozenset[str]:
+        """All that `knows` knows, for many questions at once."""
+        return frozenset(self._own_ids)
+
     # --- Snapshots ----------------------------------------------------------------------------------------------------
 
     def mark_progress(self) -> None:

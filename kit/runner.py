@@ -19,18 +19,25 @@ from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from msgspec import structs
 
-from kit.bus import Bus, BusError, CaughtUp, Received, Stored, Stream
+from kit.bus import Bus, HistoryGone, Received, Stored, Stream
 from kit.commit import Committer, DirectCommitter, JournaledCommitter
-from kit.errors import Superseded
+from kit.errors import InvariantBroken, Superseded
+from kit.inbox import inbox_delivery
 from kit.journal import Journal
-from kit.outcomes import Effect, Input, Reply, Timer, UnreadableCommand
+from kit.liveness import LEASE_TERM_S, ActiveLease
+from kit.machine import Machine
+from kit.outcomes import Effect, Input, Reply, Timer
 from kit.processor import Delivery, Processor, Released
 from kit.queries import PendingQueries, Question
+from kit.rebuild import rebuilt
 from kit.service import Service
+from kit.shell_settings import ShellSettings
+from kit.snapshot_keeper import SnapshotKeeper
+from kit.snapshot_store import SnapshotStore
 from kit.steps import AtStep, Step
 from kit.telemetry import Tracer
-from schemas.catalogue import UNDECODABLE, UnknownVersion, UnreadableMessage, decode, encode
-from schemas.messages import Command, Message, Order, Signal, answer_subject, message_subject, token_of
+from schemas.catalogue import UnknownVersion, UnreadableMessage, decode, encode
+from schemas.messages import Message, Order, Signal, answer_subject, message_subject, token_of
 
 S = TypeVar("S")
 D = TypeVar("D", Delivery, Stored)
@@ -42,7 +49,10 @@ INPUTS_PER_BATCH_MAX: Final = 256
 ENTRIES_PER_BATCH_MAX: Final = 400
 """Handling stops here and commits; what one more input adds stays within the server's 1,000 entries of a batch."""
 REBUILD_PAUSE_S: Final = 0.5
-LEASE_TERM_S: Final = 2.0
+LOOK_EVERY_S: Final = 10.0
+BARE: Final = ShellSettings(snapshot_every_count=0, check_every_count=0)
+GONE_RETRY_S: Final = 5.0
+"""Somebody must bring back history or a snapshot first."""
 
 Performer = Callable[[Effect, str], Awaitable[Input | None]]
 """(effect, traceparent) -> its result as an input.
@@ -62,6 +72,11 @@ class Status:
     appended_count: int = 0
     rebuilt_count: int = 0
     skipped_count: int = 0
+    refused_order_count: int = 0
+    """Orders of superseded writers, and orders that waited longer than their deadline."""
+    snapshot_count: int = 0
+    replayed_count: int = 0
+    """Messages of history that the newest start read."""
 
 
 class Runner(Generic[S]):
@@ -80,9 +95,11 @@ class Runner(Generic[S]):
         journal: Journal | None = None,
         needs_lease: bool = True,
         clock: Callable[[], float] = time.time,
+        machine: Machine | None = None,
+        shell: ShellSettings = BARE,
         at_step: AtStep | None = None,
     ) -> None:
-        """`at_step` is for tests that stop an instance between two steps."""
+        """`machine`: None for a writer that may run anywhere. `at_step`: for tests that stop it between two steps."""
         self._service = service
         self._settings = settings
         self._bus = bus
@@ -92,7 +109,10 @@ class Runner(Generic[S]):
         self._perform = perform
         self._journal = journal
         self._needs_lease = needs_lease
+        self._lease = ActiveLease(bus, writer, instance)
         self._clock = clock
+        self._machine = machine
+        self._shell = shell
         self._at_step = at_step
         self._offset_s = 0.0
         self._log = logging.getLogger(service.name)
@@ -128,6 +148,10 @@ class Runner(Generic[S]):
                 self._log.warning("superseded, rebuilding", extra={"reason": str(_first(group))})
             except* UnknownVersion as group:
                 await self._stop_deciding(str(_first(group)))
+            except* HistoryGone as group:
+                self.status.is_ready, self.status.why_not = False, str(_first(group))
+                self._log.error("not ready", extra={"reason": self.status.why_not})
+                await anyio.sleep(GONE_RETRY_S)
             await anyio.sleep(REBUILD_PAUSE_S)
 
     async def _stop_deciding(self, why: str) -> None:
@@ -142,21 +166,21 @@ class Runner(Generic[S]):
 
     async def _run_once(self) -> None:
         await self._become_active()
-        instance = f"{self._instance}-{next(self._generations)}"
-        processor = Processor(self._service, self._settings, writer=self._writer, instance=instance)
         async with AsyncExitStack() as stack:
-            reading = self._bus.read(Stream.HISTORY, [processor.prefix, *processor.reads], after_seq=0)
-            reader = await stack.enter_async_context(aclosing(reading))
-            async for item in reader:
-                if isinstance(item, CaughtUp):
-                    break
-                self._follow(item)
-                processor.replay_one(item)
+            store = SnapshotStore(self._bus, self._writer) if self._shell.snapshot_every_count else None
+            processor, reader, count = await rebuilt(
+                self._bus, self._new_processor, store, stack=stack, follow=self._follow, log=self._log
+            )
+            self.status.replayed_count = count
             await self.passed(Step.HISTORY_READ)
+            if self._machine is not None and (why := self._machine.refusal(self._writer, processor.last_machine_id)):
+                await self._stop_deciding(why)
             committer = self._committer(processor)
             tg = await stack.enter_async_context(anyio.create_task_group())
             live = _Live(self, processor, committer, tg)
             stack.callback(live.close)
+            if store is not None:
+                live.keeper = SnapshotKeeper(store, self._shell, tg, behind_count=count)
             await committer.start(tg)
             await live.take_over()
             self.processor = processor
@@ -164,14 +188,26 @@ class Runner(Generic[S]):
             await live.open_subscriptions(stack)
             await self.passed(Step.SUBSCRIBED)
             if self._needs_lease:
-                tg.start_soon(self._keep_lease)
+                tg.start_soon(self._lease.keep)
             self.status.is_ready, self.status.why_not = True, ""
             self._log.info("active", extra={"writer_epoch": processor.writer_epoch, "cursor_seq": processor.cursor_seq})
             self._live = live
             try:
                 await live.serve()
+            except anyio.get_cancelled_exc_class():
+                await live.end()
+                raise
             finally:
                 self._live = None
+
+    def _new_processor(self) -> Processor[S]:
+        return Processor(
+            self._service,
+            self._settings,
+            writer=self._writer,
+            instance=f"{self._instance}-{next(self._generations)}",
+            machine_id=self._machine.machine_id if self._machine is not None else "",
+        )
 
     def _committer(self, processor: Processor[S]) -> Committer:
         if self._journal is None:
@@ -180,22 +216,11 @@ class Runner(Generic[S]):
 
     async def _become_active(self) -> None:
         while self._needs_lease:
-            try:
-                if await self._bus.acquire_lease(self._writer, self._instance, term_s=LEASE_TERM_S):
-                    return
-                self.status.why_not = "standing by: another instance is active"
-            except BusError:
-                self.status.why_not = "waiting for the bus"
+            why_not = await self._lease.take()
+            if not why_not:
+                return
+            self.status.why_not = why_not
             await anyio.sleep(LEASE_TERM_S / 4)
-
-    async def _keep_lease(self) -> None:
-        """Liveness only: losing it changes nothing until another instance really appends."""
-        while True:
-            await anyio.sleep(LEASE_TERM_S / 3)
-            try:
-                await self._bus.acquire_lease(self._writer, self._instance, term_s=LEASE_TERM_S)
-            except BusError:
-                continue
 
     def _follow(self, stored: Stored) -> None:
         self._offset_s = max(self._offset_s, stored.time_s - self._clock())
@@ -218,6 +243,10 @@ class _Live(Generic[S]):
         self._committer = committer
         self._passed = runner.passed
         self._tg = tg
+        self.keeper: SnapshotKeeper | None = None
+        self._is_quiet = False
+        """Nothing is being handled, committed or released."""
+        self._commit_count = 0
         self._timers: list[tuple[float, int, Delivery]] = []
         self._timer_numbers = itertools.count()
         self._timer_added = anyio.Event()
@@ -311,8 +340,13 @@ class _Live(Generic[S]):
     # --- The loop -----------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
+        if self.keeper is not None:
+            self._tg.start_soon(self._look_by_time)
         while True:
-            await self._handle(await self._receive.receive())
+            self._is_quiet = True
+            item = await self._receive.receive()
+            self._is_quiet = False
+            await self._handle(item)
             for _ in range(INPUTS_PER_BATCH_MAX):
                 if len(self._processor.batch.entries) >= ENTRIES_PER_BATCH_MAX:
                     break
@@ -322,8 +356,22 @@ class _Live(Generic[S]):
                     break
                 await self._handle(item)
             await self._commit()
+            if self.keeper is not None and self.keeper.is_due and self._bus.is_connected:
+                await self.keeper.take(self._processor, self._committer, commit=self._commit)
             await self._queries.answer_ready(self._processor.state)
             await self._passed(Step.ANSWERED)
+
+    async def end(self) -> None:
+        """A clean end: the next start begins here, if nothing was under way."""
+        if self.keeper is not None and self._is_quiet and self._bus.is_connected:
+            await self.keeper.take_last(self._processor, self._committer)
+
+    async def _look_by_time(self) -> None:
+        """Wakes the loop of a writer for whom nothing else does, when a snapshot is due by time."""
+        while True:
+            await anyio.sleep(LOOK_EVERY_S)
+            if self.keeper is not None and self.keeper.is_due:
+                await self._send.send(Delivery(input=None, now_s=self._runner.now_s()))
 
     async def _handle(self, item: Delivery | Stored | Question) -> None:
         if isinstance(item, Question):
@@ -335,14 +383,21 @@ class _Live(Generic[S]):
         else:
             name = f"{self._service.name} {type(item.input).__name__}"
             with self._runner._tracer.span(name, parent=item.traceparent) as span:
-                self._processor.receive(_under(item, span.traceparent))
+                why_not = self._processor.receive(_under(item, span.traceparent), handled_s=self._runner.now_s())
+            if why_not:
+                self._runner.status.refused_order_count += 1
+                self._runner._log.warning("order refused", extra={"order": name, "reason": why_not})
         self._runner.status.handled_count += 1
+        if self.keeper is not None:
+            self.keeper.handled(1)
+            self._runner.status.snapshot_count = self.keeper.taken_count
         await self._passed(Step.HANDLED, item)
         await self._send_ahead()
 
     async def _handle_stored(self, stored: Stored) -> None:
         processor = self._processor
         if processor.is_own(stored):
+            processor.read_seq = stored.seq
             if processor.is_mine(stored.id) or stored.seq <= processor.last_seq or processor.knows(stored.id):
                 return
             await self._put_aside(stored)
@@ -384,6 +439,18 @@ class _Live(Generic[S]):
         for item in batch.released:
             await self._release(item)
             await self._passed(Step.RELEASED, item.outcome)
+        self._commit_count += 1
+        every_count = self._runner._shell.check_every_count
+        if every_count and self._commit_count % every_count == 0:
+            self._check_invariants()
+
+    def _check_invariants(self) -> None:
+        """The answer to a broken one is to stop: whatever is decided from such a state is wrong as well."""
+        try:
+            self._service.check_invariants(self._processor.state)
+        except AssertionError as error:
+            self._runner._log.exception("invariant broken", extra={"service": self._service.name})
+            raise InvariantBroken(f"{self._service.name}: {error}") from error
 
     async def _release(self, item: Released) -> None:
         outcome = item.outcome
@@ -418,32 +485,6 @@ class _Live(Generic[S]):
             if result is not None:
                 delivery = Delivery(input=result, now_s=self._runner.now_s(), traceparent=span.traceparent)
                 await self._send.send(delivery)
-
-
-def inbox_delivery(stored: Stored, *, now_s: float) -> Delivery:
-    """An inbox message as an input: the command, or what is known of one that cannot be read."""
-    tenant = stored.subject.split(".")[2]
-    command: Any
-    try:
-        command = decode(stored.body)
-        if not isinstance(command, Command):
-            raise UnreadableMessage(f"'{type(command).__name__}' is not a command")
-    except (UnreadableMessage, UnknownVersion) as error:
-        # A fact in an unknown version stops a service; a stranger's command must not be able to.
-        command = UnreadableCommand(command_id=_command_id_in(stored), reason=str(error))
-    return Delivery(input=command, now_s=now_s, inbox_seq=stored.seq, tenant=tenant, traceparent=stored.traceparent)
-
-
-class _Nameable(msgspec.Struct):
-    command_id: str = ""
-
-
-def _command_id_in(stored: Stored) -> str:
-    try:
-        named = msgspec.json.decode(stored.body, type=_Nameable).command_id
-    except UNDECODABLE:
-        named = ""
-    return named or stored.id or f"inbox-{stored.seq}"
 
 
 def _under(item: D, traceparent: str) -> D:

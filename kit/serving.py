@@ -22,6 +22,7 @@ from kit.bus_nats import NatsBus
 from kit.errors import NotReady
 from kit.runner import Runner
 from kit.service import digest
+from kit.shell_settings import ShellSettings
 from kit.telemetry import Tracer, configure_logging, tracer
 
 SHUTDOWN_S: Final = 5.0
@@ -82,6 +83,11 @@ async def connected(service: str, *, user: str = "") -> AsyncIterator[tuple[Bus,
     seed = read_seed(settings.nkey_seed_file)
     async with NatsBus(settings.nats_url, nkey_seed=seed, name=user or service) as bus:
         yield bus, settings
+
+
+def shell_settings(service: str) -> ShellSettings:
+    """How this service's runner takes snapshots and checks itself."""
+    return kit_settings.load(ShellSettings, service=service, section="shell")
 
 
 def new_instance() -> str:
@@ -171,6 +177,9 @@ def _metrics(runner: Runner[Any]) -> bytes:
         ("sublet_appended_total", runner.status.appended_count, "facts appended"),
         ("sublet_dropped_total", runner.status.dropped_count, "fleeting inputs dropped because the queue was full"),
         ("sublet_skipped_total", runner.status.skipped_count, "facts that no fold accepts"),
+        ("sublet_refused_orders_total", runner.status.refused_order_count, "orders that were stale or came too late"),
+        ("sublet_snapshots_total", runner.status.snapshot_count, "snapshots stored since the start"),
+        ("sublet_replayed_facts", runner.status.replayed_count, "messages of history that the newest start read"),
         ("sublet_rebuilt_total", runner.status.rebuilt_count, "rebuilds after another instance wrote"),
     ):
         Gauge(name, text, registry=registry).set(value)

@@ -16,6 +16,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from devices.api import DeviceError
+from kit.machine import kept_machine_id
 from kit.outcomes import Effect, Input
 from kit.telemetry import Tracer
 from schemas.holders import EngineView
@@ -115,7 +116,7 @@ class NodeEffects:
         offers = await self._guard.offers(self._settings, our_pids=pids)
         is_software = any(offer.is_software for offer in offers)
         return NodeProbed(
-            machine_id=machine_id(),
+            machine_id=kept_machine_id(Path(self._settings.state_dir)),
             gpus=offers,
             host_budget_bytes=self._settings.host_budget_bytes or available_host_bytes() // 2,
             holder_url=self._settings.holder_url,
@@ -415,17 +416,6 @@ def engine_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in ENGINE_ENVIRONMENT or name.startswith(ENGINE_ENVIRONMENT_PREFIXES)
     }
-
-
-def machine_id() -> str:
-    """The host's own id; a journal or prefix of another machine is not this agent's to continue."""
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
-        try:
-            if found := Path(path).read_text().strip():
-                return found
-        except OSError:
-            continue
-    return os.uname().nodename
 
 
 def available_host_bytes() -> int:

@@ -11,9 +11,10 @@ from devices.nvml import NvmlInventory
 from kit import settings as kit_settings
 from kit.bus import Bus, Received
 from kit.journal import Journal
+from kit.machine import Machine, kept_machine_id
 from kit.outcomes import Effect, Input
 from kit.runner import Runner
-from kit.serving import connected, new_instance, serve, service_tracer
+from kit.serving import connected, new_instance, serve, service_tracer, shell_settings
 from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
 from services.nodeagent import leases, residency
@@ -34,6 +35,7 @@ async def main() -> None:
     settings = kit_settings.load(NodeAgentSettings, service="nodeagent")
     telemetry = service_tracer("nodeagent", node=settings.node)
     journal = Journal(Path(settings.state_dir) / "journal")
+    machine = Machine(machine_id=kept_machine_id(Path(settings.state_dir)), take_over_from=settings.take_over_from)
     holder, engines = HolderClient(settings.holder_socket), EngineClient()
     guard = Guard(await anyio.to_thread.run_sync(NvmlInventory))
     writer = f"node.{settings.node}"
@@ -53,6 +55,8 @@ async def main() -> None:
                 perform=perform,
                 journal=journal,
                 needs_lease=False,
+                machine=machine,
+                shell=shell_settings("nodeagent"),
             )
             effects = NodeEffects(
                 settings,

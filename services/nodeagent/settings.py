@@ -11,7 +11,10 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     node: str = "node-0"
     """This host's name in every fact; lower-case letters, digits and hyphens."""
     state_dir: str = ".sublet/nodeagent"
-    """Journal and engine logs. Kept over restarts: it is the node's memory of its leases."""
+    """Journal, machine id and engine logs. Kept over restarts: it is the node's memory of its leases."""
+    take_over_from: str = ""
+    """Id of the machine whose part of history this host shall continue under the same node name, because that machine
+    is gone for good. Without it an agent refuses to go on where another machine wrote."""
     holder_socket: str = ".sublet/holder.sock"
     """Private socket of this host's holder."""
     holder_url: str = "http://127.0.0.1:8090"

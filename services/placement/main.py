@@ -2,7 +2,7 @@
 
 from kit import settings as kit_settings
 from kit.runner import Runner
-from kit.serving import connected, new_instance, serve, service_tracer
+from kit.serving import connected, new_instance, serve, service_tracer, shell_settings
 from services.placement import commands, views
 from services.placement.core import SERVICE
 from services.placement.eventlog import EventLog
@@ -16,7 +16,15 @@ async def main() -> None:
     settings = kit_settings.load(PlacementSettings, service="placement")
     telemetry = service_tracer("placement")
     async with connected("placement") as (bus, connection):
-        runner = Runner(SERVICE, settings, bus, writer="placement", instance=new_instance(), tracer=telemetry)
+        runner = Runner(
+            SERVICE,
+            settings,
+            bus,
+            writer="placement",
+            instance=new_instance(),
+            tracer=telemetry,
+            shell=shell_settings("placement"),
+        )
         events = EventLog(bus)
         async with events.answering():
             await serve(runner, connection, telemetry, beside=[events.follow])

@@ -331,7 +331,11 @@ class BusSuite:
 
     @pytest.mark.parametrize(
         ("subject", "stream"),
-        [("sublet.record.load", Stream.RECORD), ("sublet.dead.placement", Stream.DEAD)],
+        [
+            ("sublet.record.load", Stream.RECORD),
+            ("sublet.dead.placement", Stream.DEAD),
+            ("sublet.snapshot.placement.manifest.0", Stream.SNAPSHOTS),
+        ],
     )
     async def test_the_subject_chooses_the_stream(self, bus: Bus, subject: str, stream: Stream) -> None:
         await bus.publish_stored(subject, b"x", id="1")

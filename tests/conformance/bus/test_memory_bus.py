@@ -9,7 +9,6 @@ from kit.history import append_surely
 from tests.conformance.bus.bus_suite import (
     ALL_FACTS,
     PREFIX,
-    BusSuite,
     Connect,
     Inbox,
     entries,
@@ -17,6 +16,7 @@ from tests.conformance.bus.bus_suite import (
     read_to_end,
     taken,
 )
+from tests.conformance.bus.snapshot_suite import SnapshotSuite
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -30,7 +30,7 @@ async def server(anyio_backend: str) -> MemoryServer:
     return MemoryServer(anyio.current_time)
 
 
-class TestMemoryBus(BusSuite):
+class TestMemoryBus(SnapshotSuite):
     @pytest.fixture
     def connect(self, server: MemoryServer) -> Connect:
         async def connect(name: str) -> Bus:

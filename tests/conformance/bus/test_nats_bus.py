@@ -13,7 +13,8 @@ from kit.bus import AppendUnknown, Bus, CaughtUp, HistoryGone, Stored, Stream
 from kit.bus_nats import NatsBus
 from kit.history import append_surely
 from kit.nats_server import NatsServer, ensure_streams
-from tests.conformance.bus.bus_suite import ALL_FACTS, PREFIX, BusSuite, Connect, Inbox, entries, ids, taken
+from tests.conformance.bus.bus_suite import ALL_FACTS, PREFIX, Connect, Inbox, entries, ids, taken
+from tests.conformance.bus.snapshot_suite import SnapshotSuite
 
 pytestmark = [pytest.mark.nats, pytest.mark.anyio]
 
@@ -23,7 +24,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": request.param}
 
 
-class TestNatsBus(BusSuite):
+class TestNatsBus(SnapshotSuite):
     pytestmark: ClassVar = [pytest.mark.nats, pytest.mark.anyio]
 
     @pytest.fixture

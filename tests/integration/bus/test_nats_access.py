@@ -96,6 +96,8 @@ async def test_a_writer_does_all_that_the_shell_asks_of_it(installation: Install
         await read_one(bus, Stream.HISTORY, prefix, "sublet.fact.node.>")
         await bus.publish_stored("sublet.record.x", b"{}", id=f"{writer}-1")
         await bus.publish_stored(f"sublet.dead.{writer.partition('.')[0]}", b"{}", id=f"{writer}-1")
+        await bus.publish_stored(f"sublet.snapshot.{writer}.manifest.0", b"{}", id=f"{writer}-1")
+        await read_one(bus, Stream.SNAPSHOTS, f"sublet.snapshot.{writer}.manifest.*")
         assert await bus.acquire_lease(writer, "a", term_s=0.01)
         assert await denials(bus, "sublet.signal.x") == 0
         assert bus.denied_count == 0
@@ -205,6 +207,14 @@ async def test_a_writer_appends_under_no_other_prefix(installation: Installation
         ("tenant.acme", "$JS.API.CONSUMER.CREATE.SUBLET.x.sublet.fact.>"),
         ("tenant.acme", "_INBOX.placement.x"),
         ("tenant.acme", "_INBOX_globex.x"),
+        ("swapper", "sublet.snapshot.placement.manifest.0"),
+        ("swapper", "$JS.API.CONSUMER.CREATE.SNAPSHOTS.x.sublet.snapshot.placement.>"),
+        ("swapper", "$JS.API.CONSUMER.CREATE.SNAPSHOTS.x"),
+        ("swapper", "$JS.API.STREAM.PURGE.SNAPSHOTS"),
+        ("node.n1", "sublet.snapshot.node.n2.chunk.0.0"),
+        ("tenant.acme", "sublet.snapshot.placement.manifest.0"),
+        ("tenant.acme", "$JS.API.STREAM.INFO.SNAPSHOTS"),
+        ("admin", "sublet.snapshot.placement.manifest.0"),
         ("admin", "sublet.order.n1.wake"),
         ("admin", "sublet.in.acme.deploy"),
     ],

@@ -3,8 +3,8 @@
 import pytest
 
 from kit.bus import Stored
+from kit.inbox import inbox_delivery
 from kit.outcomes import UnreadableCommand
-from kit.runner import inbox_delivery
 
 BODIES = {
     "no JSON": b"\x00\xff{",

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import anyio
 import msgspec
@@ -16,6 +17,7 @@ from kit.journal import Journal
 from kit.outcomes import Effect, Input
 from kit.processor import CHAIN_START, chain_hash
 from kit.runner import Runner
+from kit.service import Service
 from kit.telemetry import Tracer
 from schemas.catalogue import decode, encode
 from schemas.gateways import ModelWanted
@@ -35,7 +37,7 @@ class World:
         self.server = MemoryServer(now=time.time)
         self.bus = MemoryBus(self.server)
         self._hash = CHAIN_START
-        self._last_seq = 0
+        self.last_seq = 0
         self._numbers = itertools.count(1)
         self.performed: list[str] = []
 
@@ -49,7 +51,7 @@ class World:
             subject=subject, body=body, id=f"placement:x:{number}", cause_seq=0, cursor_seq=0, previous_hash=self._hash
         )
         self._hash = chain_hash(self._hash, id=entry.id, subject=subject, body=body)
-        self._last_seq = (await self.bus.append("sublet.fact.placement.>", [entry], last_seq=self._last_seq)).last_seq
+        self.last_seq = (await self.bus.append("sublet.fact.placement.>", [entry], last_seq=self.last_seq)).last_seq
 
     async def append_raw(self, body: bytes) -> None:
         """A fact of placement's, with these bytes."""
@@ -59,7 +61,7 @@ class World:
             subject=subject, body=body, id=f"placement:x:{number}", cause_seq=0, cursor_seq=0, previous_hash=self._hash
         )
         self._hash = chain_hash(self._hash, id=entry.id, subject=subject, body=body)
-        self._last_seq = (await self.bus.append("sublet.fact.placement.>", [entry], last_seq=self._last_seq)).last_seq
+        self.last_seq = (await self.bus.append("sublet.fact.placement.>", [entry], last_seq=self.last_seq)).last_seq
 
     async def perform(self, effect: Effect, traceparent: str) -> Input | None:
         assert isinstance(effect, Work)
@@ -68,19 +70,16 @@ class World:
 
     @asynccontextmanager
     async def running(
-        self, instance: str, *, journal: Journal | None = None, needs_lease: bool = False
+        self,
+        instance: str,
+        *,
+        journal: Journal | None = None,
+        needs_lease: bool = False,
+        service: Service[ToyState] | None = None,
+        **options: Any,
     ) -> AsyncIterator[Runner[ToyState]]:
-        runner = Runner(
-            toy(),
-            None,
-            MemoryBus(self.server, instance),
-            writer="autoscaler",
-            instance=instance,
-            tracer=SILENT,
-            perform=self.perform,
-            journal=journal,
-            needs_lease=needs_lease,
-        )
+        """`options`: more for the runner. Left when it is ready."""
+        runner = self.runner(instance, journal=journal, needs_lease=needs_lease, service=service, **options)
         async with anyio.create_task_group() as tg:
             tg.start_soon(runner.run)
             with anyio.fail_after(5):
@@ -88,6 +87,21 @@ class World:
                     await anyio.sleep(0.01)
             yield runner
             tg.cancel_scope.cancel()
+
+    def runner(
+        self, instance: str, *, needs_lease: bool = False, service: Service[ToyState] | None = None, **options: Any
+    ) -> Runner[ToyState]:
+        return Runner(
+            service or toy(),
+            None,
+            MemoryBus(self.server, instance),
+            writer="autoscaler",
+            instance=instance,
+            tracer=SILENT,
+            perform=self.perform,
+            needs_lease=needs_lease,
+            **options,
+        )
 
     def facts(self) -> list[str]:
         own = [s for s in self.server.stored(Stream.HISTORY) if s.subject.startswith("sublet.fact.autoscaler.")]
