@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 BENCHMARKS: Final = {
+    "bus": "the bus beside nats-py alone: speed, and what it keeps when its server is killed",
     "serve": "a trace of many models through the whole stack on few GPUs, also with a service killed on the way",
     "power-cut": "the power goes again and again while facts are written: what was acknowledged must be there",
 }
