@@ -8,15 +8,16 @@ from typing import Final
 
 BENCHMARKS: Final = {
     "bus": "the bus beside nats-py alone: speed, and what it keeps when its server is killed",
+    "engine-model": "the engine model, in virtual time, against published figures that it was not fitted on",
     "serve": "a trace of many models through the whole stack on few GPUs, also with a service killed on the way",
     "power-cut": "the power goes again and again while facts are written: what was acknowledged must be there",
 }
-"""{name: what it measures}. The module of the same name has ``main(arguments) -> exit status``."""
+"""{name: what it measures}. The module of the same name (`-` as `_`) has ``main(arguments) -> exit status``."""
 
 
 def usage() -> str:
     lines = ["usage: python -m benchmarks NAME [OPTIONS]     (NAME --help tells the options)", "", "benchmarks:"]
-    lines += [f"  {name:<9} {summary}" for name, summary in BENCHMARKS.items()]
+    lines += [f"  {name:<13} {summary}" for name, summary in BENCHMARKS.items()]
     return "\n".join(lines)
 
 

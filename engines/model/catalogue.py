@@ -14,9 +14,8 @@ GENERIC_BYTES_PER_PARAMETER = 2
 GENERIC_KV_BYTES_PER_TOKEN_AND_GB = 9042  # 131,072 B of KV per token for 14.496 GB of weights
 GENERIC_KV_BYTES_PER_TOKEN_MIN = 1024
 GENERIC_CONTEXT_TOKENS_MAX = 32768
-GENERIC_PREFILL_EFFICIENCY = 0.5
-GENERIC_STEP_OVERHEAD_S = 0.002
-GENERIC_SEQUENCE_OVERHEAD_S = 0.00002
+GENERIC_LAYER_COUNT = 32
+GENERIC_HIDDEN_SIZE = 4096
 GB = 10**9
 
 
@@ -27,15 +26,19 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     aliases: tuple[str, ...]
     precision: str
     weights_bytes: int
+    read_bytes: int
     active_parameters: int
+    layer_count: int
+    hidden_size: int
+    attention_layer_count: int
+    query_width: int
     kv_bytes_per_token: int
     state_bytes_per_sequence: int
     context_tokens_max: int
-    prefill_efficiency: float
-    step_overhead_s: float
-    sequence_overhead_s: float
+    compute_factor: float
     experts: Experts | None
     sources: dict[str, str]
+    window_tokens: int | None = None
 
 
 class GpuEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,6 +48,11 @@ class GpuEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     memory_bytes_per_s: float
     memory_efficiency: float
     flops_per_s: float
+    compute_efficiency: float
+    layer_overhead_s: float
+    sequence_overhead_s: float
+    link_bytes_per_s: float
+    switch_bytes: int
     source: str
 
 
@@ -74,6 +82,11 @@ def gpu_speed(name: str) -> GpuSpeed | None:
                 memory_bytes_per_s=entry.memory_bytes_per_s,
                 memory_efficiency=entry.memory_efficiency,
                 flops_per_s=entry.flops_per_s,
+                compute_efficiency=entry.compute_efficiency,
+                layer_overhead_s=entry.layer_overhead_s,
+                sequence_overhead_s=entry.sequence_overhead_s,
+                link_bytes_per_s=entry.link_bytes_per_s,
+                switch_s=entry.switch_bytes / (entry.memory_bytes_per_s * entry.memory_efficiency),
             )
     return None
 
@@ -109,14 +122,18 @@ def model_parameters(name: str, *, weights_bytes: int) -> ModelParameters:
         name=name,
         precision=entry.precision,
         weights_bytes=weights_bytes,
+        read_bytes=round(entry.read_bytes * ratio),
         active_parameters=entry.active_parameters,
+        layer_count=entry.layer_count,
+        hidden_size=entry.hidden_size,
+        attention_layer_count=entry.attention_layer_count,
+        query_width=entry.query_width,
         kv_bytes_per_token=entry.kv_bytes_per_token,
         state_bytes_per_sequence=entry.state_bytes_per_sequence,
         context_tokens_max=entry.context_tokens_max,
-        prefill_efficiency=entry.prefill_efficiency,
-        step_overhead_s=entry.step_overhead_s,
-        sequence_overhead_s=entry.sequence_overhead_s,
+        compute_factor=entry.compute_factor,
         experts=experts,
+        window_tokens=entry.window_tokens,
     )
 
 
@@ -127,12 +144,15 @@ def generic_parameters(name: str, *, weights_bytes: int) -> ModelParameters:
         name=name,
         precision="bf16",
         weights_bytes=weights_bytes,
+        read_bytes=weights_bytes,
         active_parameters=weights_bytes // GENERIC_BYTES_PER_PARAMETER,
+        layer_count=GENERIC_LAYER_COUNT,
+        hidden_size=GENERIC_HIDDEN_SIZE,
+        attention_layer_count=GENERIC_LAYER_COUNT,
+        query_width=GENERIC_HIDDEN_SIZE,
         kv_bytes_per_token=max(kv_bytes_per_token, GENERIC_KV_BYTES_PER_TOKEN_MIN),
         state_bytes_per_sequence=0,
         context_tokens_max=GENERIC_CONTEXT_TOKENS_MAX,
-        prefill_efficiency=GENERIC_PREFILL_EFFICIENCY,
-        step_overhead_s=GENERIC_STEP_OVERHEAD_S,
-        sequence_overhead_s=GENERIC_SEQUENCE_OVERHEAD_S,
+        compute_factor=1.0,
         experts=None,
     )

@@ -77,6 +77,7 @@ class Engine:
             block_count=limit,
             block_tokens=batcher.geometry.block_tokens,
             is_asleep=self.is_asleep,
+            preemption_count=batcher.preemption_count,
         )
 
     def submit(self, *, prompt_tokens: int, output_tokens: int) -> Ticket:

@@ -31,6 +31,7 @@ class Gauges:
     block_count: int
     block_tokens: int
     is_asleep: bool
+    preemption_count: int
 
 
 @dataclass(slots=True)
@@ -62,7 +63,7 @@ class Metrics:
             )
         ]
         page.family("vllm:engine_sleep_state", "gauge", "The state that is 1 holds.", sleep_lines)
-        page.value("vllm:num_preemptions_total", "counter", "Requests preempted (never, here).", 0, labels)
+        page.value("vllm:num_preemptions_total", "counter", "Requests preempted.", gauges.preemption_count, labels)
         page.value("vllm:prompt_tokens_total", "counter", "Prompt tokens.", self.prompt_tokens, labels)
         page.value("vllm:generation_tokens_total", "counter", "Generated tokens.", self.generation_tokens, labels)
         success_lines = [

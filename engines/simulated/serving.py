@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from engines.errors import EngineError, unavailable
-from engines.model.batching import Batcher, BatchLimits, KvGeometry, Progress, SequenceRequest, Step, TooLong
+from engines.model.batching import Batcher, BatchLimits, Progress, SequenceRequest, Step, TooLong
+from engines.model.simulation import kv_geometry, step_cost
 from engines.model.timing import TimingModel
 from engines.simulated.metrics import Metrics
 from engines.simulated.reports import too_long
@@ -70,11 +71,7 @@ class Serving:
         self._timing = timing
         self._host = host
         parameters = timing.parameters
-        geometry = KvGeometry.of(
-            kv_bytes_per_token=parameters.kv_bytes_per_token,
-            state_bytes_per_sequence=parameters.state_bytes_per_sequence,
-        )
-        self.batcher = Batcher(geometry=geometry, limits=limits, block_limit=0)
+        self.batcher = Batcher(geometry=kv_geometry(parameters), limits=limits, block_limit=0)
         self._tickets: dict[int, Ticket] = {}
         self._ids = itertools.count(1)
         self._work = asyncio.Event()
@@ -181,9 +178,7 @@ class Serving:
             await self._host.after_step()
 
     def _step_s(self, step: Step) -> float:
-        return self._timing.step_s(
-            prefill_tokens=step.prefill_tokens, decode_count=len(step.decode), context_tokens=step.context_tokens
-        )
+        return step_cost(self._timing, step).total_s
 
     async def _rest(self) -> None:
         self._work.clear()
@@ -198,8 +193,8 @@ class Serving:
 
     def _note_admitted(self, step: Step) -> None:
         now_s = time.perf_counter()
-        for sequence_id, _ in step.prefill:
-            ticket = self._tickets.get(sequence_id)
+        for chunk in step.prefill:
+            ticket = self._tickets.get(chunk.sequence_id)
             if ticket is not None and ticket.admitted_s is None:
                 ticket.admitted_s = now_s
                 self.metrics.queue.observe(now_s - ticket.arrived_s)
