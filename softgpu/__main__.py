@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from softgpu.errors import HostError, SoftgpuError
+from softgpu.fuzzing import add_fuzz
 from softgpu.host import DEFAULT_DIRECTORY, NO_LIMIT, DeviceStatus, Host, HostStatus
 from softgpu.library import build
 from softgpu.profiles import profiles
@@ -49,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true")
     status.set_defaults(run=run_status)
 
+    check = commands.add_parser("check", help="count all records again: is the shared state true? Exit status 1 if not")
+    check.add_argument(
+        "--quiet-host", action="store_true", help="no process is inside a call: also look for lost memory"
+    )
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(run=run_check)
+
     limits = commands.add_parser("limit", help="set a group's soft and hard limit")
     limits.add_argument("group", help="a name declared in SOFTGPU_GROUP, or a cgroup directory")
     limits.add_argument("device", type=int)
@@ -57,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     limits.set_defaults(run=run_limit)
 
     add_failures(commands)
+    add_fuzz(commands)
 
     bandwidth = commands.add_parser("bandwidth", help="set the link's speed, per second; 0 is unlimited")
     bandwidth.add_argument("device", type=int)
@@ -164,6 +173,16 @@ def run_xid(options: argparse.Namespace) -> None:
 
 def run_lose(options: argparse.Namespace) -> None:
     switches(options).set_lost(options.device, is_lost=not options.back)
+
+
+def run_check(options: argparse.Namespace) -> None:
+    findings = switches(options).check(is_quiet=options.quiet_host)
+    if options.json:
+        print(json.dumps({"is_clean": not findings, "findings": findings}))
+    else:
+        print("\n".join(findings) or "the shared state is true")
+    if findings:
+        sys.exit(1)
 
 
 def run_bandwidth(options: argparse.Namespace) -> None:

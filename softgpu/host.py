@@ -21,6 +21,7 @@ NO_LIMIT = 2**64 - 1  # NVML_DEVICE_MEMORY_LIMIT_MAX
 DRIVER_VERSION = 13041  # CUDA 13.4.1, as cuDriverGetVersion counts
 DRIVER_TEXT = "615.00.00-softgpu"
 DEFAULT_DIRECTORY = Path("/dev/shm/softgpu")  # noqa: S108  (not a temporary file: every process must find it)
+CHECK_FAILED = 3  # exit status of `softgpu-control check` that found something
 _CONTROL_TIMEOUT_S = 30.0
 
 
@@ -83,15 +84,23 @@ class HostStatus(TypedDict):
     faults: list[FaultStatus]
 
 
-def control(state_dir: Path, *arguments: str) -> str:
-    """Runs one command of `softgpu-control` on a host. Raises `HostError` with what it said."""
-    command = [str(build() / "softgpu-control"), *arguments]
-    environment = {**os.environ, "SOFTGPU_DIR": str(state_dir)}
-    finished = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=_CONTROL_TIMEOUT_S, check=False
+def run_control(state_dir: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs one command of `softgpu-control` on a host."""
+    return subprocess.run(
+        [str(build() / "softgpu-control"), *arguments],
+        env={**os.environ, "SOFTGPU_DIR": str(state_dir)},
+        capture_output=True,
+        text=True,
+        timeout=_CONTROL_TIMEOUT_S,
+        check=False,
     )
+
+
+def control(state_dir: Path, *arguments: str) -> str:
+    """Like `run_control`; returns what it printed. Raises `HostError` with what it said when it failed."""
+    finished = run_control(state_dir, *arguments)
     if finished.returncode != 0:
-        raise HostError(finished.stderr.strip() or f"{' '.join(command)} failed")
+        raise HostError(finished.stderr.strip() or f"softgpu-control {' '.join(arguments)} failed")
     return finished.stdout
 
 
@@ -176,6 +185,17 @@ class Host:
     def status(self) -> HostStatus:
         """The host as it is now, dead processes already tidied away."""
         return cast(HostStatus, json.loads(self._control("status")))
+
+    def check(self, *, is_quiet: bool = False) -> list[str]:
+        """What is wrong with the shared state, in sentences; empty when all rules hold.
+
+        Counts the records again, compares them with the sums and with the files; callable at any time. `is_quiet` says
+        that no process is inside a call: then every piece of memory must also be held by somebody.
+        """
+        finished = run_control(self.state_dir.absolute(), "check", str(int(is_quiet)))
+        if finished.returncode not in (0, CHECK_FAILED):
+            raise HostError(finished.stderr.strip() or "softgpu-control check failed")
+        return finished.stdout.splitlines()
 
     def set_limit(self, group: str, *, device: int, soft_bytes: int, hard_bytes: int | None) -> None:
         """Sets a group's limits as `nvmlDeviceSetMemoryLimits_v1` does. `group` is a declared name or a cgroup path."""

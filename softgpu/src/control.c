@@ -120,7 +120,12 @@ static int run_limit(char **arguments) {
     return 0;
 }
 
+static void print_finding(const char *text) { printf("%s\n", text); }
+
+static int run_check(char **arguments) { return host_check(print_finding, integer(arguments[0]) != 0) ? 3 : 0; }
+
 static const command commands[] = {
+    {"check", 1, "0|1", run_check},
     {"fault", 4, "FUNCTION AFTER TIMES CODE", run_fault},
     {"clear-faults", 0, "", run_clear_faults},
     {"xid", 2, "DEVICE NUMBER", run_xid},

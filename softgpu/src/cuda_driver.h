@@ -146,6 +146,9 @@ int target_is_there(const target *aimed); /* with the host lock held */
 CUresult storage_begin(const target *aimed, process_state step, CUcheckpointCustomStorageInfo **info);
 CUresult storage_check(const target *aimed, const uint8_t *device_map);
 
+/* No address space holds more, and sums of two such sizes do not overflow. */
+#define BYTES_MAX (1ull << 56)
+
 /* cuda_memory.c, cuda_entry.c */
 CUresult allocation_free(region *allocated); /* with the driver lock held */
 CUresult not_supported(void);

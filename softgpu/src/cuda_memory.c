@@ -69,6 +69,8 @@ CUDA_EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     ENTER_WITH_CONTEXT();
     if (!address || !bytes)
         return CUDA_ERROR_INVALID_VALUE;
+    if (bytes > BYTES_MAX)
+        return CUDA_ERROR_OUT_OF_MEMORY;
     uint64_t started_ns = clock_ns();
     driver_lock();
     CUresult result = allocate(context_current(), bytes, address);
@@ -108,8 +110,10 @@ CUDA_EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
 CUDA_EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *address, size_t *pitch, size_t width, size_t rows,
                                         unsigned size) {
     (void)size;
-    if (!pitch)
+    if (!pitch || !width || !rows)
         return CUDA_ERROR_INVALID_VALUE;
+    if (width > BYTES_MAX || rows > BYTES_MAX / round_up(width, SMALL_STEP))
+        return CUDA_ERROR_OUT_OF_MEMORY;
     *pitch = round_up(width, SMALL_STEP);
     return cuMemAlloc_v2(address, *pitch * rows);
 }
@@ -134,6 +138,8 @@ CUDA_EXPORT CUresult cuMemHostAlloc(void **address, size_t bytes, unsigned flags
     ENTER_WITH_CONTEXT();
     if (!address || !bytes)
         return CUDA_ERROR_INVALID_VALUE;
+    if (bytes > BYTES_MAX)
+        return CUDA_ERROR_OUT_OF_MEMORY;
     uint64_t started_ns = clock_ns(), mapped_bytes = round_up(bytes, 4096);
     void *base =
         mmap(NULL, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -26,6 +26,8 @@ CUDA_EXPORT CUresult cuMemAddressReserve(CUdeviceptr *address, size_t bytes, siz
         alignment = GRANULARITY;
     if (!address || !bytes || flags || bytes % GRANULARITY || alignment & (alignment - 1))
         return CUDA_ERROR_INVALID_VALUE;
+    if (bytes > BYTES_MAX || alignment > BYTES_MAX)
+        return CUDA_ERROR_OUT_OF_MEMORY;
     void *base = reserve_addresses(bytes, alignment);
     if (!base)
         return CUDA_ERROR_OUT_OF_MEMORY;

@@ -254,6 +254,10 @@ void pay(call kind, uint64_t started_ns, uint64_t bytes); /* returns when the ca
 /* host_engine.c (takes the lock itself) */
 uint64_t engine_book(int device_index, direction way, int is_pageable, uint64_t bytes, uint64_t earliest_ns);
 
+/* host_check.c (with the lock held) */
+typedef void (*check_report)(const char *text);
+int host_check(check_report report, int is_quiet); /* how many rules do not hold; each is told in a sentence */
+
 /* host_fault.c (takes the lock itself) */
 int fault_code(const char *function); /* what this call must return instead of doing its work; 0: nothing */
 

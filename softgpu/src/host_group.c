@@ -146,14 +146,24 @@ static group_record *new_group(uint64_t key, const char *name) {
     return NULL;
 }
 
+/* Whoever dies between the two writes must not leave a soft limit above the hard one. */
+static void write_limits(group_record *group, int device_index, uint64_t soft_bytes, uint64_t hard_bytes) {
+    if (hard_bytes < group->soft_bytes[device_index]) {
+        __atomic_store_n(&group->soft_bytes[device_index], soft_bytes, __ATOMIC_RELEASE);
+        __atomic_store_n(&group->hard_bytes[device_index], hard_bytes, __ATOMIC_RELEASE);
+    } else {
+        __atomic_store_n(&group->hard_bytes[device_index], hard_bytes, __ATOMIC_RELEASE);
+        __atomic_store_n(&group->soft_bytes[device_index], soft_bytes, __ATOMIC_RELEASE);
+    }
+}
+
 int group_set(uint64_t key, const char *name, int device_index, uint64_t soft_bytes, uint64_t hard_bytes) {
     group_record *group = group_find(key);
     if (!group)
         group = new_group(key, name);
     if (!group)
         return -1;
-    group->soft_bytes[device_index] = soft_bytes;
-    group->hard_bytes[device_index] = hard_bytes;
+    write_limits(group, device_index, soft_bytes, hard_bytes);
     if (limits_nothing(group))
         group->key = 0; /* the row is free again */
     group_recount();

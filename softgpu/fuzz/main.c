@@ -1,0 +1,42 @@
+/* softgpu-fuzz: random operations with kills, kills at every step of chosen operations, and damage on purpose.
+ * The host is SOFTGPU_DIR; python -m softgpu fuzz makes one and reads what this prints. */
+#include "fuzz.h"
+
+#include "../src/host.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int usage(void) {
+    fprintf(stderr, "usage: softgpu-fuzz run SEED OPERATIONS WORKERS | steps OPERATION|all EVERY_INSTRUCTION STRIDE | "
+                    "plant KIND | kinds\n");
+    return 2;
+}
+
+static int list_kinds(void) {
+    for (int i = 0; plant_kind(i); i++)
+        printf("%s\n", plant_kind(i));
+    return 0;
+}
+
+int main(int count, char **arguments) {
+    if (count == 2 && !strcmp(arguments[1], "kinds"))
+        return list_kinds();
+    if (count < 3)
+        return usage();
+    if (host_attach())
+        return 2;
+    if (!strcmp(arguments[1], "plant"))
+        return plant(arguments[2]);
+    if (!strcmp(arguments[1], "steps") && count == 5)
+        return steps_run(arguments[2], atoi(arguments[3]), atoi(arguments[4]));
+    if (strcmp(arguments[1], "run") || count != 5)
+        return usage();
+    fuzz_options options = {.seed = strtoull(arguments[2], NULL, 10),
+                            .operations = strtoull(arguments[3], NULL, 10),
+                            .workers = atoi(arguments[4])};
+    if (options.workers < 1 || options.workers > WORKER_MAX)
+        return usage();
+    return fuzz_run(&options);
+}

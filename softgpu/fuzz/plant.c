@@ -1,0 +1,108 @@
+/* Damage on purpose, so that a test sees the check find it. */
+#include "fuzz.h"
+
+#include "../src/host.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+static chunk_record *some_chunk(void) {
+    for (uint32_t i = 0; i < CHUNK_MAX; i++)
+        if (host->chunks[i].is_used)
+            return &host->chunks[i];
+    return NULL;
+}
+
+static process_record *some_process(void) {
+    for (int i = 0; i < PROCESS_MAX; i++)
+        if (host->processes[i].is_used)
+            return &host->processes[i];
+    return NULL;
+}
+
+static void chunk_file_path(char *path, size_t size, const chunk_record *chunk) {
+    char name[32];
+    snprintf(name, sizeof name, "c%llu", (unsigned long long)chunk->id);
+    host_path(path, size, name);
+}
+
+static void remove_file(chunk_record *chunk) {
+    char path[320];
+    chunk_file_path(path, sizeof path, chunk);
+    unlink(path);
+}
+
+static void add_file(void) {
+    char path[320];
+    host_path(path, sizeof path, "c999999");
+    close(open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+}
+
+static void copy_chunk(const chunk_record *chunk) {
+    host->chunks[host->chunk_end] = *chunk;
+    host->chunk_end++;
+    host->devices[chunk_device(chunk)].used_bytes += chunk->bytes;
+    host->processes[chunk->owner].charged_bytes[chunk->ordinal] += chunk->bytes;
+}
+
+static void add_group(const char *name, uint64_t soft_bytes, uint64_t hard_bytes) {
+    group_set(group_key_of_name(name), name, 0, soft_bytes, hard_bytes);
+}
+
+#define KINDS(ROW)                                                                                \
+    ROW("used", host->devices[0].used_bytes += 4096)                                              \
+    ROW("capacity", host->devices[0].total_bytes = host->devices[0].used_bytes - 1)               \
+    ROW("charged", process->charged_bytes[0] -= 512)                                              \
+    ROW("context", process->context_bytes[0] = 1)                                                 \
+    ROW("chunk-bytes", chunk->bytes *= 2)                                                         \
+    ROW("chunk-owner", chunk->owner = PROCESS_MAX - 1)                                            \
+    ROW("chunk-device", chunk->ordinal = DEVICE_MAX - 1)                                          \
+    ROW("checkpointer", process->checkpointer = PROCESS_MAX - 1)                                  \
+    ROW("placement", process->placement = PLACEMENT_AWAY)                                         \
+    ROW("gate", process->gate = 1)                                                                \
+    ROW("device-map", process->device_maps[0][0] = process->device_maps[0][1])                    \
+    ROW("calls", process->active_calls++)                                                         \
+    ROW("chunk-unowned", chunk->owner = CHUNK_UNOWNED)                                            \
+    ROW("chunk-id", chunk->id = host->last_chunk_id + 7)                                          \
+    ROW("chunk-twice", copy_chunk(chunk))                                                         \
+    ROW("chunk-gone", memset(chunk, 0, sizeof *chunk))                                            \
+    ROW("chunk-end", host->chunk_end = 0)                                                         \
+    ROW("inode", chunk->inode++)                                                                  \
+    ROW("detached", host->detached_count++)                                                       \
+    ROW("process-gone", memset(process, 0, sizeof *process))                                      \
+    ROW("group-end", (add_group("a", 1, 2), host->group_end = 0))                                 \
+    ROW("group-twice", (add_group("a", 1, 2), add_group("b", 1, 2), host->groups[1].key = host->groups[0].key)) \
+    ROW("group-order", (add_group("a", 1, 2), host->groups[0].soft_bytes[0] = 3))                 \
+    ROW("cgroups", host->cgroup_count++)                                                          \
+    ROW("faults", host->fault_count++)                                                            \
+    ROW("file-gone", remove_file(chunk))                                                          \
+    ROW("file-left", add_file())
+
+#define KIND_NAME(name, action) name,
+static const char *const kinds[] = {KINDS(KIND_NAME)};
+
+const char *plant_kind(int index) {
+    return index < (int)(sizeof kinds / sizeof *kinds) ? kinds[index] : NULL;
+}
+
+#define KIND_DO(name, action)   \
+    if (!strcmp(kind, name)) {  \
+        action;                 \
+        is_done = 1;            \
+    }
+
+int plant(const char *kind) {
+    int is_done = 0;
+    host_lock();
+    chunk_record *chunk = some_chunk();
+    process_record *process = some_process();
+    if (chunk && process) {
+        KINDS(KIND_DO)
+    }
+    host_unlock();
+    if (!is_done)
+        fprintf(stderr, "softgpu-fuzz: cannot plant %s\n", kind);
+    return is_done ? 0 : 1;
+}

@@ -1,0 +1,275 @@
+/* The parent of a random run: starts workers, kills them, breaks things, and checks the host between. */
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include "../src/host.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+board *shared;
+
+enum { EPOCH_OPERATIONS = 50000, KILL_OPERATIONS = 600, BREAK_OPERATIONS = 3000, LOST_OPERATIONS = 300 };
+#define PATIENCE_NS 120000000000ull
+
+static struct {
+    pid_t pids[WORKER_MAX];
+    uint64_t lives[WORKER_MAX];
+    uint64_t kills, stepped_kills, orderly_ends, epochs, findings, faults, losses;
+    generator random;
+    uint64_t operations_of_the_dead;
+} run;
+
+static void start_worker(int number) {
+    shared->is_waiting[number] = 0;
+    shared->is_stepping[number] = 0;
+    pid_t child = start_child();
+    if (!child) {
+        worker_run(number, run.lives[number]);
+        _exit(0);
+    }
+    run.pids[number] = child;
+    run.lives[number]++;
+}
+
+static void bury(int number, int status) {
+    run.pids[number] = 0;
+    run.operations_of_the_dead += shared->operations[number];
+    shared->operations[number] = 0;
+    int is_stepped = WIFSIGNALED(status) && shared->is_stepping[number];
+    run.stepped_kills += is_stepped;
+    /* Where the C library blocks all signals (starting a thread), the kernel answers a step with a fatal SIGTRAP. */
+    int is_killed = WIFSIGNALED(status) &&
+                    (WTERMSIG(status) == SIGKILL || (is_stepped && WTERMSIG(status) == SIGTRAP));
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) {
+        run.orderly_ends++;
+    } else if (!is_killed) {
+        if (!__atomic_exchange_n(&shared->has_failed, 1, __ATOMIC_ACQ_REL))
+            snprintf(shared->failure, sizeof shared->failure, "worker %d, life %llu: ended with status 0x%x", number,
+                     (unsigned long long)run.lives[number] - 1, (unsigned)status);
+    }
+}
+
+static void kill_worker(int number) {
+    int status;
+    kill(run.pids[number], SIGKILL);
+    while (waitpid(run.pids[number], &status, __WALL) < 0 && errno == EINTR) {
+    }
+    bury(number, status);
+}
+
+/* Takes note of all that have ended. */
+static void look_after_workers(int is_restarting, int workers) {
+    for (int i = 0; i < workers; i++) {
+        int status;
+        if (run.pids[i] && waitpid(run.pids[i], &status, WNOHANG) > 0)
+            bury(i, status);
+        if (!run.pids[i] && is_restarting)
+            start_worker(i);
+    }
+}
+
+static int are_all_waiting(int workers) {
+    for (int i = 0; i < workers; i++)
+        if (run.pids[i] && !__atomic_load_n(&shared->is_waiting[i], __ATOMIC_ACQUIRE))
+            return 0;
+    return 1;
+}
+
+static void set_failure(const char *text) {
+    if (!__atomic_exchange_n(&shared->has_failed, 1, __ATOMIC_ACQ_REL))
+        snprintf(shared->failure, sizeof shared->failure, "%s", text);
+}
+
+static void return_lost_devices(void) {
+    for (uint32_t d = 0; d < host->device_count; d++)
+        host->devices[d].is_lost = 0;
+}
+
+static void mend_devices(void) {
+    host_lock();
+    return_lost_devices();
+    memset(host->faults, 0, sizeof host->faults);
+    host->fault_count = 0;
+    host_unlock();
+}
+
+/* All stand still between two operations: every rule must hold, the strict ones too. */
+static void epoch(int workers) {
+    char when[64];
+    snprintf(when, sizeof when, "after epoch %llu", (unsigned long long)++run.epochs);
+    mend_devices();
+    __atomic_store_n(&shared->is_paused, 1, __ATOMIC_RELEASE);
+    uint64_t deadline_ns = clock_ns() + PATIENCE_NS;
+    while (!are_all_waiting(workers) && !shared->has_failed) {
+        look_after_workers(0, workers);
+        usleep(200);
+        if (clock_ns() > deadline_ns)
+            set_failure("a worker hangs: it does not come to the end of its operation");
+    }
+    if (!shared->has_failed)
+        run.findings += (uint64_t)check_host(1, when);
+    __atomic_store_n(&shared->is_paused, 0, __ATOMIC_RELEASE);
+}
+
+static const char *const breakable[] = {"cuMemAlloc",  "cuMemFree",     "cuMemCreate",   "cuMemMap",
+                                        "cuMemUnmap",  "cuMemRelease",  "cuMemcpyHtoD",  "cuIpcOpenMemHandle",
+                                        "cuCtxCreate", "cuStreamQuery", "nvmlDeviceGetMemoryInfo",
+                                        "cuMemSetAccess", "cuDevicePrimaryCtxRetain", "cuMemExportToShareableHandle"};
+
+static void break_something(void) {
+    generator *random = &run.random;
+    host_lock();
+    if (below(random, 4) == 0) {
+        device *gpu = &host->devices[below(random, host->device_count)];
+        gpu->is_lost = 1;
+        run.losses++;
+    } else {
+        fault_record *fault = &host->faults[below(random, FAULT_MAX)];
+        host->fault_count += !fault->function[0];
+        fault->after = (int32_t)below(random, 50);
+        fault->times = 1 + (int32_t)below(random, 3);
+        fault->code = INJECTED_CODE;
+        snprintf(fault->function, sizeof fault->function, "%s",
+                 breakable[below(random, sizeof breakable / sizeof *breakable)]);
+        run.faults++;
+    }
+    host->events[host->event_count % EVENT_MAX] =
+        (event_record){.type = 8, .data = 79, .device = (uint32_t)below(random, host->device_count)};
+    __atomic_store_n(&host->event_count, host->event_count + 1, __ATOMIC_RELEASE);
+    host_unlock();
+}
+
+static uint64_t operations_so_far(int workers) {
+    uint64_t sum = run.operations_of_the_dead;
+    for (int i = 0; i < workers; i++)
+        sum += __atomic_load_n(&shared->operations[i], __ATOMIC_RELAXED);
+    return sum;
+}
+
+static void drain_exchange(void) {
+    close(shared->exchange[0]);
+    close(shared->exchange[1]);
+}
+
+/* Half of them end in order, the others are killed; then nothing may be left. */
+static void finish(int workers) {
+    mend_devices();
+    for (int i = 0; i < workers; i += 2)
+        if (run.pids[i])
+            kill_worker(i);
+    __atomic_store_n(&shared->is_finishing, 1, __ATOMIC_RELEASE);
+    uint64_t deadline_ns = clock_ns() + PATIENCE_NS;
+    for (int left = 1; left;) {
+        left = 0;
+        look_after_workers(0, workers);
+        for (int i = 0; i < workers; i++)
+            left += run.pids[i] != 0;
+        if (left && clock_ns() > deadline_ns)
+            set_failure("a worker hangs: it does not end");
+        if (shared->has_failed)
+            break;
+        usleep(500);
+    }
+    for (int i = 0; i < workers; i++)
+        if (run.pids[i])
+            kill_worker(i);
+    drain_exchange();
+    run.findings += (uint64_t)check_host(1, "at the end");
+    if (used_bytes_of_host()) {
+        printf("FOUND at the end: %llu bytes are still in use\n", (unsigned long long)used_bytes_of_host());
+        run.findings++;
+    }
+}
+
+static void report(const fuzz_options *options, double duration_s) {
+    printf("RESULT {\"seed\": %llu, \"workers\": %d, \"operations\": %llu, \"duration_s\": %.3f, "
+           "\"random_kills\": %llu, \"stepped_kills\": %llu, \"orderly_ends\": %llu, \"recoveries\": %llu, "
+           "\"epochs\": %llu, \"faults\": %llu, \"losses\": %llu, \"findings\": %llu, \"failure\": \"%s\"",
+           (unsigned long long)options->seed, options->workers,
+           (unsigned long long)operations_so_far(options->workers), duration_s, (unsigned long long)run.kills,
+           (unsigned long long)run.stepped_kills, (unsigned long long)run.orderly_ends,
+           (unsigned long long)host->recovery_count, (unsigned long long)run.epochs,
+           (unsigned long long)run.faults, (unsigned long long)run.losses, (unsigned long long)run.findings,
+           shared->failure);
+    printf(", \"kinds\": {");
+    for (int k = 0; operation_name(k); k++)
+        printf("%s\"%s\": [%llu, %llu]", k ? ", " : "", operation_name(k), (unsigned long long)shared->counts[k],
+               (unsigned long long)shared->refusals[k]);
+    printf("}}\n");
+}
+
+static int make_board(const fuzz_options *options) {
+    shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (shared == MAP_FAILED || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, shared->exchange))
+        return -1;
+    shared->seed = options->seed;
+    run.random = generator_of(options->seed, WORKER_MAX, 0);
+    return 0;
+}
+
+static void drive(const fuzz_options *options) {
+    uint64_t next_kill = KILL_OPERATIONS, next_epoch = EPOCH_OPERATIONS, next_break = BREAK_OPERATIONS;
+    uint64_t next_return = 0;
+    uint64_t progress_ns = clock_ns(), seen = 0;
+    while (!shared->has_failed && !run.findings) {
+        look_after_workers(1, options->workers);
+        uint64_t done = operations_so_far(options->workers);
+        if (done != seen) {
+            seen = done;
+            progress_ns = clock_ns();
+        } else if (clock_ns() > progress_ns + PATIENCE_NS) {
+            set_failure("nothing moves any more");
+        }
+        if (done >= options->operations)
+            return;
+        if (done >= next_kill) {
+            int victim = (int)below(&run.random, (uint64_t)options->workers);
+            if (run.pids[victim]) {
+                kill_worker(victim);
+                run.kills++;
+            }
+            next_kill = done + below(&run.random, 2 * KILL_OPERATIONS);
+        }
+        if (done >= next_break) {
+            break_something();
+            next_break = done + below(&run.random, 2 * BREAK_OPERATIONS);
+            next_return = done + LOST_OPERATIONS;
+        }
+        if (next_return && done >= next_return) {
+            return_lost_devices();
+            next_return = 0;
+        }
+        if (done >= next_epoch) {
+            epoch(options->workers);
+            next_epoch = done + EPOCH_OPERATIONS;
+            printf("PROGRESS %llu\n", (unsigned long long)done);
+            fflush(stdout);
+        }
+        usleep(300);
+    }
+}
+
+int fuzz_run(const fuzz_options *options) {
+    if (make_board(options)) {
+        perror("softgpu-fuzz");
+        return 2;
+    }
+    uint64_t started_ns = clock_ns();
+    drive(options);
+    if (!shared->has_failed && !run.findings) {
+        epoch(options->workers);
+        finish(options->workers);
+    }
+    for (int i = 0; i < options->workers; i++)
+        if (run.pids[i])
+            kill_worker(i);
+    report(options, (double)(clock_ns() - started_ns) / 1e9);
+    return shared->has_failed || run.findings ? 1 : 0;
+}

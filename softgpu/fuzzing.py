@@ -1,0 +1,203 @@
+"""The fuzzer of the software GPU: random operations with kills, and kills at every step of chosen operations.
+
+The work is done by a C program (`softgpu/fuzz`); this module builds it, gives it a host of its own, shows progress and
+reads the result. What it proves, and what not, stands in docs/softgpu.md.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softgpu.errors import BuildError, HostError
+from softgpu.host import Host
+from softgpu.library import library_directory
+
+SANITIZERS = {
+    "none": "-O2 -g",
+    "address": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-O1 -g -fsanitize=thread",
+}
+"""{name: the compiler's flags}"""
+_SOURCES = Path(__file__).resolve().parent
+_BUILD_TIMEOUT_S = 300.0
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class FuzzResult:
+    """What one run of the program said."""
+
+    is_clean: bool
+    findings: list[str]
+    figures: dict[str, Any]
+
+
+def build_fuzzer(sanitizer: str = "none") -> Path:
+    """The program, up to date, with libraries of its own beside it. Raises `BuildError`."""
+    directory = library_directory() / ("fuzz" if sanitizer == "none" else f"fuzz-{sanitizer}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = ["make", "-C", str(_SOURCES), f"OUT={directory}", f"CFLAGS={SANITIZERS[sanitizer]}"]
+        command += [f"CC={os.environ.get('CC', 'cc')}", f"-j{os.cpu_count() or 1}", "all", "fuzz"]
+        try:
+            finished = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
+        except FileNotFoundError as error:
+            raise BuildError("the fuzzer needs a C compiler and make, and make is not installed") from error
+    if finished.returncode != 0:
+        last_lines = "\n".join((finished.stderr or finished.stdout).strip().splitlines()[-20:])
+        raise BuildError(f"the fuzzer could not be built; the compiler said:\n{last_lines}")
+    return directory / "softgpu-fuzz"
+
+
+def in_silence(_text: str) -> None:
+    """Progress that nobody wants to see."""
+
+
+@contextmanager
+def fuzz_host() -> Iterator[Host]:
+    """Two small GPUs whose calls cost nothing. It stays for a look when something was found."""
+    directory = Path("/dev/shm") / f"softgpu-fuzz-{uuid.uuid4().hex[:12]}"  # noqa: S108  (where hosts belong)
+    host = Host(directory, gpus=2, profile="test-1", total_bytes=512 * _MIB, context_bytes=4 * _MIB).create()
+    yield host
+    host.remove()
+
+
+def run_program(host: Host, *arguments: str, sanitizer: str, progress: Callable[[str], None]) -> FuzzResult:
+    """Runs the program on a host. Lines it says about its progress go to `progress`. Raises `HostError`."""
+    environment = {**os.environ, "SOFTGPU_DIR": str(host.state_dir), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment.pop("SOFTGPU_GROUP", None)
+    command = [str(build_fuzzer(sanitizer)), *arguments]
+    findings: list[str] = []
+    figures: dict[str, Any] = {}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            kind, _, rest = line.rstrip("\n").partition(" ")
+            if kind == "RESULT":
+                figures = json.loads(rest)
+            elif kind == "FOUND":
+                findings.append(rest)
+            else:
+                progress(rest)
+    if process.returncode not in (0, 1) or not figures:
+        raise HostError(f"{' '.join(command)} ended with {process.returncode}")
+    if failure := figures.pop("failure", ""):
+        findings.append(failure)
+    return FuzzResult(process.returncode == 0 and not findings, findings, figures)
+
+
+def fuzz(
+    seed: int, operations: int, workers: int, *, sanitizer: str = "none", progress: Callable[[str], None] = in_silence
+) -> FuzzResult:
+    """So many random operations by so many processes, with kills; the shared state is checked between and after."""
+    with fuzz_host() as host:
+        result = run_program(
+            host, "run", str(seed), str(operations), str(workers), sanitizer=sanitizer, progress=progress
+        )
+        if not result.is_clean:
+            raise_findings(host, result)
+    return result
+
+
+def kill_at_steps(
+    only: str = "all",
+    *,
+    is_every_instruction: bool = False,
+    stride: int = 1,
+    sanitizer: str = "none",
+    progress: Callable[[str], None] = in_silence,
+) -> FuzzResult:
+    """Kills a process behind each step of chosen operations (behind each `stride`-th, to be quicker)."""
+    arguments = ("steps", only, str(int(is_every_instruction)), str(stride))
+    with fuzz_host() as host:
+        result = run_program(host, *arguments, sanitizer=sanitizer, progress=progress)
+        if not result.is_clean:
+            raise_findings(host, result)
+    return result
+
+
+class FuzzFinding(HostError):
+    """The software GPU broke a rule; `result` has the figures."""
+
+    def __init__(self, message: str, result: FuzzResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def raise_findings(host: Host, result: FuzzResult) -> None:
+    raise FuzzFinding("\n".join([*result.findings, f"the host is left at {host.state_dir}"]), result)
+
+
+def add_fuzz(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "fuzz", help="prove the software GPU: random operations with kills, on a host of its own"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--operations", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=8, help="processes, 1 to 64")
+    parser.add_argument("--steps", nargs="?", const="all", metavar="OPERATION", help="kill at each step of operations")
+    parser.add_argument("--every-instruction", action="store_true", help="with --steps: at each instruction")
+    parser.add_argument("--stride", type=int, default=1, help="with --steps: only at each so many-th")
+    parser.add_argument("--sanitizer", choices=sorted(SANITIZERS), default="none")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.set_defaults(run=run_fuzz)
+
+
+def replay_line(options: argparse.Namespace) -> str:
+    line = f"python -m softgpu fuzz --seed {options.seed} --operations {options.operations} --workers {options.workers}"
+    if options.steps:
+        line = f"python -m softgpu fuzz --steps '{options.steps}'" + " --every-instruction" * options.every_instruction
+    return line + (f" --sanitizer {options.sanitizer}" if options.sanitizer != "none" else "")
+
+
+def show_progress(options: argparse.Namespace) -> Callable[[str], None]:
+    def show(text: str) -> None:
+        if text.isdigit():
+            text = f"{int(text):,} of {options.operations:,} operations"
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+    return show
+
+
+def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"label": "software GPU", **figures}, indent=2) + "\n", encoding="utf-8")
+
+
+def run_fuzz(options: argparse.Namespace) -> None:
+    if not 1 <= options.workers <= 64 or options.operations < 1 or options.stride < 1:
+        raise HostError("there are 1 to 64 workers, and at least one operation and a stride of one")
+    progress = show_progress(options)
+    try:
+        if options.steps:
+            result = kill_at_steps(
+                options.steps,
+                is_every_instruction=options.every_instruction,
+                stride=options.stride,
+                sanitizer=options.sanitizer,
+                progress=progress,
+            )
+        else:
+            result = fuzz(
+                options.seed, options.operations, options.workers, sanitizer=options.sanitizer, progress=progress
+            )
+    except FuzzFinding as finding:
+        write_figures(options.json, finding.result.figures)
+        raise HostError(
+            f"{finding}\nthe same choices again (processes may interleave otherwise): {replay_line(options)}"
+        ) from finding
+    write_figures(options.json, result.figures)
+    for name, value in result.figures.items():
+        if not isinstance(value, dict):
+            sys.stdout.write(f"{name:<15} {value}\n")
