@@ -145,7 +145,9 @@ def add_fuzz(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=8, help="processes, 1 to 64")
-    parser.add_argument("--steps", nargs="?", const="all", metavar="OPERATION", help="kill at each step of operations")
+    parser.add_argument(
+        "--steps", nargs="?", const="all", metavar="OPERATION", help="kill at each step: of one, quick or all"
+    )
     parser.add_argument("--every-instruction", action="store_true", help="with --steps: at each instruction")
     parser.add_argument("--stride", type=int, default=1, help="with --steps: only at each so many-th")
     parser.add_argument("--sanitizer", choices=sorted(SANITIZERS), default="none")

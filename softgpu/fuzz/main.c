@@ -9,7 +9,7 @@
 #include <string.h>
 
 static int usage(void) {
-    fprintf(stderr, "usage: softgpu-fuzz run SEED OPERATIONS WORKERS | steps OPERATION|all EVERY_INSTRUCTION STRIDE | "
+    fprintf(stderr, "usage: softgpu-fuzz run SEED OPERATIONS WORKERS | steps OPERATION|quick|all EVERY_INSTRUCTION STRIDE | "
                     "plant KIND | kinds\n");
     return 2;
 }

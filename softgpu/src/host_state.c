@@ -99,7 +99,8 @@ static void recount_process(process_record *process) {
         if (process->is_used && !process_is_away(process))
             host->devices[process_device(process, (int)d)].used_bytes += process->context_bytes[d];
     }
-    gate_set(process);
+    if (process->is_used)
+        gate_set(process);
 }
 
 /* Somebody died inside the lock: the rows are true (see the order of writes in host_chunk.c), the sums may
