@@ -138,7 +138,7 @@ def raise_findings(host: Host, result: FuzzResult) -> None:
     raise FuzzFinding("\n".join([*result.findings, f"the host is left at {host.state_dir}"]), result)
 
 
-def add_fuzz(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_fuzz(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "fuzz", help="prove the software GPU: random operations with kills, on a host of its own"
     )

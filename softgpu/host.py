@@ -24,12 +24,30 @@ DEFAULT_DIRECTORY = Path("/dev/shm/softgpu")  # noqa: S108  (not a temporary fil
 CHECK_FAILED = 3  # exit status of `softgpu-control check` that found something
 _CONTROL_TIMEOUT_S = 30.0
 
+# What a faulty call does besides returning a code, and on which functions softgpu knows how.
+_COPIES = tuple(f"cuMemcpy{way}{form}" for way in ("", "HtoD", "DtoH", "DtoD") for form in ("", "Async"))
+_LIMITS = ("nvmlDeviceSetMemoryLimits_v1", "nvmlDeviceGetMemoryLimits_v1")
+_MEMORY = ("nvmlDeviceGetMemoryInfo",)
+_PROCESSES = ("nvmlDeviceGetComputeRunningProcesses",)
+FAULT_KINDS: Mapping[str, tuple[str, ...]] = {  # none named: all
+    "code": (),
+    "delay": (),
+    "hang": (),
+    "corrupt": _COPIES,
+    "lie": _LIMITS + _MEMORY,
+    "stale": _MEMORY,
+    "empty": _MEMORY + _PROCESSES,
+    "unknown": _PROCESSES,
+}
+
 
 class ProcessStatus(TypedDict):
     pid: int
     command: str
     group: str
     state: str  # running, locked, checkpointed, failed, checkpointing, restoring
+    is_evicted: bool  # the MPS server ended it; its calls return CUDA_ERROR_MPS_CLIENT_TERMINATED
+    poison_code: int  # what its calls on this device return since an error struck it; 0: nothing did
     context_bytes: int
     away_bytes: int  # what it will take here again when it is restored
     used_bytes: int
@@ -48,6 +66,7 @@ class DeviceStatus(TypedDict):
     pageable_bytes_per_s: int
     h2d_moved_bytes: int
     d2h_moved_bytes: int
+    eviction_count: int  # clients that the MPS server ended here
     utilization_gpu_percent: int
     is_lost: bool
     processes: list[ProcessStatus]
@@ -69,13 +88,15 @@ class FaultStatus(TypedDict):
     function: str
     after: int
     times: int
-    code: int
+    kind: str  # of FAULT_KINDS
+    value: int  # a code, or nanoseconds of delay
 
 
 class HostStatus(TypedDict):
     directory: str
     driver_version: int
     is_phantom: bool
+    is_mps: bool
     is_clean: bool
     recovery_count: int  # how often a process died while it changed the tables, and they were recounted
     chunk_count: int
@@ -117,6 +138,7 @@ class Host:
     gpus: int
     profile: str = "h100-80"
     phantom: bool = False
+    mps: bool = False  # all clients go through one MPS server: it evicts, and they share their fatal errors
     clean: bool = False  # new device memory reads as zero, not as somebody's leavings
     seed: str | None = None  # of the UUIDs; None: the name of the state directory
     name: str | None = None
@@ -202,22 +224,62 @@ class Host:
         hard = NO_LIMIT if hard_bytes is None else hard_bytes
         self._control("limit", group, str(device), str(soft_bytes), str(hard))
 
-    def set_fault(self, function: str, *, after: int = 0, times: int = 1, code: int | str) -> None:
-        """The calls of a function fail with a code: the first `after` succeed, then `times` fail (-1: all).
+    def set_fault(
+        self,
+        function: str,
+        *,
+        after: int = 0,
+        times: int = 1,
+        code: int | str | None = None,
+        kind: str = "code",
+        delay_s: float = 0.0,
+    ) -> None:
+        """The calls of a function go wrong: the first `after` do not, then `times` do (-1: all).
 
-        Version suffixes do not matter: `cuMemAlloc` also means `cuMemAlloc_v2`. NVML functions take NVML's codes.
+        By `kind`: `code` returns `code` (a CUDA result's name, or a number; NVML's own for NVML), `delay` takes
+        `delay_s` longer, `hang` waits until faults are cleared, `corrupt` flips one bit of what is copied, `lie` does
+        not set a limit, reads none or halves the used memory, `stale` answers as of now, `empty` with nothing,
+        `unknown` lists processes without their bytes.
+
+        Version suffixes do not matter: `cuMemAlloc` also means `cuMemAlloc_v2`. Raises `HostError` for a function that
+        softgpu does not model, or not in this way.
         """
-        self._control("fault", function, str(after), str(times), str(code))
+        known = FAULT_KINDS.get(kind)
+        if known is None:
+            raise HostError(f"there is no kind of fault {kind!r}; known: {', '.join(FAULT_KINDS)}")
+        if not _is_modelled(function):
+            raise HostError(f"softgpu does not model {function}, so a fault of it would never come")
+        if known and function not in known:
+            raise HostError(f"a fault of the kind {kind} can be set for {', '.join(known)}; not for {function}")
+        if (code is None) == (kind == "code"):
+            raise HostError("a fault returns a code, or is of another kind: say one of them")
+        value = code if code is not None else round(delay_s * 1e9)
+        self._control("fault", function, str(after), str(times), kind, str(value))
 
     def clear_faults(self) -> None:
         self._control("clear-faults")
 
     def send_xid(self, device: int, number: int) -> None:
-        """Raises an XID event, as the driver does for a hardware or driver error."""
+        """Raises an XID event, as the driver does for a hardware or driver error. Nothing else happens."""
         self._control("xid", str(device), str(number))
 
+    def strike(self, device: int, xid: int, *, pid: int | None = None) -> None:
+        """An error strikes: the XID event, and what it does to the contexts of `pid`, or of all on that device.
+
+        Under MPS all of a device's clients suffer in either case.
+        """
+        self._control("strike", str(device), str(xid), str(pid or 0))
+
+    def fail_checkpoint(self, pid: int) -> None:
+        """The driver gives a process up: its checkpoint state is FAILED, and only a restart helps."""
+        self._control("fail", str(pid))
+
+    def set_mps(self, *, is_on: bool) -> None:
+        """Whether an MPS server stands behind all clients from now on."""
+        self._control("mps", str(int(is_on)))
+
     def set_lost(self, device: int, *, is_lost: bool = True) -> None:
-        """The GPU falls off the bus, or comes back."""
+        """The GPU falls off the bus (XID 79), or comes back. Contexts that were on it stay broken."""
         self._control("lose", str(device), "1" if is_lost else "0")
 
     def set_bandwidth(self, device: int, *, h2d: int, d2h: int, pageable: int) -> None:
@@ -249,6 +311,7 @@ class Host:
             "driver_version": self.driver_version,
             "driver_text": DRIVER_TEXT,
             "is_phantom": int(self.phantom),
+            "is_mps": int(self.mps),
             "is_clean": int(self.clean or os.environ.get("SOFTGPU_CLEAN") == "1"),
             "name": profile.name if self.name is None else self.name,
             "compute_major": profile.compute_major,
@@ -270,6 +333,15 @@ class Host:
             "d2h_bytes_per_s": _either(self.d2h_bytes_per_s, profile.d2h_bytes_per_s),
             "pageable_bytes_per_s": _either(self.pageable_bytes_per_s, profile.pageable_bytes_per_s),
         }
+
+
+def _is_modelled(function: str) -> bool:
+    """Whether one of the two libraries exports a function of that name, in some version.
+
+    Loading a library starts nothing.
+    """
+    library = ctypes.CDLL(str(build() / ("libnvidia-ml.so.1" if function.startswith("nvml") else "libcuda.so.1")))
+    return any(hasattr(library, function + suffix) for suffix in ("", "_v2", "_v3", "_v4"))
 
 
 def _either(override: int | None, default: int) -> int:

@@ -135,7 +135,8 @@ static void break_something(void) {
         host->fault_count += !fault->function[0];
         fault->after = (int32_t)below(random, 50);
         fault->times = 1 + (int32_t)below(random, 3);
-        fault->code = INJECTED_CODE;
+        fault->kind = FAULT_CODE;
+        fault->value = INJECTED_CODE;
         snprintf(fault->function, sizeof fault->function, "%s",
                  breakable[below(random, sizeof breakable / sizeof *breakable)]);
         run.faults++;

@@ -45,16 +45,31 @@ static int code_of(const char *argument) {
     return -1;
 }
 
+static int kind_of(const char *argument) {
+    for (int kind = 0; kind < FAULT_KIND_COUNT; kind++)
+        if (!strcmp(argument, fault_names[kind]))
+            return kind;
+    fprintf(stderr, "softgpu: %s is no kind of fault\n", argument);
+    return -1;
+}
+
 static int run_fault(char **arguments) {
-    int code = code_of(arguments[3]);
-    if (code < 0)
+    int kind = kind_of(arguments[3]);
+    int code = kind == FAULT_CODE ? code_of(arguments[4]) : 0;
+    if (kind < 0 || code < 0)
         return 1;
     for (int i = 0; i < FAULT_MAX; i++) {
         fault_record *fault = &host->faults[i];
-        if (fault->function[0] && fault->times) /* used up: its row is free again */
-            continue;
+        if (fault->function[0] && (fault->times || fault->kind == FAULT_HANG))
+            continue; /* used up: its row is free again, but not while calls hang on it */
         host->fault_count += !fault->function[0];
-        *fault = (fault_record){.after = atoi(arguments[1]), .times = atoi(arguments[2]), .code = code};
+        *fault = (fault_record){.after = atoi(arguments[1]),
+                                .times = atoi(arguments[2]),
+                                .kind = (uint32_t)kind,
+                                .value = kind == FAULT_CODE ? (uint64_t)code : integer(arguments[4]),
+                                .serial = ++host->last_fault_serial};
+        for (uint32_t d = 0; d < host->device_count; d++)
+            fault->used_bytes[d] = host->devices[d].used_bytes;
         snprintf(fault->function, sizeof fault->function, "%s", arguments[0]);
         return 0;
     }
@@ -73,9 +88,42 @@ static int run_xid(char **arguments) {
     device *gpu = device_of(arguments[0]);
     if (!gpu)
         return 1;
-    host->events[host->event_count % EVENT_MAX] =
-        (event_record){.type = 0x8, .data = integer(arguments[1]), .device = (uint32_t)(gpu - host->devices)};
-    __atomic_store_n(&host->event_count, host->event_count + 1, __ATOMIC_RELEASE);
+    xid_raise((int)(gpu - host->devices), integer(arguments[1]));
+    return 0;
+}
+
+/* As xid, but it strikes: a process (0: none is meant), or everybody there. */
+static int run_strike(char **arguments) {
+    device *gpu = device_of(arguments[0]);
+    uint64_t number = integer(arguments[1]);
+    int pid = atoi(arguments[2]), process = process_of_pid(pid);
+    if (!gpu)
+        return 1;
+    if (pid && process < 0) {
+        fprintf(stderr, "softgpu: process %d does not use this host\n", pid);
+        return 1;
+    }
+    if (xid_strike((int)(gpu - host->devices), number, process)) {
+        fprintf(stderr, "softgpu: XID %s has no effect that softgpu knows%s\n", arguments[1],
+                pid ? "" : ", or needs a process: name its pid");
+        return 1;
+    }
+    xid_raise((int)(gpu - host->devices), number);
+    return 0;
+}
+
+static int run_fail(char **arguments) {
+    int process = process_of_pid(atoi(arguments[0]));
+    if (process < 0 || !host->processes[process].is_client) {
+        fprintf(stderr, "softgpu: process %s does not use this host\n", arguments[0]);
+        return 1;
+    }
+    checkpoint_fail(&host->processes[process]);
+    return 0;
+}
+
+static int run_mps(char **arguments) {
+    host->is_mps = integer(arguments[0]) != 0;
     return 0;
 }
 
@@ -83,7 +131,7 @@ static int run_lose(char **arguments) {
     device *gpu = device_of(arguments[0]);
     if (!gpu)
         return 1;
-    gpu->is_lost = integer(arguments[1]) != 0;
+    xid_lose((int)(gpu - host->devices), integer(arguments[1]) != 0);
     return 0;
 }
 
@@ -126,9 +174,12 @@ static int run_check(char **arguments) { return host_check(print_finding, intege
 
 static const command commands[] = {
     {"check", 1, "0|1", run_check},
-    {"fault", 4, "FUNCTION AFTER TIMES CODE", run_fault},
+    {"fault", 5, "FUNCTION AFTER TIMES KIND VALUE", run_fault},
     {"clear-faults", 0, "", run_clear_faults},
     {"xid", 2, "DEVICE NUMBER", run_xid},
+    {"strike", 3, "DEVICE NUMBER PID", run_strike},
+    {"fail", 1, "PID", run_fail},
+    {"mps", 1, "0|1", run_mps},
     {"lose", 2, "DEVICE 0|1", run_lose},
     {"bandwidth", 4, "DEVICE H2D D2H PAGEABLE", run_bandwidth},
     {"utilization", 3, "DEVICE GPU_PERCENT MEMORY_PERCENT", run_utilization},

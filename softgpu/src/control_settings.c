@@ -27,7 +27,7 @@ typedef struct {
 
 static const field host_fields[] = {
     HOST_FIELD(device_count, NUMBER32), HOST_FIELD(driver_version, NUMBER32), HOST_FIELD(driver_text, TEXT),
-    HOST_FIELD(is_phantom, NUMBER32),   HOST_FIELD(is_clean, NUMBER32),
+    HOST_FIELD(is_phantom, NUMBER32),   HOST_FIELD(is_clean, NUMBER32),       HOST_FIELD(is_mps, NUMBER32),
 };
 
 static const field device_fields[] = {

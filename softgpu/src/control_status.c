@@ -35,6 +35,8 @@ static void processes_of(int index) {
         printf(", \"group\": ");
         text(process->group_name);
         printf(", ");
+        printf("\"is_evicted\": %s, ", mps_has_ended(process) ? "true" : "false");
+        number("poison_code", process->poison[process_ordinal(process, index)]);
         printf("\"state\": \"%s\", ", state_names[checkpoint_state(process)]);
         number("context_bytes", process->context_bytes[process_ordinal(process, index)]);
         number("away_bytes", own_bytes - used_bytes);
@@ -60,6 +62,7 @@ static void one_device(int index) {
     number("pageable_bytes_per_s", gpu->pageable_bytes_per_s);
     number("h2d_moved_bytes", gpu->engines[HOST_TO_DEVICE].moved_bytes);
     number("d2h_moved_bytes", gpu->engines[DEVICE_TO_HOST].moved_bytes);
+    number("eviction_count", gpu->eviction_count);
     number("utilization_gpu_percent", gpu->utilization_gpu_percent);
     printf("\"is_lost\": %s, ", gpu->is_lost ? "true" : "false");
     processes_of(index);
@@ -105,7 +108,8 @@ static void all_faults(void) {
             continue;
         printf("%s{\"function\": ", separator);
         text(fault->function);
-        printf(", \"after\": %d, \"times\": %d, \"code\": %d}", fault->after, fault->times, fault->code);
+        printf(", \"after\": %d, \"times\": %d, \"kind\": \"%s\", \"value\": %llu}", fault->after,
+               fault->times, fault_names[fault->kind], (unsigned long long)fault->value);
         separator = ", ";
     }
     printf("]");
@@ -125,6 +129,7 @@ void control_status(void) {
     text(host_directory());
     printf(", \"driver_version\": %u, ", host->driver_version);
     printf("\"is_phantom\": %s, ", host->is_phantom ? "true" : "false");
+    printf("\"is_mps\": %s, ", host->is_mps ? "true" : "false");
     printf("\"is_clean\": %s, ", host->is_clean ? "true" : "false");
     number("recovery_count", host->recovery_count);
     printf("\"chunk_count\": %u, \"devices\": [", live_chunks());

@@ -147,8 +147,7 @@ static CUresult begin_checkpoint(int pid, target *aimed) {
     if (checkpoint_state(aimed->process) != STATE_LOCKED || aimed->process->checkpointer != NOBODY)
         return CUDA_ERROR_ILLEGAL_STATE;
     if (uses_lost_device(aimed->process, current_map(aimed->process))) {
-        checkpoint_reach(aimed->process, STATE_FAILED, 0);
-        checkpoint_release(aimed->process);
+        checkpoint_fail(aimed->process);
         return CUDA_ERROR_UNKNOWN;
     }
     if (checkpoint_is_shared(aimed->index))

@@ -96,6 +96,8 @@ static uint64_t book_piece(const place *target, const place *source, uint64_t by
 
 static CUresult copy_piece(uint64_t to, uint64_t from, uint64_t *bytes, int moves_bytes, uint64_t *end_ns) {
     place target, source;
+    if (mps_has_ended(driver_process()))
+        return CUDA_ERROR_MPS_CLIENT_TERMINATED;
     CUresult result = find_place(from, CU_MEM_ACCESS_READ, bytes, &source);
     if (result != CUDA_SUCCESS)
         return result;
@@ -129,6 +131,14 @@ CUresult copy_bytes(uint64_t target, uint64_t source, uint64_t bytes) {
             sleep_until(end_ns);
     }
     return CUDA_SUCCESS;
+}
+
+CUresult copy_corrupt(uint64_t target, uint64_t bytes) {
+    char spoilt;
+    uint64_t middle = target + bytes / 2;
+    CUresult result = copy_bytes((uint64_t)&spoilt, middle, 1);
+    spoilt ^= 1;
+    return result == CUDA_SUCCESS ? copy_bytes(middle, (uint64_t)&spoilt, 1) : result;
 }
 
 /* What an asynchronous copy can be refused for at once; and whether it must be synchronous, for pageable

@@ -110,6 +110,7 @@ void handles_close_after_fork(void);
     65536ull /* copies up to this are real even in phantom mode: headers, tokens, canaries */
 CUresult copy_check(uint64_t target, uint64_t source, int *is_pageable);
 CUresult copy_bytes(uint64_t target, uint64_t source, uint64_t bytes);
+CUresult copy_corrupt(uint64_t target, uint64_t bytes); /* flips one bit, as a fault wants it */
 CUresult fill_bytes(uint64_t target, uint32_t value, int width, uint64_t count);
 
 /* cuda_stream.c */
@@ -119,7 +120,7 @@ typedef struct op {
     op_kind kind;
     uint64_t target, source, bytes;
     uint32_t value;
-    int width;
+    int width, is_corrupt;
     CUevent event;
     uint64_t sequence;
     CUhostFn function;
@@ -148,6 +149,10 @@ CUresult storage_check(const target *aimed, const uint8_t *device_map);
 
 /* No address space holds more, and sums of two such sizes do not overflow. */
 #define BYTES_MAX (1ull << 56)
+
+/* cuda_mps.c */
+void mps_read_limits(void);
+uint64_t mps_left(int device); /* of this client's own limit; UINT64_MAX without one */
 
 /* cuda_memory.c, cuda_entry.c */
 CUresult allocation_free(region *allocated); /* with the driver lock held */

@@ -62,6 +62,8 @@ static CUresult fill_record(int chunk, int device, uint64_t bytes, int descripto
 
 CUresult handle_create(int device, uint64_t bytes, const CUmemAllocationProp *properties, int *handle) {
     int descriptor = -1;
+    if (bytes > mps_left(device))
+        return CUDA_ERROR_OUT_OF_MEMORY;
     host_lock();
     int chunk = chunk_create(device, bytes, own_process, &descriptor);
     host_unlock();

@@ -58,6 +58,7 @@ static CUresult start(void) {
     driver_process()->is_client = 1;
     host_unlock();
     raise_descriptor_limit();
+    mps_read_limits();
     context_setup();
     pthread_atfork(NULL, NULL, become_forked_child);
     is_ready = 1;
@@ -94,6 +95,12 @@ CUresult driver_condition(void) {
     CUcontext context = context_current();
     if (context && host->devices[driver_device(context->device)].is_lost)
         return CUDA_ERROR_UNKNOWN;
+    uint32_t poison =
+        context ? __atomic_load_n(&driver_process()->poison[context->device], __ATOMIC_ACQUIRE) : 0;
+    if (poison)
+        return (CUresult)poison;
+    if (mps_has_ended(driver_process()))
+        return CUDA_ERROR_MPS_CLIENT_TERMINATED;
     if (checkpoint_state(driver_process()) == STATE_FAILED)
         return CUDA_ERROR_UNKNOWN;
     return (CUresult)__atomic_load_n(&sticky_failure, __ATOMIC_ACQUIRE);

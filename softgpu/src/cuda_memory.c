@@ -34,6 +34,8 @@ CUDA_EXPORT CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
     uint64_t left = total - host->devices[index].used_bytes;
     narrow_to_group(index, &left, &total);
     host_unlock();
+    if (mps_left(context_current()->device) < left)
+        left = mps_left(context_current()->device);
     *free_bytes = left;
     *total_bytes = total;
     return CUDA_SUCCESS;
@@ -238,19 +240,29 @@ CUDA_EXPORT CUresult cuMemHostGetFlags(unsigned *flags, void *address) {
 
 /* ---- copies and fills ---- */
 
-static CUresult copy_now(uint64_t target, uint64_t source, uint64_t bytes) {
-    streams_finish(0); /* as the legacy stream does */
-    return copy_bytes(target, source, bytes);
+static int is_corrupt(const char *function) {
+    fault_record struck;
+    return fault_strikes(function, FAULT_CORRUPT, &struck);
 }
 
-static CUresult copy_later(uint64_t target, uint64_t source, uint64_t bytes, CUstream stream) {
+static CUresult copy_now(const char *function, uint64_t target, uint64_t source, uint64_t bytes) {
+    streams_finish(0); /* as the legacy stream does */
+    CUresult result = copy_bytes(target, source, bytes);
+    return result == CUDA_SUCCESS && bytes && is_corrupt(function) ? copy_corrupt(target, bytes) : result;
+}
+
+static CUresult copy_later(const char *function, uint64_t target, uint64_t source, uint64_t bytes,
+                           CUstream stream) {
     int is_pageable = 0;
     if (!bytes)
         return CUDA_SUCCESS;
     CUresult result = copy_check(target, source, &is_pageable);
     if (result == CUDA_SUCCESS)
-        result =
-            stream_submit(stream, (op){.kind = OP_COPY, .target = target, .source = source, .bytes = bytes});
+        result = stream_submit(stream, (op){.kind = OP_COPY,
+                                            .target = target,
+                                            .source = source,
+                                            .bytes = bytes,
+                                            .is_corrupt = is_corrupt(function)});
     /* The driver must read pageable memory before it returns, so such a copy is asynchronous in name only. */
     return result == CUDA_SUCCESS && is_pageable ? stream_finish(stream) : result;
 }
@@ -258,12 +270,12 @@ static CUresult copy_later(uint64_t target, uint64_t source, uint64_t bytes, CUs
 #define COPY(function, target_type, source_type)                                          \
     CUDA_EXPORT CUresult function(target_type target, source_type source, size_t bytes) { \
         ENTER_WITH_CONTEXT();                                                             \
-        return copy_now((uint64_t)target, (uint64_t)source, bytes);                       \
+        return copy_now(__func__, (uint64_t)target, (uint64_t)source, bytes);             \
     }
 #define COPY_ASYNC(function, target_type, source_type)                                                     \
     CUDA_EXPORT CUresult function(target_type target, source_type source, size_t bytes, CUstream stream) { \
         ENTER_WITH_CONTEXT();                                                                              \
-        return copy_later((uint64_t)target, (uint64_t)source, bytes, stream);                              \
+        return copy_later(__func__, (uint64_t)target, (uint64_t)source, bytes, stream);                    \
     }
 #define FILL(function, type)                                                                                 \
     CUDA_EXPORT CUresult function##_v2(CUdeviceptr target, type value, size_t count) {                       \

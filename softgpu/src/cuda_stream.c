@@ -27,7 +27,11 @@ static CUstream defaults[DEVICE_MAX];
 
 static void run(const op *running) {
     switch (running->kind) {
-    case OP_COPY: driver_fail(copy_bytes(running->target, running->source, running->bytes)); break;
+    case OP_COPY:
+        driver_fail(copy_bytes(running->target, running->source, running->bytes));
+        if (running->is_corrupt)
+            driver_fail(copy_corrupt(running->target, running->bytes));
+        break;
     case OP_FILL:
         driver_fail(fill_bytes(running->target, running->value, running->width, running->bytes));
         break;

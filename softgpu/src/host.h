@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOST_MAGIC 0x3355504754464f53ull /* raise the digit when the layout of host_state changes */
+#define HOST_MAGIC 0x3455504754464f53ull /* raise the digit when the layout of host_state changes */
 
 enum {
     DEVICE_MAX = 16,
@@ -81,6 +81,7 @@ typedef struct {
     uint64_t total_bytes;    /* as NVML reports it */
     uint64_t reserved_bytes; /* the driver's own part; total less this is what CUDA shows */
     uint64_t context_bytes;  /* what the first context of each process takes */
+    uint64_t eviction_count; /* clients that the MPS server ended for the sake of others */
     uint64_t used_bytes;     /* all live chunks and contexts; with reserved_bytes never above total_bytes */
     uint64_t pageable_bytes_per_s;
     copy_engine engines[DIRECTION_COUNT];
@@ -103,6 +104,7 @@ enum {
     PLACEMENT_AWAY = 0x100,   /* its memory is not on any device, and counts nowhere */
     PLACEMENT_MAP = 0x200,    /* which of its two device maps holds */
     PLACEMENT_STORED = 0x400, /* its content went to custom storage, and must come back from there */
+    PLACEMENT_ENDED = 0x800,  /* the MPS server ended it as a client; its memory is gone */
 };
 
 #define NOBODY (-1)
@@ -120,6 +122,7 @@ typedef struct {
     uint64_t serial;                      /* of the process: rows are used again */
     uint64_t group_keys[GROUP_DEPTH_MAX]; /* the groups it belongs to, leaf first; 0 ends the list */
     uint64_t context_bytes[DEVICE_MAX];
+    uint32_t poison[DEVICE_MAX]; /* what every call in a context there returns from now on; a CUresult */
     uint64_t charged_bytes[DEVICE_MAX]; /* the chunks it created and that still exist */
     uint8_t device_maps[2][DEVICE_MAX]; /* ordinal to device */
     char command[16];
@@ -151,11 +154,27 @@ typedef struct {
     uint32_t device;
 } event_record;
 
+/* What a faulty call does. Order and names are those of fault_names in host_fault.c. */
+typedef enum {
+    FAULT_CODE,    /* returns `value` and does nothing */
+    FAULT_DELAY,   /* takes `value` nanoseconds longer */
+    FAULT_HANG,    /* does not go on until the fault is cleared */
+    FAULT_CORRUPT, /* copies, and one bit arrives flipped */
+    FAULT_LIE,     /* a set limit is not set, a read one reads as none, used memory is halved */
+    FAULT_STALE,   /* answers as it would have when the fault was set */
+    FAULT_EMPTY,   /* succeeds with nothing in the answer */
+    FAULT_UNKNOWN, /* lists processes without their bytes */
+    FAULT_KIND_COUNT,
+} fault_kind;
+
 typedef struct {
     char function[64]; /* without a version suffix: cuMemCreate, nvmlDeviceGetMemoryInfo */
     int32_t after;     /* so many calls succeed first */
     int32_t times;     /* then so many fail; below zero: all */
-    int32_t code;
+    uint32_t kind;
+    uint64_t value;
+    uint64_t serial;
+    uint64_t used_bytes[DEVICE_MAX]; /* when it was set, for FAULT_STALE */
 } fault_record;
 
 typedef struct {
@@ -164,10 +183,11 @@ typedef struct {
     pthread_mutex_t mutex;
     uint32_t device_count, driver_version;
     uint32_t is_phantom; /* big copies take their time and move no bytes */
+    uint32_t is_mps;     /* all clients go through one MPS server; see host_mps.c */
     uint32_t is_clean;   /* new memory reads as zero instead of as another's leavings */
     uint32_t fault_count, detached_count;
     uint64_t recovery_count; /* how often somebody died inside the lock */
-    uint64_t last_chunk_id, last_serial, event_count;
+    uint64_t last_chunk_id, last_serial, last_fault_serial, event_count;
     uint32_t group_end;    /* no used group row at or above this index */
     uint32_t cgroup_count; /* limits set on cgroups; while 0, processes need not look up their own */
     uint32_t chunk_end;    /* no used chunk at or above this index */
@@ -216,8 +236,10 @@ void checkpoint_reach(process_record *process, process_state reached, int is_sto
 void checkpoint_release(process_record *process);                          /* the step is over */
 int checkpoint_admits(process_record *process, const uint8_t *device_map); /* is there room for its return? */
 void checkpoint_bring_back(process_record *process, const uint8_t *device_map, int by);
-void checkpoint_settle(process_record *process); /* whoever was in the midst of a step with it is gone */
-int checkpoint_is_shared(int process_index);     /* does it share memory with others? */
+void checkpoint_fail(process_record *process);       /* the driver gives it up: STATE_FAILED */
+void checkpoint_settle(process_record *process);     /* whoever was in the midst of a step with it is gone */
+void checkpoint_end_client(process_record *process); /* for good: its memory counts nowhere any more */
+int checkpoint_is_shared(int process_index);         /* does it share memory with others? */
 
 /* host_chunk.c (with the lock held) */
 int chunk_create(int ordinal, uint64_t bytes, int owner, int *descriptor); /* row, or a chunk_failure */
@@ -231,6 +253,7 @@ int chunk_is_held_by(const chunk_record *chunk, int first_holder, int end_holder
 int chunk_of_descriptor(int descriptor); /* row, or -1 when it is not a live chunk of this host */
 void chunk_let_go(int index, int owner); /* the caller has closed its descriptors of it */
 void chunk_settle(int index);            /* frees it when nobody holds it, else leaves it to its holders */
+int chunk_fits(int device_index, uint64_t bytes);
 int chunk_reserve(int device_index, process_record *process,
                   uint64_t bytes); /* 1: so much may be taken now */
 
@@ -243,6 +266,7 @@ int group_admits(const process_record *process, int device_index, uint64_t bytes
 uint64_t group_used(uint64_t key, int device_index);
 void group_recount(void);
 group_record *group_find(uint64_t key);
+group_record *group_nearest(const process_record *process, int device_index); /* that limits it; NULL: none */
 int group_set(uint64_t key, const char *name, int device_index, uint64_t soft_bytes, uint64_t hard_bytes);
 
 /* host_cost.c */
@@ -259,7 +283,18 @@ typedef void (*check_report)(const char *text);
 int host_check(check_report report, int is_quiet); /* how many rules do not hold; each is told in a sentence */
 
 /* host_fault.c (takes the lock itself) */
+extern const char *const fault_names[FAULT_KIND_COUNT];
 int fault_code(const char *function); /* what this call must return instead of doing its work; 0: nothing */
+int fault_strikes(const char *function, fault_kind kind, fault_record *struck); /* for kinds that change it */
+
+/* host_mps.c (with the lock held) */
+int mps_make_room(process_record *process, int device_index, uint64_t bytes); /* 1: now there is room */
+int mps_has_ended(const process_record *process);
+
+/* host_xid.c (with the lock held) */
+void xid_raise(int device_index, uint64_t number);
+void xid_lose(int device_index, int is_lost);
+int xid_strike(int device_index, uint64_t number, int process); /* what it does to contexts; -1: nothing */
 
 uint64_t round_up(uint64_t value, uint64_t multiple);
 

@@ -132,7 +132,9 @@ static void check_process(int p) {
     int by = process->checkpointer, seen[DEVICE_MAX] = {0};
     if (by != NOBODY && !is_owner(by))
         found("process %d: its checkpointer %d is no process", p, by);
-    if (state > STATE_RESTORING || process_is_away(process) != (state == STATE_CHECKPOINTED))
+    int must_be_away = state == STATE_CHECKPOINTED || mps_has_ended(process);
+    int may_be_away = must_be_away || state == STATE_FAILED;
+    if (state > STATE_RESTORING || process_is_away(process) < must_be_away || process_is_away(process) > may_be_away)
         found("process %d: the placement %x cannot be", p, process->placement);
     uint32_t is_shut = state != STATE_FAILED && (state != STATE_RUNNING || by != NOBODY);
     if (process->gate != is_shut)

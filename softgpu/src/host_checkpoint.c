@@ -27,7 +27,7 @@ static uint32_t with_state(const process_record *process, process_state state) {
 }
 
 int checkpoint_begin(process_record *process, process_state from, process_state to, int by) {
-    if (checkpoint_state(process) != from || process->checkpointer != NOBODY)
+    if (checkpoint_state(process) != from || process->checkpointer != NOBODY || mps_has_ended(process))
         return -1;
     process->checkpointer = by;
     place(process, with_state(process, to));
@@ -65,6 +65,12 @@ void checkpoint_bring_back(process_record *process, const uint8_t *device_map, i
     gate_set(process);
 }
 
+/* Whatever state it is in: on its devices or away, there it stays. */
+void checkpoint_fail(process_record *process) {
+    place(process, with_state(process, STATE_FAILED));
+    checkpoint_release(process);
+}
+
 void checkpoint_settle(process_record *process) {
     uint32_t kept = process->placement & (PLACEMENT_MAP | PLACEMENT_STORED);
     process_state state = checkpoint_state(process);
@@ -74,6 +80,22 @@ void checkpoint_settle(process_record *process) {
         place(process, (kept ^ PLACEMENT_MAP) | PLACEMENT_AWAY | STATE_CHECKPOINTED);
     process->checkpointer = NOBODY;
     gate_set(process);
+}
+
+void checkpoint_end_client(process_record *process) {
+    int index = (int)(process - host->processes);
+    for (uint32_t i = 0; i < host->chunk_end; i++) { /* what others have too is theirs from now on */
+        chunk_record *chunk = &host->chunks[i];
+        if (chunk->is_used && chunk->owner == index && chunk->was_shared &&
+            (chunk_is_held_by(chunk, 0, index) ||
+             chunk_is_held_by(chunk, index + 1, HOLDER_DESCRIPTOR + 1))) {
+            process->charged_bytes[chunk->ordinal] -= chunk->bytes;
+            chunk_disown(chunk);
+            host->detached_count += !chunk->is_detached;
+            chunk->is_detached = 1;
+        }
+    }
+    place(process, process->placement | PLACEMENT_AWAY | PLACEMENT_ENDED);
 }
 
 /* Memory that it gave to others (or a descriptor of it that is still about), or that it has from others. */

@@ -25,7 +25,7 @@ static void chunk_path(char *path, size_t size, uint64_t id) {
     host_path(path, size, name);
 }
 
-static int fits(int device_index, uint64_t bytes) {
+int chunk_fits(int device_index, uint64_t bytes) {
     const device *gpu = &host->devices[device_index];
     uint64_t taken_bytes = gpu->used_bytes + gpu->reserved_bytes;
     return taken_bytes <= gpu->total_bytes && bytes <= gpu->total_bytes - taken_bytes;
@@ -56,10 +56,10 @@ int chunk_reserve(int device_index, process_record *process, uint64_t bytes) {
         if (!group_admits(process, device_index, bytes))
             return 0;
     }
-    if (fits(device_index, bytes))
+    if (chunk_fits(device_index, bytes))
         return 1;
     host_reap();
-    return fits(device_index, bytes);
+    return chunk_fits(device_index, bytes) || mps_make_room(process, device_index, bytes);
 }
 
 static int free_row(void) {

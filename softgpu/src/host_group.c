@@ -100,6 +100,15 @@ group_record *group_find(uint64_t key) {
     return NULL;
 }
 
+group_record *group_nearest(const process_record *process, int device_index) {
+    for (int i = 0; i < GROUP_DEPTH_MAX && process->group_keys[i]; i++) {
+        group_record *group = group_find(process->group_keys[i]);
+        if (group && (group->soft_bytes[device_index] || group->hard_bytes[device_index] != NO_LIMIT))
+            return group;
+    }
+    return NULL;
+}
+
 int group_admits(const process_record *process, int device_index, uint64_t bytes) {
     for (int i = 0; i < GROUP_DEPTH_MAX && process->group_keys[i]; i++) {
         const group_record *group = group_find(process->group_keys[i]);

@@ -115,12 +115,19 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetMigMode(nvmlDevice gpu, unsigned *current, u
 
 /* ---- memory ---- */
 
-static nvmlMemoryV2 memory_now(const device *gpu) {
+static nvmlMemoryV2 memory_now(const char *function, device *gpu) {
     nvmlMemoryV2 memory = {.total = gpu->total_bytes, .reserved = gpu->reserved_bytes};
+    fault_record struck;
+    if (fault_strikes(function, FAULT_EMPTY, &struck))
+        return (nvmlMemoryV2){0};
     host_lock();
     host_reap();
     memory.used = gpu->used_bytes;
     host_unlock();
+    if (fault_strikes(function, FAULT_STALE, &struck))
+        memory.used = struck.used_bytes[nvml_index(gpu)];
+    if (fault_strikes(function, FAULT_LIE, &struck))
+        memory.used /= 2;
     memory.free = memory.total - memory.reserved - memory.used;
     return memory;
 }
@@ -128,7 +135,7 @@ static nvmlMemoryV2 memory_now(const device *gpu) {
 /* The first version counts the reserved part as used. */
 NVML_EXPORT nvmlReturn nvmlDeviceGetMemoryInfo(nvmlDevice gpu, nvmlMemory *memory) {
     NVML_ENTER_DEVICE(gpu);
-    nvmlMemoryV2 now = memory_now(gpu);
+    nvmlMemoryV2 now = memory_now(__func__, gpu);
     *memory = (nvmlMemory){.total = now.total, .free = now.free, .used = now.used + now.reserved};
     return NVML_SUCCESS;
 }
@@ -138,7 +145,7 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetMemoryInfo_v2(nvmlDevice gpu, nvmlMemoryV2 *
     unsigned version = memory->version;
     if (version != (sizeof *memory | 2u << 24))
         return NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
-    *memory = memory_now(gpu);
+    *memory = memory_now(__func__, gpu);
     memory->version = version;
     return NVML_SUCCESS;
 }

@@ -27,6 +27,9 @@ NVML_EXPORT nvmlReturn nvmlDeviceSetMemoryLimits_v1(nvmlDevice gpu, const nvmlSe
         return checked;
     if (is_path(limits->nameSpace) && geteuid())
         return NVML_ERROR_NO_PERMISSION; /* as the driver; a declared name is ours alone, and anyone's */
+    fault_record struck;
+    if (fault_strikes(__func__, FAULT_LIE, &struck))
+        return NVML_SUCCESS;
     host_lock();
     int failed = group_set(key_of(limits->nameSpace), limits->nameSpace, nvml_index(gpu), limits->softLimit,
                            limits->hardLimit);
@@ -50,5 +53,10 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetMemoryLimits_v1(nvmlDevice gpu, nvmlGetMemor
     limits->hardLimit = group ? group->hard_bytes[index] : NO_LIMIT;
     limits->currentUsed = group_used(key, index);
     host_unlock();
+    fault_record struck;
+    if (fault_strikes(__func__, FAULT_LIE, &struck)) {
+        limits->softLimit = 0;
+        limits->hardLimit = NO_LIMIT;
+    }
     return NVML_SUCCESS;
 }

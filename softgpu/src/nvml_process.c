@@ -1,6 +1,8 @@
 /* Who uses a device, and how much of it. */
 #include "nvml.h"
 
+#define NOT_AVAILABLE (~0ull) /* NVML_VALUE_NOT_AVAILABLE */
+
 /* The bytes of a process are its contexts and the chunks it created, shared or not. */
 static unsigned list_processes(int index, nvmlProcessInfo *list, unsigned room) {
     unsigned count = 0;
@@ -27,6 +29,12 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice gpu, u
     host_reap();
     *count = list_processes(nvml_index(gpu), list, room);
     host_unlock();
+    fault_record struck;
+    if (fault_strikes(__func__, FAULT_EMPTY, &struck))
+        *count = 0;
+    if (room && fault_strikes(__func__, FAULT_UNKNOWN, &struck))
+        for (unsigned i = 0; i < *count && i < room; i++)
+            list[i].usedGpuMemory = NOT_AVAILABLE;
     return *count > room ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
 }
 

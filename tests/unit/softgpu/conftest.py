@@ -24,5 +24,7 @@ def machine() -> Iterator[MakeMachine]:
         return made[-1]
 
     yield make
+    findings = [finding for one in made for finding in one.findings()]
     for one in made:
         one.close()
+    assert not findings, "the test left a shared state that is not true"

@@ -62,6 +62,7 @@ class Machine:
 
     def __init__(self, host: softgpu.Host) -> None:
         self.host = host.create()
+        self.is_damaged = False  # on purpose, so that its state is not checked at the end
         self._children: list[Child] = []
 
     def environment(self, group: str | None = None) -> dict[str, str]:
@@ -82,6 +83,11 @@ class Machine:
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
         return json.loads(finished.stdout.splitlines()[-1]) if finished.stdout else None
+
+    def findings(self) -> list[str]:
+        """What is wrong with its shared state, unless the test damaged or removed it."""
+        is_there = (self.host.state_dir / "state").exists()
+        return self.host.check() if is_there and not self.is_damaged else []
 
     def used_bytes(self, index: int = 0) -> int:
         return self.host.status()["devices"][index]["used_bytes"]

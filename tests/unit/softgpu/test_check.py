@@ -17,6 +17,7 @@ say('up'); wait()"""
 
 
 def planter(one: Machine, *arguments: str) -> str:
+    one.is_damaged = True
     environment = {**os.environ, "SOFTGPU_DIR": str(one.host.state_dir)}
     finished = subprocess.run(
         [str(build_fuzzer()), *arguments], env=environment, capture_output=True, text=True, check=True, timeout=30

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -133,8 +134,10 @@ def test_the_command_line_shows_and_switches(machine: MakeMachine) -> None:
     child.hear()
 
     steps = [
-        ("limit", "team-a", "0", "64MiB", "128MiB"),
-        ("fault", "cuMemCreate", "0", "1", "CUDA_ERROR_OUT_OF_MEMORY"),
+        ("limit", "team-a", "0", "--soft", "64MiB", "--hard", "128MiB"),
+        ("fault", "cuMemCreate", "--code", "CUDA_ERROR_OUT_OF_MEMORY"),
+        ("fault", "cuMemAlloc", "--after", "3", "--times", "-1", "--delay", "250ms"),
+        ("mps", "on"),
         ("bandwidth", "1", "53GB", "26.5GB"),
         ("lose", "1"),
         ("xid", "0", "79"),
@@ -147,8 +150,42 @@ def test_the_command_line_shows_and_switches(machine: MakeMachine) -> None:
     assert status["groups"][0]["limits"][0]["hard_bytes"] == 128 * MiB
     assert status["devices"][1]["d2h_bytes_per_s"] == 26_500_000_000
     assert status["devices"][1]["is_lost"] is True
-    assert f"pid {child.pid}" in text
-    assert "group team-a" in text
+    assert re.search(rf"{child.pid} +python.* team-a +0.10 GiB +running", text)
+    assert re.search(r"cuMemAlloc +3 +always +250 ms longer", text)
+    assert re.search(r"team-a +0 +0.06 GiB +0.12 GiB +0.10 GiB +above soft", text)
+    assert "LOST" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("limit", "a", "0", "--soft", "2GiB", "--hard", "1GiB"), "the soft limit (2.00 GiB) is above the hard one"),
+        (("limit", "a", "7"), "no device 7 (there are 1)"),
+        (("limit", "/no/such", "0"), "cannot set a limit on /no/such"),
+        (("bandwidth", "0", "fast", "1GB"), "'fast' is no size"),
+        (("fault", "cuMemCreate", "--delay", "soon"), "'soon' is no duration"),
+        (("fault", "cuModuleLoad"), "softgpu does not model cuModuleLoad"),
+        (("fault", "cuMemCreate", "--corrupt"), "a fault of the kind corrupt can be set for cuMemcpy"),
+        (("fault",), "name the function"),
+        (("fail", "1"), "process 1 does not use this host"),
+        (("xid", "0", "31", "--strike"), "needs a process: name its pid"),
+        (("xid", "0", "31", "--pid", "1"), "process 1 does not use this host"),
+        (("lose", "3"), "no device 3"),
+        (("dance",), "invalid choice"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(machine: MakeMachine, arguments: tuple[str, ...], sentence: str) -> None:
+    answered = command_line(machine(), *arguments)
+
+    assert answered.returncode in (1, 2)
+    assert sentence in answered.stderr
+    assert len(answered.stderr.splitlines()) == 1
+
+
+def test_a_switch_answers_with_the_status_as_json(machine: MakeMachine) -> None:
+    answered = command_line(machine(), "lose", "0", "--json")
+
+    assert json.loads(answered.stdout)["devices"][0]["is_lost"] is True
 
 
 def test_the_command_line_tells_that_there_is_no_host(machine: MakeMachine) -> None:
