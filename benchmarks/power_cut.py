@@ -57,6 +57,7 @@ class Outcome:
     writer_lives: int = 0
     acknowledged_count: int = 0
     unacknowledged_kept_count: int = 0
+    torn_batch_count: int = 0
     sync_count: int = 0
     problems: list[str] = field(default_factory=list)
     restart_s: list[float] = field(default_factory=list)
@@ -154,6 +155,8 @@ class Installation:
         writer = await stack.enter_async_context(living(account, bus, instance, seed=seed, journal=journal))
         self._outcome.problems += account.problems(writer.found)
         self._outcome.writer_lives += 1
+        self._outcome.torn_batch_count += len(account.torn_batches(writer.found))
+        account.batches.clear()
         held = set(account.acknowledged)
         kept = [entry_id for entry_id in writer.found.ids if entry_id not in held]
         self._outcome.unacknowledged_kept_count += len(kept)
@@ -215,6 +218,7 @@ def report(outcome: Outcome, careless: Outcome) -> Report:
         "stream_lost_count": outcome.stream_lost_count,
         "other_problem_count": len(outcome.problems) - outcome.lost_count - outcome.stream_lost_count,
         "unacknowledged_kept_count": outcome.unacknowledged_kept_count,
+        "torn_batch_count": outcome.torn_batch_count,
         "sync_count": outcome.sync_count,
         **quantiles("restart_s", outcome.restart_s, (50, 100)),
         "control_acknowledged_count": careless.acknowledged_count,
