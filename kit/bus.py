@@ -110,6 +110,10 @@ class AppendRefused(BusError):
     """The stream will not take it (full, too large, forbidden); the text says why. Sending it again would not help."""
 
 
+class AppendFull(AppendRefused):
+    """There is no room for it; the text says what is full and what to do. It will be taken once there is."""
+
+
 class HistoryGone(BusError):
     """The cursor is outside the stream, or the stream is another one of the same name: not ready until reseeded."""
 

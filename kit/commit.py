@@ -1,5 +1,6 @@
 """Two ways to commit what was decided: straight into the stream, or into a local journal that is uploaded in order."""
 
+import errno
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
@@ -7,14 +8,16 @@ import anyio
 from anyio.abc import TaskGroup
 
 from kit.bus import Bus, Entry
-from kit.history import append_surely
+from kit.history import FULL_RETRY_S, append_surely
 from kit.journal import Journal
 from kit.processor import Batch, Processor
+from kit.status import Hold, told_to_nobody
 from kit.steps import Step
 
 UPLOAD_ENTRIES_MAX: Final = 256
 TRIM_AFTER_COUNT: Final = 2000
 """Uploaded entries kept in the journal before it is rewritten."""
+FULL_DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Committer(Protocol):
@@ -45,9 +48,10 @@ class Committer(Protocol):
 class DirectCommitter:
     """Cluster-wide services: nothing is durable before the stream holds it."""
 
-    def __init__(self, bus: Bus, processor: Processor[Any]) -> None:
+    def __init__(self, bus: Bus, processor: Processor[Any], *, hold: Hold = told_to_nobody) -> None:
         self._bus = bus
         self._processor = processor
+        self._hold = hold
 
     async def start(self, tg: TaskGroup) -> None:
         return None
@@ -61,7 +65,9 @@ class DirectCommitter:
 
     async def commit_durably(self, batch: Batch) -> int:
         processor = self._processor
-        last_seq = await append_surely(self._bus, processor.prefix, batch.entries, last_seq=processor.last_seq)
+        last_seq = await append_surely(
+            self._bus, processor.prefix, batch.entries, last_seq=processor.last_seq, hold=self._hold
+        )
         processor.committed(batch, last_seq=last_seq)
         return last_seq
 
@@ -83,11 +89,13 @@ class JournaledCommitter:
         journal: Journal,
         *,
         passed: Callable[[Step, object], Awaitable[None]],
+        hold: Hold = told_to_nobody,
     ) -> None:
         self._bus = bus
         self._processor = processor
         self._journal = journal
         self._passed = passed
+        self._hold = hold
         self._waiting: list[Entry] = []
         self._uploaded: list[str] = []
         self._arrived = anyio.Event()
@@ -104,14 +112,13 @@ class JournaledCommitter:
             if self._processor.replay_own(entry, seq=self._processor.last_seq):
                 self._queue([entry])
         await self._passed(Step.JOURNAL_FOLDED, surplus)
-        await anyio.to_thread.run_sync(
-            self._journal.trim, [entry.id for entry in self._journal.entries if entry not in self._waiting]
-        )
+        waiting = {entry.id for entry in self._waiting}
+        await self._trim([entry.id for entry in self._journal.entries if entry.id not in waiting])
         await self._passed(Step.JOURNAL_TRIMMED, None)
 
     async def commit(self, batch: Batch) -> None:
         if batch.entries:
-            await anyio.to_thread.run_sync(self._journal.write, batch.entries)
+            await self._write(batch.entries)
             await self._passed(Step.JOURNALED, batch)
             self._queue(batch.entries)
 
@@ -142,15 +149,36 @@ class JournaledCommitter:
                 continue
             entries = self._waiting[:UPLOAD_ENTRIES_MAX]
             processor = self._processor
-            last_seq = await append_surely(self._bus, processor.prefix, entries, last_seq=processor.last_seq)
+            last_seq = await append_surely(
+                self._bus, processor.prefix, entries, last_seq=processor.last_seq, hold=self._hold
+            )
             await self._passed(Step.UPLOADED, entries)
             processor.last_seq = last_seq
             del self._waiting[: len(entries)]
             self._uploaded.extend(entry.id for entry in entries)
             if not self._waiting and len(self._uploaded) >= TRIM_AFTER_COUNT:
-                await self._trim()
+                await self._trim(self._uploaded)
 
-    async def _trim(self) -> None:
-        """Rewrite the journal without what the stream holds; nothing may be written meanwhile, so only when idle."""
-        uploaded, self._uploaded = self._uploaded, []
-        self._journal.trim(uploaded)
+    async def _write(self, entries: list[Entry]) -> None:
+        """Returns when they are on the local disk; while that is full it waits, and nothing that follows may begin."""
+        try:
+            while True:
+                try:
+                    return await anyio.to_thread.run_sync(self._journal.write, entries)
+                except OSError as error:
+                    if error.errno not in FULL_DISK_ERRORS:
+                        raise
+                    self._hold("journal", f"the disk of {self._journal.path} is full: free some space on it")
+                await anyio.sleep(FULL_RETRY_S)
+        finally:
+            self._hold("journal", "")
+
+    async def _trim(self, uploaded_ids: list[str]) -> None:
+        """Rewrite the journal without what the stream holds. A full disk only puts it off."""
+        try:
+            await anyio.to_thread.run_sync(self._journal.trim, list(uploaded_ids))
+        except OSError as error:
+            if error.errno not in FULL_DISK_ERRORS:
+                raise
+        else:
+            self._uploaded = []

@@ -29,7 +29,7 @@ class Journal:
     """Entries in the order in which they were decided. Blocking; call from a worker thread."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._encoder = msgspec.json.Encoder()
         self._lock = threading.Lock()  # A trim swaps the file that a write in another thread appends to.
         _make_folder(path.parent)
@@ -62,13 +62,17 @@ class Journal:
         gone = set(uploaded_ids)
         with self._lock:
             kept = [entry for entry in self._entries if entry.id not in gone]
-            replacement = self._path.with_suffix(".new")
-            with replacement.open("wb") as file:
-                if kept:
-                    file.write(self._record(kept))
-                file.flush()
-                os.fsync(file.fileno())
-            replacement.replace(self._path)
+            replacement = self.path.with_suffix(".new")
+            try:
+                with replacement.open("wb") as file:
+                    if kept:
+                        file.write(self._record(kept))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                replacement.unlink(missing_ok=True)
+                raise
+            replacement.replace(self.path)
             self._file.close()
             self._open()
             self._entries = kept
@@ -78,18 +82,18 @@ class Journal:
 
     def _open(self) -> None:
         """Nothing is written before the name is durable too: a cut would bring back the file that had it before."""
-        self._file = self._path.open("ab", buffering=0)
-        _sync_folder(self._path.parent)
-        self._size_bytes = self._path.stat().st_size
+        self._file = self.path.open("ab", buffering=0)
+        _sync_folder(self.path.parent)
+        self._size_bytes = self.path.stat().st_size
 
     def _record(self, entries: Sequence[Entry]) -> bytes:
         body = self._encoder.encode(list(entries))
         return len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body
 
     def _recover(self) -> list[Entry]:
-        if not self._path.exists():
+        if not self.path.exists():
             return []
-        raw = self._path.read_bytes()
+        raw = self.path.read_bytes()
         decoder = msgspec.json.Decoder(list[Entry])
         entries: list[Entry] = []
         offset = 0
@@ -106,10 +110,10 @@ class Journal:
         while (start := raw.find(b"[", start + 1)) != -1:
             if start - _HEADER_BYTES > offset and _body_at(raw, start - _HEADER_BYTES) is not None:
                 raise JournalDamaged(
-                    f"{self._path}: the record at byte {offset} is damaged and others follow; "
+                    f"{self.path}: the record at byte {offset} is damaged and others follow; "
                     "move the file away to start anew"
                 )
-        with self._path.open("r+b") as file:
+        with self.path.open("r+b") as file:
             file.truncate(offset)
             os.fsync(file.fileno())
 

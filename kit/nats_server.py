@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol, Self
 from kit.bus import STREAM_SUBJECTS, BusError, Stream
 from kit.nats_access import User
 from kit.nats_lease import LEASE_STREAM, LEASE_SUBJECTS
-from kit.nats_wire import STREAM_NOT_FOUND, ApiError
+from kit.nats_wire import FULL_ERRORS, STREAM_NOT_FOUND, ApiError
 
 VERSION_MIN: Final = (2, 12)
 """The first with atomic batches and the append check by wildcard; distributions carry older ones."""
@@ -112,7 +112,7 @@ class ServerConfig:
     users: Sequence[User] = ()
     """Without users anybody may connect and do anything: for tests."""
     max_file_store_bytes: int = 8 * GiB
-    """Below the disk's room (70 % of it at most): a full disk is otherwise silent, and stays so after it has room."""
+    """See `file_store_limit_bytes`: a full disk is silent for JetStream, and stays so after there is room again."""
     max_memory_store_bytes: int = 256 * MiB
     max_payload_bytes: int = MiB
     server_name: str = ""
@@ -184,6 +184,20 @@ def _authorization_lines(users: Sequence[User]) -> list[str]:
     return [*lines, "  ]", "}"]
 
 
+STORE_FRACTION: Final = 0.5
+"""Beside the facts lie indexes, and in a cluster a log of as much again."""
+STORE_BYTES_MAX: Final = 8 * GiB
+
+
+def file_store_limit_bytes(folder: Path) -> int:
+    """A `max_file_store_bytes` that is reached before the disk of this folder is full.
+
+    Half of what the store may grow into: free room, and what it has already.
+    """
+    used_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return min(STORE_BYTES_MAX, int((shutil.disk_usage(folder).free + used_bytes) * STORE_FRACTION))
+
+
 # ---- streams --------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +238,7 @@ async def ensure_streams(administrator: Administrator, *, replica_count: int = 1
         except ApiError as error:
             if error.error_code != STREAM_NOT_FOUND:
                 raise
-            await administrator.api(f"STREAM.CREATE.{name}", config)
+            await _create(administrator, config)
             continue
         if present.get("persist_mode") == "async":
             raise NatsServerError(
@@ -232,6 +246,19 @@ async def ensure_streams(administrator: Administrator, *, replica_count: int = 1
             )
         if any(present.get(key) != value for key, value in config.items()):
             await administrator.api(f"STREAM.UPDATE.{name}", {**present, **config})
+
+
+async def _create(administrator: Administrator, config: Mapping[str, Any]) -> None:
+    try:
+        await administrator.api(f"STREAM.CREATE.{config['name']}", config)
+    except ApiError as error:
+        if error.error_code not in FULL_ERRORS:
+            raise
+        wanted_bytes = sum(one.get("max_bytes", 0) for one in stream_configs() if one["storage"] == "file")
+        raise NatsServerError(
+            f"the NATS server's store has no room for stream {config['name']}: {error}; "
+            f"its max_file_store must be well above {wanted_bytes // MiB} MiB"
+        ) from error
 
 
 async def ensure_streams_soon(administrator: Administrator, *, replica_count: int = 1, timeout_s: float = 30.0) -> None:

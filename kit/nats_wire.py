@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from kit.bus import AppendConflict, AppendRefused, AppendUnknown, BusError, Entry, Stored
+from kit.bus import AppendConflict, AppendFull, AppendRefused, AppendUnknown, BusError, Entry, Stored
 
 ID_HEADER: Final = "Sublet-Id"
 """Not `Nats-Msg-Id`: with the append check a retry would conflict instead of being a duplicate, and a batch refuses ids
@@ -22,6 +22,7 @@ DEDUPLICATION_HEADER: Final = "Nats-Msg-Id"
 WRONG_LAST_SEQUENCE: Final = 10071
 STREAM_NOT_FOUND: Final = 10059
 NO_MESSAGE_FOUND: Final = 10037
+STORE_FAILED: Final = 10077
 # The server may say something else in a moment: 10164 (R3: another append under the subject is in process), 10176 (part
 # of a batch was lost on the way), 10008 and 10009 (no leader now), 10118 (stream offline), 10074 (could not apply it).
 TRANSIENT_ERRORS: Final = frozenset({10008, 10009, 10074, 10118, 10164, 10176})
@@ -67,6 +68,12 @@ def append_error(error: Mapping[str, Any]) -> BusError:
     answered = ApiError(error)
     if answered.error_code == WRONG_LAST_SEQUENCE:
         return AppendConflict(str(answered))
+    if answered.error_code in FULL_ERRORS:
+        return AppendFull(
+            f"the NATS server's store is full: {answered}; free some space, or raise max_file_store and restart it"
+        )
+    if answered.error_code == STORE_FAILED and "maximum" in str(answered):
+        return AppendFull(f"the stream is as large as it may be: {answered}; raise its limits")
     if answered.is_transient:
         return AppendUnknown(str(answered))
     return AppendRefused(str(answered))

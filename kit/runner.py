@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, Generic, TypeVar
 
 import anyio
@@ -34,6 +34,7 @@ from kit.service import Service
 from kit.shell_settings import ShellSettings
 from kit.snapshot_keeper import SnapshotKeeper
 from kit.snapshot_store import SnapshotStore
+from kit.status import Status
 from kit.steps import AtStep, Step
 from kit.telemetry import Tracer
 from schemas.catalogue import UnknownVersion, UnreadableMessage, decode, encode
@@ -59,24 +60,6 @@ Performer = Callable[[Effect, str], Awaitable[Input | None]]
 
 Failures are results too; an exception is a bug and stops the service.
 """
-
-
-@dataclass(slots=True)
-class Status:
-    """What `/healthz`, `/readyz` and `/metrics` tell about this runner."""
-
-    is_ready: bool = False
-    why_not: str = "reading history"
-    handled_count: int = 0
-    dropped_count: int = 0
-    appended_count: int = 0
-    rebuilt_count: int = 0
-    skipped_count: int = 0
-    refused_order_count: int = 0
-    """Orders of superseded writers, and orders that waited longer than their deadline."""
-    snapshot_count: int = 0
-    replayed_count: int = 0
-    """Messages of history that the newest start read."""
 
 
 class Runner(Generic[S]):
@@ -211,8 +194,8 @@ class Runner(Generic[S]):
 
     def _committer(self, processor: Processor[S]) -> Committer:
         if self._journal is None:
-            return DirectCommitter(self._bus, processor)
-        return JournaledCommitter(self._bus, processor, self._journal, passed=self.passed)
+            return DirectCommitter(self._bus, processor, hold=self.status.hold)
+        return JournaledCommitter(self._bus, processor, self._journal, passed=self.passed, hold=self.status.hold)
 
     async def _become_active(self) -> None:
         while self._needs_lease:

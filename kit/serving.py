@@ -131,8 +131,8 @@ async def health_server(runner: Runner[Any], connection: ConnectionSettings) -> 
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        status = runner.status
-        return web.Response(text="ready\n") if status.is_ready else web.Response(text=status.why_not + "\n", status=503)
+        problem = runner.status.problem
+        return web.Response(text=problem + "\n", status=503) if problem else web.Response(text="ready\n")
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=_metrics(runner), content_type="text/plain")
@@ -172,7 +172,7 @@ def _metrics(runner: Runner[Any]) -> bytes:
     """Plain integers kept by the runner, read when somebody asks."""
     registry = CollectorRegistry()
     for name, value, text in (
-        ("sublet_ready", int(runner.status.is_ready), "1 when the service decides"),
+        ("sublet_ready", int(not runner.status.problem), "1 when the service decides and its facts can be stored"),
         ("sublet_handled_total", runner.status.handled_count, "inputs handled"),
         ("sublet_appended_total", runner.status.appended_count, "facts appended"),
         ("sublet_dropped_total", runner.status.dropped_count, "fleeting inputs dropped because the queue was full"),

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,15 @@ from typing import Final
 from kit.bus import BusError
 from kit.bus_nats import NatsBus
 from kit.nats_access import ADMINISTRATOR, NODE_PREFIX, SEED_SUFFIX, generate_keys, read_seed, user_names, users_of
-from kit.nats_server import NatsServerError, ServerConfig, ensure_streams, find_server_binary
+from kit.nats_server import (
+    NatsServerError,
+    ServerConfig,
+    ensure_streams,
+    file_store_limit_bytes,
+    find_server_binary,
+)
 from kit.nats_wire import ApiError
 from kit.supervisor import ProcessSpec, ReadyCheck, holds
-from schemas.units import GiB
 from services.local.settings import StackSettings
 from services.local.state import StackError, StateFolder
 
@@ -31,9 +35,6 @@ PARTS: Final = (NATS, HOLDER, *RUNNERS, GATEWAY)
 """In the order of their start; they stop in the reverse order."""
 INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "VIRTUAL_ENV", "CC", "LD_LIBRARY_PATH")
 INHERITED_PREFIXES: Final = ("SUBLET_", "OTEL_", "CUDA_", "NVIDIA_")
-# Of the free room on the disk: a full disk is silent for JetStream, and stays so.
-STORE_FRACTION: Final = 0.5
-STORE_BYTES_MAX: Final = 8 * GiB
 DRAIN_S: Final = 2.0
 """Running answers may go on so long after a stop signal: a person waits."""
 ENGINE_GRACE_S: Final = 3.0
@@ -76,7 +77,7 @@ def _nats(plan: Plan) -> ProcessSpec:
         store_directory=folder.nats / "store",
         port=plan.ports[NATS],
         users=users_of(generate_keys(folder.keys, plan.users)),
-        max_file_store_bytes=min(STORE_BYTES_MAX, int(_store_room_bytes(folder.nats) * STORE_FRACTION)),
+        max_file_store_bytes=file_store_limit_bytes(folder.nats),
         server_name=f"sublet-{plan.settings.node}",
     )
     config_path = folder.nats / "nats-server.conf"
@@ -92,12 +93,6 @@ def _nats(plan: Plan) -> ProcessSpec:
         log_path=folder.logs / f"{NATS}.log",
         depends_on_ready=_streams_exist(plan),
     )
-
-
-def _store_room_bytes(folder: Path) -> int:
-    """What the store may grow into: free room, and what it has already."""
-    used_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return shutil.disk_usage(folder).free + used_bytes
 
 
 def _streams_exist(plan: Plan) -> Callable[[], Awaitable[bool]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +18,7 @@ from kit.nats_access import (
     user_names,
     users_of,
 )
-from kit.nats_server import ServerConfig
-from schemas.units import GiB
+from kit.nats_server import ServerConfig, file_store_limit_bytes
 from services.local.access import write_context
 from services.local.state import StateFolder, read_json, write_private
 from services.provision.settings import ProvisionSettings
@@ -31,9 +29,6 @@ NATS_PORT: Final = 4222
 MONITOR_PORT: Final = 8222
 # Root in its container: limits on GPU memory are root's to set.
 ROOT_SERVICES: Final = ("nodeagent",)
-# Of the room on the disk: a full disk is silent for JetStream, and stays so.
-STORE_FRACTION: Final = 0.5
-STORE_BYTES_MAX: Final = 8 * GiB
 
 
 def write_all(settings: ProvisionSettings) -> StateFolder:
@@ -64,7 +59,7 @@ def write_nats(settings: ProvisionSettings, users: list[User]) -> None:
         port=NATS_PORT,
         monitor_port=MONITOR_PORT,
         users=users,
-        max_file_store_bytes=min(STORE_BYTES_MAX, int(_room_bytes(store) * STORE_FRACTION)),
+        max_file_store_bytes=file_store_limit_bytes(store),
         server_name=f"sublet-{settings.node}",
     )
     path = Path(settings.nats_config_dir) / "nats.conf"
@@ -112,12 +107,6 @@ def write_client(settings: ProvisionSettings, folder: StateFolder) -> None:
     write_private(client / "context.json", {**context, "nkey_seed_path": f"{own.name}/{seed}"})
     for path in (client, client / "context.json"):
         _give(path, owner.st_uid, owner.st_gid)
-
-
-def _room_bytes(folder: Path) -> int:
-    """What the store may grow into: free room, and what it has already."""
-    used_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return shutil.disk_usage(folder).free + used_bytes
 
 
 def _token(path: Path) -> str:

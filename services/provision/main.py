@@ -32,7 +32,7 @@ async def make_streams(settings: ProvisionSettings) -> None:
     """As the administrator; changes what differs."""
     seed = (Path(settings.secrets_dir) / ADMINISTRATOR / SEED_FILE).read_text(encoding="ascii").strip()
     async with NatsBus(settings.nats_url, seed, ADMINISTRATOR) as bus:
-        await ensure_streams_soon(bus)
+        await ensure_streams_soon(bus, replica_count=settings.replica_count)
 
 
 async def admit_key(settings: ProvisionSettings) -> None:

@@ -14,6 +14,8 @@ class ProvisionSettings(Struct, frozen=True, kw_only=True):
     """Shown beside every figure: ``software GPU`` or ``real GPU``."""
     nats_url: str = "nats://nats:4222"
     """Where the containers reach NATS."""
+    replica_count: int = 1
+    """Of every stream: 1 for one server, 3 for a cluster of three, which then may lose one."""
     host_nats_port: int = 4222
     """Where programs on the host reach it, on loopback."""
     host_gateway_port: int = 8080

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kit.bus import Acknowledged, AppendConflict, AppendUnknown, BusError, Entry, Stored
+from kit.bus import Acknowledged, AppendConflict, AppendFull, AppendUnknown, BusError, Entry, Stored
 from kit.errors import Superseded
 from kit.history import append_surely
 
@@ -20,9 +20,11 @@ class BadBus:
         self._answers = list(answers)
         self._last_id = last_id
         self.attempts: list[Sequence[Entry]] = []
+        self.expected: list[int] = []
 
     async def append(self, prefix: str, entries: Sequence[Entry], *, last_seq: int) -> Acknowledged:
         self.attempts.append(entries)
+        self.expected.append(last_seq)
         answer = self._answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -51,6 +53,29 @@ async def test_a_conflict_with_the_own_last_id_is_an_acknowledgement_that_was_lo
     bus = BadBus([AppendUnknown("time-out"), AppendConflict("10071")], last_id="b")
 
     assert 7 == await append(bus)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kit.history.FULL_RETRY_S", 0.01)
+
+
+@pytest.mark.usefixtures("short_pauses")
+async def test_of_a_batch_that_was_stored_in_part_the_rest_is_sent() -> None:
+    bus = BadBus([AppendUnknown("full within it"), AppendFull("full"), AppendConflict("10071"), 8], last_id="a")
+
+    assert 8 == await append(bus)
+    assert ["b"] == [one.id for one in bus.attempts[-1]]
+    assert 7 == bus.expected[-1]
+
+
+@pytest.mark.usefixtures("short_pauses")
+async def test_no_room_is_told_until_there_is_some() -> None:
+    told: list[str] = []
+    bus: Any = BadBus([AppendFull("the store is full"), AppendFull("the store is full"), 7])
+
+    assert 7 == await append_surely(bus, PREFIX, [entry("a")], last_seq=5, hold=lambda _, why: told.append(why))
+    assert ["the store is full", "the store is full", ""] == told
 
 
 async def test_a_conflict_with_another_id_means_that_another_instance_writes() -> None:

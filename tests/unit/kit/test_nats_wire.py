@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.bus import AppendConflict, AppendRefused, AppendUnknown, Entry, subject_matches
+from kit.bus import AppendConflict, AppendFull, AppendRefused, AppendUnknown, Entry, subject_matches
 from kit.nats_wire import (
     append_error,
     delivery_of,
@@ -98,8 +98,8 @@ def test_a_header_value_holds_no_line_break(value: str) -> None:
         (400, 10164, AppendUnknown),
         (400, 10176, AppendUnknown),
         (503, 10008, AppendUnknown),
-        (503, 10023, AppendRefused),
-        (500, 10047, AppendRefused),
+        (503, 10023, AppendFull),
+        (500, 10047, AppendFull),
         (400, 10054, AppendRefused),
         (400, 10077, AppendRefused),
         (400, 10199, AppendRefused),
