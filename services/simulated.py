@@ -26,11 +26,15 @@ from schemas.placement import DeploymentAdmitted, DeploymentRetired
 from schemas.units import GiB
 from services.autoscaler.core import SERVICE as AUTOSCALER
 from services.autoscaler.settings import AutoscalerSettings
+from services.gateway.settings import GatewaySettings
+from services.gateway.simulated import Ask, SimulatedGateway, gateway
+from services.holder.simulated import SimulatedRoutes
 from services.nodeagent import leases as _leases  # noqa: F401  # Registers its handlers.
 from services.nodeagent import residency as _residency  # noqa: F401
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.simulated import HostFaults, SimulatedHost, h100
+from services.nodeagent.simulated_engine import Caller
 from services.placement import commands as _commands  # noqa: F401
 from services.placement.core import SERVICE as PLACEMENT
 from services.placement.settings import PlacementSettings
@@ -168,8 +172,40 @@ class SimulatedClients:
         self.simulation.after(SAMPLE_S, self._sample)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What runs beside the hosts, and how often it looks."""
+
+    gateway_count: int = 0
+    """0: the stand-in clients want models, without a gateway's core."""
+    has_standbys: bool = False
+    """A second instance of placement, swapper and autoscaler each."""
+    route_term_s: float = 1.0
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    swapper: SwapperSettings = field(default_factory=SwapperSettings)
+    autoscaler: AutoscalerSettings = field(default_factory=AutoscalerSettings)
+
+
+@dataclass(slots=True)
+class _Node:
+    """A host and its holder, as gateways reach them."""
+
+    host: SimulatedHost
+    holder: SimulatedRoutes
+
+    @property
+    def is_up(self) -> bool:
+        return self.host.is_up
+
+    def serve(self, replica_id: str, caller: Caller, *, takes_s: float) -> None:
+        self.host.serve(replica_id, caller, takes_s=takes_s)
+
+    def leave(self, replica_id: str, caller: Caller) -> None:
+        self.host.leave(replica_id, caller)
+
+
 class SimulatedSystem:
-    """Placement, swapper, autoscaler, node agents with their hosts, and clients."""
+    """Placement, swapper, autoscaler, node agents with their hosts, and gateways or clients that stand for them."""
 
     def __init__(
         self,
@@ -182,34 +218,62 @@ class SimulatedSystem:
         host_budget_bytes: int = 4096 * GiB,
         swapper: SwapperSettings | None = None,
         services: Mapping[str, Service[Any]] | None = None,
+        shape: Shape | None = None,
     ) -> None:
         """`services`: others to run in place of the real ones, by name; tests plant faults that checks must find."""
         run: dict[str, Service[Any]] = {s.name: s for s in (PLACEMENT, SWAPPER, AUTOSCALER, NODEAGENT)}
         run.update(services or {})
         self.simulation = Simulation(seed=seed, faults=faults)
+        self.shape = shape or Shape()
         self.hosts: dict[str, SimulatedHost] = {}
+        self.nodes: dict[str, _Node] = {}
+        self.gateways: list[SimulatedGateway] = []
+        self.asks: list[Ask] = []
         self.clients = SimulatedClients(self.simulation)
         self.random = random.Random(f"{seed}/system")  # Reproducible by design.
         self._command_count = 0
-        simulation = self.simulation
-        simulation.add(run["placement"], PlacementSettings(), writer="placement")
-        simulation.add(run["swapper"], swapper or SwapperSettings(), writer="swapper")
-        simulation.add(run["autoscaler"], AutoscalerSettings(), writer="autoscaler")
+        settings = {
+            "placement": PlacementSettings(),
+            "swapper": swapper or self.shape.swapper,
+            "autoscaler": self.shape.autoscaler,
+        }
+        for is_standby in (False, True) if self.shape.has_standbys else (False,):
+            for writer, its in settings.items():
+                self.simulation.add(run[writer], its, writer=writer, is_standby=is_standby)
         for number in range(node_count):
-            node = f"node-{number}"
-            host = SimulatedHost(
-                simulation,
-                node=node,
-                gpus=tuple(h100(index, node=node) for index in range(gpu_count)),
-                host_budget_bytes=host_budget_bytes,
-                seed=seed,
+            self._add_node(
+                f"node-{number}",
+                run["nodeagent"],
+                gpu_count=gpu_count,
+                budget_bytes=host_budget_bytes,
                 faults=host_faults,
             )
-            self.hosts[node] = host
-            settings = NodeAgentSettings(node=node)
-            simulation.add(run["nodeagent"], settings, writer=f"node.{node}", world=host, is_journaled=True)
-        self.clients.start()
-        simulation.run_for(1.0)
+        if self.shape.gateway_count:
+            for number in range(self.shape.gateway_count):
+                self.gateways.append(gateway(self.simulation, f"gw{number}", self.nodes, self.shape.gateway))
+        else:
+            self.clients.start()
+        self.simulation.run_for(1.0)
+
+    def _add_node(
+        self, node: str, agent: Service[Any], *, gpu_count: int, budget_bytes: int, faults: HostFaults | None
+    ) -> None:
+        simulation = self.simulation
+        routes = SimulatedRoutes(simulation, term_s=self.shape.route_term_s)
+        host = SimulatedHost(
+            simulation,
+            node=node,
+            gpus=tuple(h100(index, node=node) for index in range(gpu_count)),
+            host_budget_bytes=budget_bytes,
+            seed=simulation.seed,
+            faults=faults,
+            routes=routes if self.shape.gateway_count else None,
+        )
+        self.hosts[node] = host
+        self.nodes[node] = _Node(host, routes)
+        writer = f"node.{node}"
+        member = simulation.add(agent, NodeAgentSettings(node=node), writer=writer, world=host, is_journaled=True)
+        host.agent_life = lambda: member.life
 
     def command(self, command: Command) -> None:
         self.simulation.command(TENANT, command)
@@ -224,7 +288,7 @@ class SimulatedSystem:
 
     def state(self, writer: str) -> object:
         """A service's live state."""
-        processor = self.simulation.members[writer].processor
+        processor = self.simulation.active(writer).processor
         assert processor is not None, writer
         return processor.state
 
@@ -232,6 +296,33 @@ class SimulatedSystem:
         """An engine dies; a living agent hears of it, a dead one finds out on its return."""
         lost = self.hosts[node].kill_engine(replica_id)
         if lost is not None:
+            self.simulation.tell(f"node.{node}", lost)
+
+    def ask(self, model: str, *, gateway: int, takes_s: float, patience_s: float | None = None) -> Ask:
+        """A client's request to one of the gateways."""
+        chosen = self.gateways[gateway % len(self.gateways)]
+        ask = Ask(model=model, gateway=chosen.name, arrived_s=self.simulation.now_s, takes_s=takes_s)
+        self.asks.append(ask)
+        chosen.ask(ask, tenant=TENANT, patience_s=patience_s)
+        return ask
+
+    def lose_power(self, node: str, *, lasts_s: float) -> None:
+        """A host goes down with its agent, its holder and its engines, and comes back."""
+        host, member = self.hosts[node], self.simulation.members[f"node.{node}"]
+        if not host.is_up:
+            return
+        host.lose_power()
+        if member.is_alive:
+            self.simulation.end_life(member)
+
+        def back() -> None:
+            host.is_up = True
+            self.simulation.come_back(member)
+
+        self.simulation.after(lasts_s, back)
+
+    def lose_gpu(self, node: str, index: int) -> None:
+        for lost in self.hosts[node].lose_gpu(index):
             self.simulation.tell(f"node.{node}", lost)
 
     def check(self) -> None:

@@ -1,18 +1,19 @@
 """A GPU host in virtual time: engines that hold bytes, take time, fail on demand; for the simulator only.
 
-It checks what no decision may break: the bytes that engines really use never exceed what a GPU has.
+It checks what no decision may break: the bytes that engines really use never exceed what a GPU has, and no engine is
+put to sleep with a request in flight.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
+
+from msgspec.structs import replace
 
 from kit.outcomes import Effect, Input
 from schemas.deployments import IsolationGrade
 from schemas.nodes import GpuOffer
-from schemas.placement import ReplicaProposal
 from schemas.units import GB, MiB
 from services.nodeagent.inputs import (
     AdoptEngine,
@@ -31,37 +32,14 @@ from services.nodeagent.inputs import (
     StopEngine,
     WakeEngine,
 )
+from services.nodeagent.simulated_engine import CONTEXT_BYTES, Caller, Clock, Engine, Phase, Routes
 
-CONTEXT_BYTES: Final = 500 * MiB
-"""What an engine keeps on the device while it is parked."""
 LINK_BYTES_PER_S: Final = 53 * GB
-
-
-class Clock(Protocol):
-    """What the host needs of the simulation."""
-
-    @property
-    def now_s(self) -> float: ...
-
-    def after(self, delay_s: float, action: Callable[[], None]) -> None: ...
-
-
-class _Phase(StrEnum):
-    LOADING = "loading"
-    RESIDENT = "resident"
-    ASLEEP = "asleep"
-
-
-@dataclass(slots=True)
-class _Engine:
-    replica: ReplicaProposal
-    lease_epoch: int
-    phase: _Phase
-    busy_until_s: float
-
-    @property
-    def used_bytes(self) -> int:
-        return CONTEXT_BYTES if self.phase is _Phase.ASLEEP else self.replica.shares[0].request_bytes
+NO_ANSWER_S: Final = 30.0
+"""An engine that does not answer so long is given up (`NodeAgentSettings.wake_deadline_s`)."""
+UNPROVEN_S: Final = 5.0
+"""How long an agent waits for proof that a parked engine's bytes are free."""
+Done = Callable[[float, Input], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,73 +64,187 @@ class SimulatedHost:
         seed: int,
         faults: HostFaults | None = None,
         cold_start_s: float = 10.0,
+        routes: Routes | None = None,
     ) -> None:
+        """`routes`: the holder's table where gateways route; without it a drain takes a moment drawn by chance."""
         self._clock = clock
-        self._node = node
+        self.node = node
         self.gpus = gpus
+        self._all_gpus = gpus
         self._host_budget_bytes = host_budget_bytes
         self.random = random.Random(f"{seed}/{node}")  # Reproducible by design.
         self.faults = faults or HostFaults()
         self._cold_start_s = cold_start_s
-        self.engines: dict[str, _Engine] = {}
+        self.routes = routes
+        self.engines: dict[str, Engine] = {}
         self.started_count = 0
+        self.agent_life: Callable[[], int] = lambda: 0
+        """Changes when the agent dies: what it would have done after a step of an engine is then not done."""
+        self.is_up = True
+        self.silent_until_s = 0.0
+        """Until then NVML says nothing."""
+        self.short_until_s = 0.0
+        """Until then there is no host memory for weights."""
+        self.foreign_bytes: dict[str, int] = {}
 
-    def perform(self, effect: Effect, done: Callable[[float, Input], None]) -> None:
+    def perform(self, effect: Effect, done: Done) -> None:
+        if not self.is_up:
+            return
         if isinstance(effect, ProbeNode):
-            done(0.001, self._probed())
+            self._probe(done)
             return
         assert isinstance(effect, EngineEffect), effect
+        life = self.agent_life()
+
+        def alive(after_s: float, result: Input) -> None:
+            if self.agent_life() == life:
+                done(after_s, result)
+
         {
             StartEngine: self._start,
             ParkEngine: self._park,
             WakeEngine: self._wake,
             StopEngine: self._stop,
             AdoptEngine: self._adopt,
-        }[type(effect)](effect, done)
+        }[type(effect)](effect, alive)
+
+    # --- What happens by itself ---------------------------------------------------------------------------------------
+
+    def serve(self, replica_id: str, caller: Caller, *, takes_s: float) -> None:
+        """A gateway's request, at the engine."""
+        engine = self.engines.get(replica_id)
+        if not self.is_up or engine is None or (engine.phase is Phase.LOADING and not engine.is_closed):
+            caller.bounced("unreachable")
+            return
+        assert not (engine.is_closed and self.routes is not None), (
+            f"a request came to {replica_id} after every gateway had given up its route"
+        )
+        if engine.phase is not Phase.RESIDENT:
+            caller.bounced("asleep")
+            return
+        engine.serve(caller, takes_s=takes_s, clock=self._clock)
+
+    def leave(self, replica_id: str, caller: Caller) -> None:
+        """Whoever sent this request went away."""
+        engine = self.engines.get(replica_id)
+        if engine is not None:
+            engine.leave(caller)
 
     def kill_engine(self, replica_id: str) -> EngineLost | None:
         """An engine dies by itself; the input that a living agent would get."""
         engine = self.engines.pop(replica_id, None)
         if engine is None:
             return None
+        engine.die()
+        if self.routes is not None:
+            self.routes.forget(replica_id)
         return EngineLost(replica_id=replica_id, lease_epoch=engine.lease_epoch, reason="killed")
+
+    def hang_engine(self, replica_id: str, *, lasts_s: float) -> bool:
+        """Its port is open and nothing comes out."""
+        engine = self.engines.get(replica_id)
+        if engine is not None:
+            engine.hung_until_s = max(engine.hung_until_s, self._clock.now_s + lasts_s)
+        return engine is not None
+
+    def lose_gpu(self, index: int) -> list[EngineLost]:
+        """A GPU falls off the bus, and its engines die. The last one stays, so that something can go on."""
+        if len(self.gpus) < 2:
+            return []
+        lost = self.gpus[index % len(self.gpus)]
+        self.gpus = tuple(gpu for gpu in self.gpus if gpu is not lost)
+        here = [replica_id for replica_id, e in self.engines.items() if e.gpu_uuid == lost.gpu_uuid]
+        return [told for replica_id in here if (told := self.kill_engine(replica_id)) is not None]
+
+    def find_gpus(self) -> None:
+        self.gpus = self._all_gpus
+
+    def take_foreign(self, index: int, size_bytes: int) -> str:
+        """A process that is not ours takes what is free, up to so much; the GPU's name."""
+        gpu = self.gpus[index % len(self.gpus)]
+        used_bytes = sum(e.used_bytes for e in self.engines.values() if e.gpu_uuid == gpu.gpu_uuid)
+        free_bytes = gpu.allocatable_bytes - used_bytes - self.foreign_bytes.get(gpu.gpu_uuid, 0)
+        taken_bytes = max(0, min(size_bytes, free_bytes))
+        self.foreign_bytes[gpu.gpu_uuid] = self.foreign_bytes.get(gpu.gpu_uuid, 0) + taken_bytes
+        return gpu.gpu_uuid
+
+    def lose_power(self) -> None:
+        """The host is gone with all that ran on it."""
+        self.is_up = False
+        for replica_id in list(self.engines):
+            self.kill_engine(replica_id)
+        self.foreign_bytes.clear()
 
     def check(self) -> None:
         """Engines never use more of a GPU than it offers."""
-        for gpu in self.gpus:
-            used_bytes = sum(
-                e.used_bytes for e in self.engines.values() if e.replica.shares[0].gpu_uuid == gpu.gpu_uuid
-            )
-            assert used_bytes <= gpu.allocatable_bytes, f"{self._node}/{gpu.gpu_uuid} oversubscribed: {used_bytes}"
+        for gpu in self._all_gpus:
+            used_bytes = sum(e.used_bytes for e in self.engines.values() if e.gpu_uuid == gpu.gpu_uuid)
+            assert used_bytes <= gpu.allocatable_bytes, f"{self.node}/{gpu.gpu_uuid} oversubscribed: {used_bytes}"
 
     # --- Effects ------------------------------------------------------------------------------------------------------
 
-    def _probed(self) -> NodeProbed:
-        return NodeProbed(
-            machine_id=f"machine-{self._node}",
-            gpus=self.gpus,
-            host_budget_bytes=self._host_budget_bytes,
-            holder_url=f"http://{self._node}:7070",
+    def _probe(self, done: Done) -> None:
+        if self._clock.now_s < self.silent_until_s:
+            self._clock.after(self.silent_until_s - self._clock.now_s, lambda: self._probe(done))
+            return
+        is_short = self._clock.now_s < self.short_until_s
+        gpus = tuple(self._with_foreign(gpu) for gpu in self.gpus)
+        probed = NodeProbed(
+            machine_id=f"machine-{self.node}",
+            gpus=gpus,
+            host_budget_bytes=self._host_budget_bytes // (8 if is_short else 1),
+            holder_url=f"http://{self.node}:7070",
             label="simulated",
         )
+        done(0.001, probed)
 
-    def _mine(self, effect: EngineEffect) -> _Engine | None:
+    def _with_foreign(self, gpu: GpuOffer) -> GpuOffer:
+        foreign_bytes = self.foreign_bytes.get(gpu.gpu_uuid, 0)
+        return replace(gpu, foreign_bytes=foreign_bytes) if foreign_bytes else gpu
+
+    def _mine(self, effect: EngineEffect) -> Engine | None:
         engine = self.engines.get(effect.replica.replica_id)
         return engine if engine is not None and engine.lease_epoch == effect.lease_epoch else None
 
     def _lost(self, effect: EngineEffect, reason: str) -> EngineLost:
+        """Nothing is left of it."""
+        if self._mine(effect) is not None:
+            self.kill_engine(effect.replica.replica_id)
         return EngineLost(replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch, reason=reason)
 
     def _copy_s(self, effect: EngineEffect) -> float:
         return effect.replica.deployment.engine.weights_bytes / LINK_BYTES_PER_S
 
-    def _later(self, engine: _Engine, takes_s: float, action: Callable[[], None]) -> None:
+    def _later(self, engine: Engine, takes_s: float, action: Callable[[], None]) -> None:
         """When the engine has finished what it is at, and this too."""
         begin_s = max(self._clock.now_s, engine.busy_until_s)
         engine.busy_until_s = begin_s + takes_s
         self._clock.after(engine.busy_until_s - self._clock.now_s, action)
 
-    def _start(self, effect: EngineEffect, done: Callable[[float, Input], None]) -> None:
+    def _has_room(self, engine: Engine) -> bool:
+        """Whether the bytes that it wants now are there, whatever the leases say."""
+        gpu = next((gpu for gpu in self.gpus if gpu.gpu_uuid == engine.gpu_uuid), None)
+        if gpu is None:
+            return False
+        used_bytes = sum(e.used_bytes for e in self.engines.values() if e.gpu_uuid == gpu.gpu_uuid and e is not engine)
+        return used_bytes + engine.share_bytes + self.foreign_bytes.get(gpu.gpu_uuid, 0) <= gpu.allocatable_bytes
+
+    def _answers_not(self, engine: Engine, effect: EngineEffect, done: Done) -> bool:
+        """True for an engine that hangs: it is given up when it has not answered for long."""
+        if engine.hung_until_s <= self._clock.now_s:
+            return False
+        silent_s = min(NO_ANSWER_S, engine.hung_until_s - self._clock.now_s)
+        if silent_s < NO_ANSWER_S:
+            self._clock.after(silent_s, lambda: self.perform_again(effect, done))
+        else:
+            self._clock.after(silent_s, lambda: done(0.0, self._lost(effect, "it does not answer")))
+        return True
+
+    def perform_again(self, effect: EngineEffect, done: Done) -> None:
+        """The engine came back to itself within the deadline."""
+        self.perform(effect, done)
+
+    def _start(self, effect: EngineEffect, done: Done) -> None:
         replica_id = effect.replica.replica_id
         engine = self._mine(effect)
         takes_s = 0.0
@@ -160,7 +252,10 @@ class SimulatedHost:
             assert replica_id not in self.engines, f"{replica_id} started beside an engine of an older lease"
             cold_s = effect.replica.deployment.engine.cold_start_s
             takes_s = (self._cold_start_s if cold_s is None else cold_s) + self._copy_s(effect)
-            engine = _Engine(effect.replica, effect.lease_epoch, _Phase.LOADING, self._clock.now_s)
+            engine = Engine(effect.replica, effect.lease_epoch, Phase.LOADING, self._clock.now_s)
+            if not self._has_room(engine) and self._is_harmed(engine):
+                done(0.01, EngineLost(replica_id=replica_id, lease_epoch=effect.lease_epoch, reason="out of memory"))
+                return
             self.engines[replica_id] = engine
             self.started_count += 1
             self.check()
@@ -171,92 +266,152 @@ class SimulatedHost:
                 done(0.0, self._lost(effect, "gone while starting"))
                 return
             if fails:
-                del self.engines[replica_id]
                 done(0.0, self._lost(effect, "start failed"))
                 return
-            engine.phase = _Phase.RESIDENT
+            engine.phase = Phase.RESIDENT
             started = EngineStarted(
                 replica_id=replica_id,
                 lease_epoch=effect.lease_epoch,
-                endpoint=f"http://{self._node}/{replica_id}",
+                endpoint=self._endpoint(effect),
                 start_s=takes_s,
                 enforced_bytes=effect.replica.shares[0].request_bytes,
             )
+            self._open(effect, engine)
             done(0.0, started)
 
         self._later(engine, takes_s, finish)
 
-    def _park(self, effect: EngineEffect, done: Callable[[float, Input], None]) -> None:
+    def _is_harmed(self, engine: Engine) -> bool:
+        """Whether somebody else than our leases is to blame for missing room: a lost GPU, a foreign process."""
+        is_here = any(gpu.gpu_uuid == engine.gpu_uuid for gpu in self.gpus)
+        return not is_here or self.foreign_bytes.get(engine.gpu_uuid, 0) > 0
+
+    def _endpoint(self, effect: EngineEffect) -> str:
+        return f"http://{self.node}/{effect.replica.replica_id}/{effect.lease_epoch}"
+
+    def _open(self, effect: EngineEffect, engine: Engine) -> None:
+        engine.is_closed = False
+        if self.routes is not None:
+            self.routes.open(effect.replica.replica_id, self._endpoint(effect))
+
+    def _drain(self, effect: EngineEffect, engine: Engine, drain_s: float, then: Callable[[str], None]) -> None:
+        """Close its route, wait until it has nothing in flight; `then` with ``idle``, or ``busy`` after too long."""
+        if self.routes is None:
+            self._later(engine, self.random.uniform(0.0, 0.2), lambda: then("idle"))
+            return
+        is_over = False
+
+        def end(outcome: str) -> None:
+            nonlocal is_over
+            if not is_over:
+                is_over = True
+                then(outcome)
+
+        def closed(outcome: str) -> None:
+            if outcome != "closed":
+                end("busy")
+                return
+            engine.is_closed = True
+            if not engine.in_flight:
+                end("idle")
+                return
+            engine.on_idle.append(lambda: end("idle"))
+            self._clock.after(drain_s, lambda: end("busy"))
+
+        self.routes.close(effect.replica.replica_id, closed)
+
+    def _park(self, effect: EngineEffect, done: Done) -> None:
         assert isinstance(effect, ParkEngine), effect
         engine = self._mine(effect)
         if engine is None:
             done(0.001, self._lost(effect, "gone before its park"))
             return
-        drain_s = self.random.uniform(0.0, 0.2)
-        stays = engine.phase is _Phase.RESIDENT and self.random.random() < self.faults.park_stays_fraction
+        if self._answers_not(engine, effect, done):
+            return
+        began_s = self._clock.now_s
+        stays = engine.phase is Phase.RESIDENT and self.random.random() < self.faults.park_stays_fraction
 
-        def finish() -> None:
+        def drained(outcome: str) -> None:
+            if self._mine(effect) is not engine:
+                done(0.0, self._lost(effect, "gone while parking"))
+            elif stays or outcome != "idle":
+                self._open(effect, engine)
+                stayed = EngineStayed(
+                    replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch, reason="still busy"
+                )
+                done(0.0, stayed)
+            elif self._clock.now_s < self.short_until_s and engine.phase is not Phase.ASLEEP:
+                done(0.5, self._lost(effect, "it did not go to sleep: no host memory"))
+            else:
+                self._later(engine, 0.02, lambda: asleep(self._clock.now_s - began_s))
+
+        def asleep(took_s: float) -> None:
             if self._mine(effect) is not engine:
                 done(0.0, self._lost(effect, "gone while parking"))
                 return
-            if stays:
-                done(
-                    0.0,
-                    EngineStayed(replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch, reason="busy"),
-                )
+            assert not engine.in_flight or self.routes is None, f"{effect.replica.replica_id} sleeps with requests"
+            engine.phase = Phase.ASLEEP
+            if self._clock.now_s < self.silent_until_s:
+                self._clock.after(UNPROVEN_S, lambda: done(0.0, self._lost(effect, "its bytes are not proven free")))
                 return
-            engine.phase = _Phase.ASLEEP
-            parked = EngineParked(
-                replica_id=effect.replica.replica_id,
-                lease_epoch=effect.lease_epoch,
-                residue_bytes=CONTEXT_BYTES,
-                host_bytes=effect.replica.deployment.engine.weights_bytes,
-                copied_bytes=0,
-                park_s=0.02,
-                drain_s=drain_s,
-                reason=effect.reason,
-            )
-            done(0.0, parked)
+            done(0.0, self._parked(effect, drain_s=max(0.0, took_s - 0.02)))
 
-        self._later(engine, drain_s + 0.02, finish)
+        self._drain(effect, engine, effect.drain_s, drained)
 
-    def _wake(self, effect: EngineEffect, done: Callable[[float, Input], None]) -> None:
+    def _parked(self, effect: ParkEngine, *, drain_s: float) -> EngineParked:
+        return EngineParked(
+            replica_id=effect.replica.replica_id,
+            lease_epoch=effect.lease_epoch,
+            residue_bytes=CONTEXT_BYTES,
+            host_bytes=effect.replica.deployment.engine.weights_bytes,
+            copied_bytes=0,
+            park_s=0.02,
+            drain_s=drain_s,
+            reason=effect.reason,
+        )
+
+    def _wake(self, effect: EngineEffect, done: Done) -> None:
         engine = self._mine(effect)
         if engine is None:
             done(0.001, self._lost(effect, "gone before its wake"))
             return
-        fails = engine.phase is _Phase.ASLEEP and self.random.random() < self.faults.wake_fails_fraction
-        if not fails:
-            engine.phase = _Phase.LOADING if engine.phase is _Phase.ASLEEP else engine.phase
+        if self._answers_not(engine, effect, done):
+            return
+        is_short = engine.phase is Phase.ASLEEP and not self._has_room(engine) and self._is_harmed(engine)
+        fails = engine.phase is Phase.ASLEEP and self.random.random() < self.faults.wake_fails_fraction
+        if not fails and not is_short:
+            engine.phase = Phase.LOADING if engine.phase is Phase.ASLEEP else engine.phase
             self.check()
 
         def finish() -> None:
             if self._mine(effect) is not engine:
                 done(0.0, self._lost(effect, "gone while waking"))
                 return
-            if fails:
+            if fails or is_short:
                 refused = EngineNotWoken(
                     replica_id=effect.replica.replica_id,
                     lease_epoch=effect.lease_epoch,
-                    reason="restore failed",
-                    short_by_bytes=0,
+                    reason="out of memory" if is_short else "restore failed",
+                    short_by_bytes=engine.share_bytes if is_short else 0,
                 )
                 done(0.0, refused)
                 return
-            engine.phase = _Phase.RESIDENT
+            engine.phase = Phase.RESIDENT
             woken = EngineWoken(
                 replica_id=effect.replica.replica_id,
                 lease_epoch=effect.lease_epoch,
-                endpoint=f"http://{self._node}/{effect.replica.replica_id}",
+                endpoint=self._endpoint(effect),
                 copied_bytes=effect.replica.deployment.engine.weights_bytes,
                 restore_s=self._copy_s(effect),
                 verify_s=0.02,
             )
+            self._open(effect, engine)
             done(0.0, woken)
 
         self._later(engine, self._copy_s(effect) + 0.05, finish)
 
-    def _stop(self, effect: EngineEffect, done: Callable[[float, Input], None]) -> None:
+    def _stop(self, effect: EngineEffect, done: Done) -> None:
+        assert isinstance(effect, StopEngine), effect
         stopped = EngineStopped(replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch)
         engine = self._mine(effect)
         if engine is None:
@@ -265,19 +420,27 @@ class SimulatedHost:
 
         def finish() -> None:
             if self._mine(effect) is engine:
-                del self.engines[effect.replica.replica_id]
+                self.kill_engine(effect.replica.replica_id)
             done(0.0, stopped)
 
-        self._later(engine, 0.3, finish)
+        if self.routes is None:
+            self._later(engine, 0.3, finish)
+        else:
+            self._drain(effect, engine, effect.drain_s, lambda _: self._later(engine, 0.3, finish))
 
-    def _adopt(self, effect: EngineEffect, done: Callable[[float, Input], None]) -> None:
+    def _adopt(self, effect: EngineEffect, done: Done) -> None:
         assert isinstance(effect, AdoptEngine), effect
         engine = self._mine(effect)
         if engine is None:
             done(0.005, self._lost(effect, "gone while the agent was away"))
             return
-        expected = _Phase.ASLEEP if effect.should_be_parked else _Phase.RESIDENT
+        if engine.hung_until_s > self._clock.now_s:
+            done(1.0, self._lost(effect, "it does not answer"))
+            return
+        expected = Phase.ASLEEP if effect.should_be_parked else Phase.RESIDENT
         assert engine.phase is expected, f"{effect.replica.replica_id} is {engine.phase}, its lease says {expected}"
+        if not effect.should_be_parked:
+            self._open(effect, engine)
 
 
 def h100(index: int, *, node: str) -> GpuOffer:

@@ -1,0 +1,131 @@
+"""Engines of a GPU host in virtual time: what each holds, and the requests that it serves; for the simulator only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Protocol
+
+from schemas.placement import ReplicaProposal
+from schemas.units import MiB
+
+CONTEXT_BYTES: Final = 500 * MiB
+"""What an engine keeps on the device while it is parked."""
+FIRST_BYTE_S: Final = 0.05
+"""From a request's arrival at a resident engine to the first byte of its answer."""
+
+
+class Clock(Protocol):
+    """What the host needs of the simulation."""
+
+    @property
+    def now_s(self) -> float: ...
+
+    def after(self, delay_s: float, action: Callable[[], None]) -> None: ...
+
+
+class Routes(Protocol):
+    """The holder's route table, as far as the agent's effects need it."""
+
+    def open(self, replica_id: str, endpoint: str) -> None: ...
+
+    def close(self, replica_id: str, then: Callable[[str], None]) -> None:
+        """Call `then` with ``closed`` when no gateway routes there any more, or with ``reopened``."""
+        ...
+
+    def close_soon(self, replica_id: str) -> None: ...
+
+    def forget(self, replica_id: str) -> None: ...
+
+
+class Phase(StrEnum):
+    LOADING = "loading"
+    RESIDENT = "resident"
+    ASLEEP = "asleep"
+
+
+class Caller(Protocol):
+    """Who sent a request: what becomes of it there."""
+
+    def first_byte(self) -> None: ...
+
+    def finished(self) -> None: ...
+
+    def bounced(self, why: str) -> None:
+        """Nothing of the answer was sent: ``asleep``, ``unreachable`` or ``cut``."""
+        ...
+
+    def broken(self) -> None:
+        """The answer had begun, and will not be completed."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One process that holds bytes of a GPU."""
+
+    replica: ReplicaProposal
+    lease_epoch: int
+    phase: Phase
+    busy_until_s: float
+    is_closed: bool = False
+    """Every gateway has acknowledged that its route is closed, or has lost its lease."""
+    hung_until_s: float = 0.0
+    in_flight: dict[Caller, bool] = field(default_factory=dict)
+    """{caller: whether its answer has begun}"""
+    on_idle: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def used_bytes(self) -> int:
+        return CONTEXT_BYTES if self.phase is Phase.ASLEEP else self.share_bytes
+
+    @property
+    def share_bytes(self) -> int:
+        return self.replica.shares[0].request_bytes
+
+    @property
+    def gpu_uuid(self) -> str:
+        return self.replica.shares[0].gpu_uuid
+
+    def serve(self, caller: Caller, *, takes_s: float, clock: Clock) -> None:
+        """Answer it, unless the engine dies before."""
+        self.in_flight[caller] = False
+        clock.after(FIRST_BYTE_S, lambda: self._begin(caller, takes_s, clock))
+
+    def _begin(self, caller: Caller, takes_s: float, clock: Clock) -> None:
+        if caller not in self.in_flight:
+            return
+        if clock.now_s < self.hung_until_s:
+            clock.after(self.hung_until_s - clock.now_s, lambda: self._begin(caller, takes_s, clock))
+            return
+        self.in_flight[caller] = True
+        caller.first_byte()
+        clock.after(takes_s, lambda: self._end(caller, clock))
+
+    def _end(self, caller: Caller, clock: Clock) -> None:
+        if caller not in self.in_flight:
+            return
+        if clock.now_s < self.hung_until_s:
+            clock.after(self.hung_until_s - clock.now_s, lambda: self._end(caller, clock))
+            return
+        self.leave(caller)
+        caller.finished()
+
+    def leave(self, caller: Caller) -> None:
+        """Over, or its client went away."""
+        self.in_flight.pop(caller, None)
+        if not self.in_flight:
+            waiting, self.on_idle = self.on_idle, []
+            for go_on in waiting:
+                go_on()
+
+    def die(self) -> None:
+        """Its connections break."""
+        in_flight, self.in_flight = self.in_flight, {}
+        for caller, has_begun in in_flight.items():
+            if has_begun:
+                caller.broken()
+            else:
+                caller.bounced("cut")
+        waiting, self.on_idle = self.on_idle, []
+        for go_on in waiting:
+            go_on()
