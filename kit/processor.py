@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar, cast
 
+from msgspec import structs
+
 from kit.bus import Entry, Stored, subject_matches
 from kit.outcomes import Context, Effect, Input, Outcome, Reply, Timer, Under
 from kit.service import Service
@@ -359,6 +361,10 @@ class Processor(Generic[S]):
         if not isinstance(fact, Fact):
             self.skipped_count += 1
             return None
+        if getattr(fact, "at_s", 0.0) > stored.time_s:
+            # Its writer's clock is ahead. Nothing is decided after it is stored, so the stream's time is nearer; else
+            # a time that lies in the future would hold up whoever waits until it has passed.
+            fact = structs.replace(fact, at_s=stored.time_s)
         if isinstance(fact, WriterStarted):
             # At once, not when it is handled: no order of an older instance may slip through in between.
             self._learn_epoch(writer, stored.seq)

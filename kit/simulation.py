@@ -269,7 +269,7 @@ class Simulation:
                 self.schedule(self.now_s + self.latency_s(member), self.read_inbox, member, None)
 
     def read_inbox(self, member: Member, _: None) -> None:
-        if not self.hears(member):
+        if member.service.inbox_cursor is None or not self.hears(member):
             return
         while member.inbox_position < len(self.inbox):
             if not member.is_active:

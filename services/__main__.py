@@ -20,6 +20,7 @@ def usage() -> str:
     lines += ["  demo        the same with models and traffic; ends with a table"]
     lines += ["", "without GPUs, processes or time passing:"]
     lines += ["  sim FILE    a scenario in virtual time, for example tests/simulation/scenarios/*.txt"]
+    lines += ["  sim --seed N   whatever this seed draws: fleet, traffic, operators, faults (sim --seed N --help)"]
     lines += ["", "installations in containers:"]
     lines += ["  setup STEP  what must be there before they run: files, streams, key"]
     return "\n".join(lines)
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str]) -> int:
 
         return run_setup(arguments[1:])
     if name == "sim":
+        if any(argument.startswith("--seed") for argument in arguments):
+            from services.swarm.main import main as run_seeds
+
+            return run_seeds(arguments[1:])
         from services.scenario import main as play
 
         return play(list(arguments[1:]))

@@ -1,7 +1,7 @@
 """The whole system in virtual time: every service, simulated hosts, and clients that want models. One seed, one run."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -219,11 +219,17 @@ class SimulatedSystem:
         swapper: SwapperSettings | None = None,
         services: Mapping[str, Service[Any]] | None = None,
         shape: Shape | None = None,
+        listen: Callable[[Stored, Fact], None] | None = None,
     ) -> None:
-        """`services`: others to run in place of the real ones, by name; tests plant faults that checks must find."""
+        """`services`: others to run in place of the real ones, by name; tests plant faults that checks must find.
+
+        `listen` hears every fact from the first one on.
+        """
         run: dict[str, Service[Any]] = {s.name: s for s in (PLACEMENT, SWAPPER, AUTOSCALER, NODEAGENT)}
         run.update(services or {})
         self.simulation = Simulation(seed=seed, faults=faults)
+        if listen is not None:
+            self.simulation.on_stored.append(listen)
         self.shape = shape or Shape()
         self.hosts: dict[str, SimulatedHost] = {}
         self.nodes: dict[str, _Node] = {}

@@ -104,6 +104,8 @@ class SimulatedGateway(Party):
     core: Gateway = None  # type: ignore[assignment]  # Made by `start`.
     is_alive: bool = False
     asks: dict[str, Ask] = field(default_factory=dict)
+    backlog: list[Ask] = field(default_factory=list)
+    """In its socket: it has not read them yet."""
     trips: dict[str, _Trip] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
     wished_s: dict[str, float] = field(default_factory=dict)
@@ -146,9 +148,10 @@ class SimulatedGateway(Party):
         for trip in list(self.trips.values()):
             self.nodes[trip.node].leave(trip.replica_id, trip)
         self.trips.clear()
-        for ask in self.asks.values():
+        for ask in (*self.backlog, *self.asks.values()):
             ask.end("gateway died", now_s=self.simulation.now_s)
         self.asks.clear()
+        self.backlog.clear()
         self.simulation.after(down_s, self.start)
 
     # --- Requests -----------------------------------------------------------------------------------------------------
@@ -158,9 +161,11 @@ class SimulatedGateway(Party):
         if not self.is_alive:
             ask.end("gateway died", now_s=self.simulation.now_s)
             return
+        self.backlog.append(ask)
         self.simulation.schedule(self.simulation.now_s, _arrive, self, (ask, tenant, patience_s))
 
     def arrive(self, ask: Ask, tenant: str, patience_s: float | None) -> None:
+        self.backlog.remove(ask)
         self._count += 1
         request_id = str(self._count)
         self.asks[request_id] = ask

@@ -73,6 +73,8 @@ class SimulatedRoutes:
 
     def _look_at_closings(self) -> None:
         for item in list(self._closings):
+            if item not in self._closings:
+                continue  # Ended by what an earlier one led to.
             closing, then = item
             if closing.is_overtaken(self.table):
                 self._closings.remove(item)

@@ -15,6 +15,7 @@ MAY_LACK = {
 NOT_SERVICES = {
     "local": "starts the services on one host, for development",
     "provision": "runs before the services of an installation in containers, and ends",
+    "swarm": "draws and checks runs of all services in virtual time",
 }
 REGISTRY = Path("services/registry.py")
 
