@@ -91,6 +91,8 @@ class AdministrationRoutes:
                 "context_tokens_max": engine.serving.tokens_max,
                 "weights_generation": engine.weights_generation,
                 "steps": engine.serving.step_count,
+                "preemptions": batcher.preemption_count,
+                "gpu_sharing": engine.pace.sharing.mode if engine.pace.sees_neighbours else "alone",
             }
         )
 

@@ -10,6 +10,7 @@ from aiohttp import web
 from engines.http import BODY_BYTES_MAX, errors_as_bodies, serve
 from engines.model.batching import BatchLimits
 from engines.model.catalogue import gpu_names, gpu_speed, model_parameters
+from engines.model.sharing import SHARING_MODES, Sharing
 from engines.model.timing import TimingModel
 from engines.process import (
     Log,
@@ -43,6 +44,12 @@ def parser() -> Parser:
         "--profile", default="h100-80", choices=gpu_names(), help="GPU whose speed is modelled (default: %(default)s)"
     )
     built.add_argument(
+        "--gpu-sharing",
+        default="time-sliced",
+        choices=SHARING_MODES,
+        help="what engines on one GPU do to each other (default: %(default)s)",
+    )
+    built.add_argument(
         "--time-scale", default=1.0, type=positive, metavar="X", help="multiplies modelled step times (default: 1.0)"
     )
     built.add_argument(
@@ -68,6 +75,8 @@ def main(arguments: list[str]) -> int:
     log = Log(engine="simulated", model=options.model)
     if not options.outlive_parent:
         die_with_parent()
+    speed = gpu_speed(options.profile)
+    assert speed is not None, options.profile
     settings = EngineSettings(
         model=options.model,
         gpu_uuid=options.gpu,
@@ -76,9 +85,8 @@ def main(arguments: list[str]) -> int:
         cold_start_s=options.cold_start_s,
         seed=options.seed,
         limits=BatchLimits(sequences_max=options.max_batch),
+        sharing=Sharing(mode=options.gpu_sharing, switch_s=speed.switch_s),
     )
-    speed = gpu_speed(options.profile)
-    assert speed is not None, options.profile
     parameters = model_parameters(options.model, weights_bytes=options.weights_bytes)
     timing = TimingModel(parameters=parameters, gpu=speed, time_scale=options.time_scale)
     return asyncio.run(_serve(settings, timing, options, log))

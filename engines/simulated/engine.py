@@ -12,6 +12,7 @@ from devices.api import DeviceError, OutOfMemory
 from engines.errors import DamagedError, LoadFailedError, WakeFailedError, invalid, unavailable
 from engines.gpu import GpuThread, OpenedGpu, open_gpu
 from engines.model.timing import TimingModel
+from engines.pacing import GpuPace
 from engines.process import Log
 from engines.simulated.memory import EngineMemory, MemoryPlan, plan_memory
 from engines.simulated.metrics import Gauges
@@ -34,7 +35,8 @@ class Engine:
     def __init__(self, settings: EngineSettings, *, timing: TimingModel, log: Log) -> None:
         self.settings = settings
         self.timing = timing
-        self.serving = Serving(timing=timing, limits=settings.limits, host=self)
+        self.pace = GpuPace(settings.sharing)
+        self.serving = Serving(timing=timing, limits=settings.limits, pace=self.pace, host=self)
         self.state = EngineState.LOADING
         self.transition: str | None = None  # "sleeping" | "waking" while it lasts
         self.is_paused = False  # level 0 sleep: memory stays, requests are refused
@@ -78,6 +80,7 @@ class Engine:
             block_tokens=batcher.geometry.block_tokens,
             is_asleep=self.is_asleep,
             preemption_count=batcher.preemption_count,
+            slowed_s=self.pace.slowed_s,
         )
 
     def submit(self, *, prompt_tokens: int, output_tokens: int) -> Ticket:
@@ -152,6 +155,7 @@ class Engine:
         except (DeviceError, DamagedError) as error:
             raise LoadFailedError("GPU not usable", reason=str(error), gpu=self.settings.gpu_uuid) from error
         self._memory = memory
+        self.pace.join(self.settings.gpu_uuid, self._log)
         self._apply_block_limit()
         self.state = EngineState.RESIDENT
         self._log.info(
@@ -359,6 +363,7 @@ class Engine:
     async def close(self) -> None:
         """End what runs and free the device."""
         self.serving.fail_all(unavailable("The engine is shutting down.", "shutting_down"))
+        self.pace.close()
         if self._memory is not None:
             await self._gpu_thread.run(self._memory.close)
         self._gpu_thread.close()

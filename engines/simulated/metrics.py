@@ -32,6 +32,7 @@ class Gauges:
     block_tokens: int
     is_asleep: bool
     preemption_count: int
+    slowed_s: float  # that steps took longer because of other engines on the GPU
 
 
 @dataclass(slots=True)
@@ -82,5 +83,12 @@ class Metrics:
         sizes = {"block_size": str(gauges.block_tokens), "num_gpu_blocks": str(gauges.block_count)}
         page.value("vllm:cache_config_info", "gauge", "Sizes of the KV cache.", 1, {**labels, **sizes})
         page.value("sublet_engine_late_seconds_total", "counter", "Real beyond modelled time.", self.late_s, labels)
+        page.value(
+            "sublet_engine_neighbour_seconds_total",
+            "counter",
+            "Time that steps took longer because of other engines on the GPU.",
+            gauges.slowed_s,
+            labels,
+        )
         page.value("sublet_engine_info", "gauge", "What this engine runs on.", 1, {**labels, "device": device})
         return page.text()

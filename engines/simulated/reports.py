@@ -8,6 +8,7 @@ from enum import Enum
 from devices.api import OutOfMemory
 from engines.errors import EngineError, invalid
 from engines.model.batching import BatchLimits
+from engines.model.sharing import Sharing
 
 
 class EngineState(Enum):
@@ -28,6 +29,7 @@ class EngineSettings:
     cold_start_s: float
     seed: int
     limits: BatchLimits
+    sharing: Sharing
 
 
 def too_long(token_count: int, *, tokens_max: int) -> EngineError:

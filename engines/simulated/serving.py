@@ -15,6 +15,7 @@ from engines.errors import EngineError, unavailable
 from engines.model.batching import Batcher, BatchLimits, Progress, SequenceRequest, Step, TooLong
 from engines.model.simulation import kv_geometry, step_cost
 from engines.model.timing import TimingModel
+from engines.pacing import GpuPace
 from engines.simulated.metrics import Metrics
 from engines.simulated.reports import too_long
 
@@ -64,11 +65,12 @@ class Ticket:
 class Serving:
     """All requests of one engine. A ticket is in `_tickets` from `submit` until its end, failure or cancellation."""
 
-    def __init__(self, *, timing: TimingModel, limits: BatchLimits, host: Host) -> None:
+    def __init__(self, *, timing: TimingModel, limits: BatchLimits, pace: GpuPace, host: Host) -> None:
         self.metrics = Metrics()
         self.step_count = 0
         self.has_workspace = False
         self._timing = timing
+        self._pace = pace
         self._host = host
         parameters = timing.parameters
         self.batcher = Batcher(geometry=kv_geometry(parameters), limits=limits, block_limit=0)
@@ -166,9 +168,7 @@ class Serving:
                     continue
                 self.has_workspace = True
             self._note_admitted(step)
-            due_s += self._step_s(step)
-            # Also when late: the loop must let the handlers write what they have.
-            await asyncio.sleep(max(due_s - time.perf_counter(), 0))
+            due_s = await self._pace.spend(step_cost(self._timing, step), due_s)
             late_s = time.perf_counter() - due_s
             if late_s > LATE_S_MAX:
                 self.metrics.late_s += late_s
@@ -177,11 +177,9 @@ class Serving:
             self._deliver(self.batcher.finish(step))
             await self._host.after_step()
 
-    def _step_s(self, step: Step) -> float:
-        return step_cost(self._timing, step).total_s
-
     async def _rest(self) -> None:
         self._work.clear()
+        self._pace.rest()
         if not self.has_workspace:
             await self._work.wait()
             return

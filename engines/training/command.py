@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from engines.http import Changes, errors_as_bodies, json_response, serve
+from engines.model.sharing import SHARING_MODES, Sharing
 from engines.process import Log, Parser, add_common_arguments, count, die_with_parent, positive
 from engines.prometheus import Page
 from engines.training.checkpoints import Checkpoints
@@ -22,6 +23,8 @@ A training job: it fills its memory budget, makes steps that change real bytes i
 resumes from the newest. Asked to sleep it finishes its step and frees the GPU; awake again it makes the very next one.
 """
 VERSION = "0.1.0-training"
+# From one process's kernels to another's without MPS: about an H100's (engines/model/models.json).
+SWITCH_S = 60e-6
 
 
 def parser() -> Parser:
@@ -31,6 +34,12 @@ def parser() -> Parser:
         "--checkpoint-dir", required=True, type=Path, metavar="DIR", help="where checkpoints go; made if missing"
     )
     built.add_argument("--step-s", default=0.2, type=positive, metavar="S", help="length of a step (default: 0.2)")
+    built.add_argument(
+        "--gpu-sharing",
+        default="time-sliced",
+        choices=SHARING_MODES,
+        help="what engines on one GPU do to each other (default: %(default)s)",
+    )
     built.add_argument(
         "--checkpoint-every", default=50, type=count, metavar="N", help="steps between checkpoints (default: 50)"
     )
@@ -71,6 +80,13 @@ class Routes:
         page.value("sublet_training_resumed_steps", "gauge", "Steps from a checkpoint.", job.resumed_step_count, labels)
         page.value("sublet_training_checkpoints_total", "counter", "Checkpoints written.", job.checkpoint_count, labels)
         page.value("sublet_training_held_bytes", "gauge", "Device memory held, context too.", job.held_bytes, labels)
+        page.value(
+            "sublet_training_neighbour_seconds_total",
+            "counter",
+            "Time that steps took longer because of other engines on the GPU.",
+            job.pace.slowed_s,
+            labels,
+        )
         page.value("sublet_training_asleep", "gauge", "1 while asleep.", int(job.is_asleep), labels)
         page.value("sublet_engine_info", "gauge", "What it runs on.", 1, {**labels, "device": job.device_label})
         return web.Response(text=page.text(), content_type="text/plain", charset="utf-8")
@@ -107,6 +123,7 @@ class Routes:
                 "steps": job.progress.step_count,
                 "resumed_steps": job.resumed_step_count,
                 "checkpointed_steps": job.checkpointed_step_count,
+                "gpu_sharing": job.pace.sharing.mode if job.pace.sees_neighbours else "alone",
             }
         )
 
@@ -128,6 +145,7 @@ async def _serve(options: argparse.Namespace) -> int:
         seed=options.seed,
         step_s=options.step_s,
         checkpoint_every=options.checkpoint_every,
+        sharing=Sharing(mode=options.gpu_sharing, switch_s=SWITCH_S),
     )
     checkpoints = Checkpoints(options.checkpoint_dir, model=options.model, seed=options.seed)
     job = Job(settings, checkpoints=checkpoints, log=log)

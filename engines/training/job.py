@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 from devices.api import DeviceError, OutOfMemory
 from engines.errors import DamagedError, LoadFailedError, WakeFailedError, unavailable
 from engines.gpu import GpuThread, OpenedGpu, open_gpu
+from engines.model.sharing import Sharing
+from engines.model.timing import StepCost
+from engines.pacing import GpuPace
 from engines.training.memory import TrainingMemory
 from engines.training.progress import Progress, beginning
 
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 # At the end the running step may take this long to finish; a longer one is given up, and is not counted.
 LAST_STEP_S = 1.0
+# What a step's kernels need of the GPU: matrix products of large batches. Assumed; it matters under MPS only.
+COMPUTE_FRACTION = 0.8
+MEMORY_FRACTION = 0.4
 
 
 class JobState(Enum):
@@ -43,6 +49,7 @@ class JobSettings:
     seed: int
     step_s: float
     checkpoint_every: int
+    sharing: Sharing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +95,13 @@ class Job:
         self._life = asyncio.Lock()  # one change of life at a time
         self._step = asyncio.Lock()  # held during a step; waiters are served in order, so a sleeper comes next
         self._may_step = asyncio.Event()
+        self.pace = GpuPace(settings.sharing)
+        self._cost = StepCost(
+            host_s=0.0,
+            device_s=settings.step_s,
+            compute_s=settings.step_s * COMPUTE_FRACTION,
+            memory_s=settings.step_s * MEMORY_FRACTION,
+        )
 
     @property
     def is_asleep(self) -> bool:
@@ -122,6 +136,7 @@ class Job:
         self.context_bytes = gpu.context_bytes
         self.memory_bytes = self._memory.size_bytes
         self.held_bytes = self.context_bytes + self.memory_bytes
+        self.pace.join(self.settings.gpu_uuid, self._log)
         self.state = JobState.RESIDENT
         self._may_step.set()
         self._log.info(
@@ -156,7 +171,7 @@ class Job:
                     await self._one_step()
 
     async def _one_step(self) -> None:
-        await asyncio.sleep(self.settings.step_s)  # the modelled computation
+        await self.pace.spend(self._cost, time.perf_counter())  # the modelled computation
         try:
             self.progress = await self._gpu_thread.run(self._loaded_memory().step, self.progress)
         except (DeviceError, DamagedError) as error:
@@ -203,6 +218,7 @@ class Job:
             finally:
                 self.transition = None
             self.state = JobState.ASLEEP
+            self.pace.rest()
             self.held_bytes = self.context_bytes
             report = SleepReport(
                 copied_bytes=saved.copied_bytes,
@@ -291,6 +307,7 @@ class Job:
         has_news = self.progress.step_count > self.checkpointed_step_count
         if has_news and self.state in {JobState.RESIDENT, JobState.ASLEEP}:
             await self._checkpoint()
+        self.pace.close()
         if self._memory is not None:
             await self._gpu_thread.run(self._memory.close)
         self._gpu_thread.close()
