@@ -170,7 +170,9 @@ static int run_limit(char **arguments) {
 
 static void print_finding(const char *text) { printf("%s\n", text); }
 
-static int run_check(char **arguments) { return host_check(print_finding, integer(arguments[0]) != 0) ? 3 : 0; }
+static int run_check(char **arguments) {
+    return host_check(print_finding, integer(arguments[0]) != 0) ? 3 : 0;
+}
 
 static const command commands[] = {
     {"check", 1, "0|1", run_check},

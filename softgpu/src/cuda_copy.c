@@ -115,20 +115,24 @@ static CUresult copy_piece(uint64_t to, uint64_t from, uint64_t *bytes, int move
 }
 
 CUresult copy_bytes(uint64_t target, uint64_t source, uint64_t bytes) {
+    uint64_t end_ns = clock_ns();
+    return copy_from(target, source, bytes, &end_ns);
+}
+
+CUresult copy_from(uint64_t target, uint64_t source, uint64_t bytes, uint64_t *end_ns) {
     int moves_bytes = !host->is_phantom || bytes <= PHANTOM_MIN_BYTES;
     uint64_t piece_limit = moves_bytes ? REAL_PIECE_BYTES : PHANTOM_PIECE_BYTES;
-    uint64_t end_ns = clock_ns();
     while (bytes) {
         uint64_t piece = bytes < piece_limit ? bytes : piece_limit;
-        CUresult result = copy_piece(target, source, &piece, moves_bytes, &end_ns);
+        CUresult result = copy_piece(target, source, &piece, moves_bytes, end_ns);
         if (result != CUDA_SUCCESS)
             return result;
         target += piece;
         source += piece;
         bytes -= piece;
         uint64_t now_ns = clock_ns();
-        if (end_ns > now_ns + (bytes ? RUN_AHEAD_NS : 0))
-            sleep_until(end_ns);
+        if (*end_ns > now_ns + (bytes ? RUN_AHEAD_NS : 0))
+            sleep_until(*end_ns);
     }
     return CUDA_SUCCESS;
 }

@@ -101,8 +101,8 @@ CUresult handle_adopt(int chunk, int descriptor, int *handle); /* of a chunk ope
 handle_record *handle_record_of(int handle);
 CUmemGenericAllocationHandle handle_value(int handle);
 int handle_of_value(CUmemGenericAllocationHandle value); /* 0 when it is none */
-void handle_unmap(int handle);                           /* one mapping less */
-void handle_release(int handle);                         /* one reference less */
+uint64_t handle_unmap(int handle);   /* one mapping less; the bytes that this process so let go of for good */
+uint64_t handle_release(int handle); /* one reference less; likewise */
 void handles_close_after_fork(void);
 
 /* cuda_copy.c */
@@ -110,6 +110,8 @@ void handles_close_after_fork(void);
     65536ull /* copies up to this are real even in phantom mode: headers, tokens, canaries */
 CUresult copy_check(uint64_t target, uint64_t source, int *is_pageable);
 CUresult copy_bytes(uint64_t target, uint64_t source, uint64_t bytes);
+/* Likewise, on a link that is this copy's from *end_ns on; sets *end_ns to when the link is done with it. */
+CUresult copy_from(uint64_t target, uint64_t source, uint64_t bytes, uint64_t *end_ns);
 CUresult copy_corrupt(uint64_t target, uint64_t bytes); /* flips one bit, as a fault wants it */
 CUresult fill_bytes(uint64_t target, uint32_t value, int width, uint64_t count);
 
@@ -118,6 +120,7 @@ typedef enum { OP_COPY, OP_FILL, OP_RECORD, OP_WAIT, OP_CALL } op_kind;
 typedef struct op {
     struct op *next;
     op_kind kind;
+    uint64_t submitted_ns;
     uint64_t target, source, bytes;
     uint32_t value;
     int width, is_corrupt;

@@ -99,25 +99,27 @@ int handle_of_value(CUmemGenericAllocationHandle value) {
     return records[candidate].references > 0 && handle_value(candidate) == value ? candidate : 0;
 }
 
-static void close_when_unused(int handle) {
+static uint64_t close_when_unused(int handle) {
     handle_record *record = &records[handle];
     if (record->references > 0 || record->mappings > 0)
-        return;
+        return 0;
+    uint64_t bytes = record->file.bytes;
     int chunk = record->chunk;
     chunk_file_close(&record->file);
     record->chunk = -1;
     free_hint = handle;
     host_let_go(chunk);
+    return bytes;
 }
 
-void handle_unmap(int handle) {
+uint64_t handle_unmap(int handle) {
     records[handle].mappings--;
-    close_when_unused(handle);
+    return close_when_unused(handle);
 }
 
-void handle_release(int handle) {
+uint64_t handle_release(int handle) {
     records[handle].references--;
-    close_when_unused(handle);
+    return close_when_unused(handle);
 }
 
 /* A child's inherited descriptors would keep the parent's memory alive. */

@@ -83,17 +83,15 @@ CUDA_EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *value, size_t byt
 
 CUDA_EXPORT CUresult cuMemRelease(CUmemGenericAllocationHandle value) {
     ENTER();
-    uint64_t started_ns = clock_ns(), bytes = 0;
+    uint64_t started_ns = clock_ns(), freed_bytes = 0;
     driver_lock();
     int handle = handle_of_value(value);
-    if (handle) {
-        bytes = handle_record_of(handle)->file.bytes;
-        handle_release(handle);
-    }
+    if (handle)
+        freed_bytes = handle_release(handle);
     driver_unlock();
     if (!handle)
         return CUDA_ERROR_INVALID_VALUE;
-    pay(CALL_MEM_RELEASE, started_ns, bytes);
+    pay(CALL_MEM_RELEASE, started_ns, freed_bytes);
     return CUDA_SUCCESS;
 }
 
@@ -143,7 +141,7 @@ static uint64_t mapped_within(uint64_t address, uint64_t bytes) {
 CUDA_EXPORT CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
     ENTER();
     streams_finish(1);
-    uint64_t started_ns = clock_ns();
+    uint64_t started_ns = clock_ns(), freed_bytes = 0;
     driver_lock();
     int is_whole = bytes && mapped_within(address, bytes) == bytes;
     for (uint64_t at = address; is_whole && at < address + bytes;) {
@@ -151,12 +149,13 @@ CUDA_EXPORT CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
         int handle = mapping->handle;
         at += mapping->bytes;
         region_remove(&regions, mapping);
-        handle_unmap(handle);
+        freed_bytes += handle_unmap(handle);
     }
     driver_unlock();
     if (!is_whole)
         return CUDA_ERROR_INVALID_VALUE;
     pay(CALL_MEM_UNMAP, started_ns, bytes);
+    pay_for_size(CALL_MEM_RELEASE, clock_ns(), freed_bytes); /* the handle was released before */
     return CUDA_SUCCESS;
 }
 

@@ -274,13 +274,15 @@ extern const char *const call_names[CALL_COUNT];
 uint64_t clock_ns(void);
 void sleep_until(uint64_t deadline_ns);                   /* may wake up some tens of microseconds late */
 void pay(call kind, uint64_t started_ns, uint64_t bytes); /* returns when the call has lasted long enough */
+void pay_for_size(call kind, uint64_t started_ns, uint64_t bytes); /* likewise, without its fixed part */
 
 /* host_engine.c (takes the lock itself) */
 uint64_t engine_book(int device_index, direction way, int is_pageable, uint64_t bytes, uint64_t earliest_ns);
 
 /* host_check.c (with the lock held) */
 typedef void (*check_report)(const char *text);
-int host_check(check_report report, int is_quiet); /* how many rules do not hold; each is told in a sentence */
+int host_check(check_report report,
+               int is_quiet); /* how many rules do not hold; each is told in a sentence */
 
 /* host_fault.c (takes the lock itself) */
 extern const char *const fault_names[FAULT_KIND_COUNT];

@@ -1,6 +1,6 @@
 /* Is the shared state true? Every rule that must hold whenever nobody is changing it, checked by counting the
- * records again and by looking at the files. What only the dead held is tidied away in between, as by any call that
- * meets them, and then nothing of it may be left. */
+ * records again and by looking at the files. What only the dead held is tidied away in between, as by any
+ * call that meets them, and then nothing of it may be left. */
 #define _GNU_SOURCE
 #include "chunk_file.h"
 #include "host.h"
@@ -134,7 +134,8 @@ static void check_process(int p) {
         found("process %d: its checkpointer %d is no process", p, by);
     int must_be_away = state == STATE_CHECKPOINTED || mps_has_ended(process);
     int may_be_away = must_be_away || state == STATE_FAILED;
-    if (state > STATE_RESTORING || process_is_away(process) < must_be_away || process_is_away(process) > may_be_away)
+    if (state > STATE_RESTORING || process_is_away(process) < must_be_away ||
+        process_is_away(process) > may_be_away)
         found("process %d: the placement %x cannot be", p, process->placement);
     uint32_t is_shut = state != STATE_FAILED && (state != STATE_RUNNING || by != NOBODY);
     if (process->gate != is_shut)

@@ -42,14 +42,25 @@ void sleep_until(uint64_t deadline_ns) {
 }
 
 /* Calls of some tens of microseconds must not turn into a hundred, so what a sleep cannot hit is spun. */
-void pay(call kind, uint64_t started_ns, uint64_t bytes) {
-    const call_cost *cost = &host->costs[kind];
-    uint64_t lasting_ns = cost->call_ns + (uint64_t)((double)bytes / (double)GIB * (double)cost->gib_ns);
-    uint64_t deadline_ns = started_ns + lasting_ns;
-    if (!lasting_ns)
-        return;
+static void last_until(uint64_t deadline_ns) {
     if (clock_ns() + SPIN_NS < deadline_ns)
         sleep_until(deadline_ns - SPIN_NS);
     while (clock_ns() < deadline_ns) {
     }
+}
+
+static uint64_t by_size_ns(call kind, uint64_t bytes) {
+    return (uint64_t)((double)bytes / (double)GIB * (double)host->costs[kind].gib_ns);
+}
+
+void pay(call kind, uint64_t started_ns, uint64_t bytes) {
+    uint64_t lasting_ns = host->costs[kind].call_ns + by_size_ns(kind, bytes);
+    if (lasting_ns)
+        last_until(started_ns + lasting_ns);
+}
+
+void pay_for_size(call kind, uint64_t started_ns, uint64_t bytes) {
+    uint64_t lasting_ns = by_size_ns(kind, bytes);
+    if (lasting_ns)
+        last_until(started_ns + lasting_ns);
 }

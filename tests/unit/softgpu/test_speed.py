@@ -112,6 +112,45 @@ say(made - start, time.perf_counter() - before)""")
     assert 0.0625 <= release_s < 0.1
 
 
+def test_the_size_is_paid_by_the_call_that_lets_go(machine: MakeMachine) -> None:
+    costs = {"cuMemRelease": softgpu.CallCost(call_ns=0, gib_ns=10**9)}
+    release_s, unmap_s = machine(costs=costs).run("""
+context(); handle = ok(create(128 * MiB)); address = map_memory(handle, 128 * MiB); start = time.perf_counter()
+ok(cu.cuMemRelease(handle)); released = time.perf_counter(); ok(cu.cuMemUnmap(address, 128 * MiB))
+say(released - start, time.perf_counter() - released)""")
+
+    assert release_s < 0.1
+    assert 0.125 <= unmap_s < 0.25
+
+
+def test_copies_queued_one_behind_another_lose_no_link_time(machine: MakeMachine) -> None:
+    """Each of them wakes a worker a little late; together they must not be late by as much."""
+    over = phantom(machine).run("""
+context(); size, count = 64 * MiB, 64; device = ok(cu.cuMemAlloc(size)); host = int(ok(cu.cuMemHostAlloc(size, 0)))
+stream = ok(cu.cuStreamCreate(1)); times = []
+for _ in range(5):
+    start = time.perf_counter()
+    for _ in range(count): ok(cu.cuMemcpyHtoDAsync(device, host, size, stream))
+    ok(cu.cuStreamSynchronize(stream)); times.append((time.perf_counter() - start) / (size * count / 53e9) - 1)
+say(min(times))""")
+
+    assert 0 <= over < 0.02
+
+
+def test_a_checkpoint_takes_the_time_of_its_bytes(machine: MakeMachine) -> None:
+    """H100: about 5 GB/s out and 7.4 GB/s back, whatever the link could do."""
+    one = phantom(machine, costs=None)
+    child = one.start("context(); address = ok(cu.cuMemAlloc(GiB)); say('up'); wait()")
+    child.hear()
+    out_s, back_s = one.run(f"""
+context(); start = time.perf_counter(); ok(cu.cuCheckpointProcessLock({child.pid}, None))
+ok(cu.cuCheckpointProcessCheckpoint({child.pid}, None)); out = time.perf_counter()
+ok(cu.cuCheckpointProcessRestore({child.pid}, None)); say(out - start, time.perf_counter() - out)""")
+
+    assert 0.21 < out_s < 0.4
+    assert 0.14 < back_s < 0.3
+
+
 def test_a_parked_model_comes_back_at_the_measured_speed(machine: MakeMachine) -> None:
     """The sums behind the H100's table: 7.6 ms/GiB to map a model back, 1.3 ms/GiB to take it away."""
     one = machine(profile="h100-80", total_bytes=None, phantom=True, context_bytes=0)
