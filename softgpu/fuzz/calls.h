@@ -77,6 +77,14 @@ CUresult cuEventQuery(CUevent event);
 CUresult cuEventSynchronize(CUevent event);
 CUresult cuPointerGetAttribute(void *value, int attribute, CUdeviceptr address);
 
+CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice index);
+CUresult cuCheckpointProcessGetState(int pid, int *state);
+CUresult cuCheckpointProcessLock(int pid, const CUcheckpointLockArgs *arguments);
+CUresult cuCheckpointProcessUnlock(int pid, const void *arguments);
+CUresult cuCheckpointProcessCheckpoint(int pid, const CUcheckpointCheckpointArgs *arguments);
+CUresult cuCheckpointProcessRestore(int pid, const CUcheckpointRestoreArgs *arguments);
+CUresult cuCheckpointOperationComplete(CUcheckpointOperationHandle handle);
+
 typedef struct event_set event_set;
 nvmlReturn nvmlInit_v2(void);
 nvmlReturn nvmlShutdown(void);

@@ -23,10 +23,11 @@ typedef struct {
 /* What parent and workers share beside the host. */
 typedef struct {
     uint64_t seed;
-    uint64_t operation_limit; /* of all workers together */
+    int workers;
     uint64_t operation_count; /* all workers, in steps of a batch */
     int is_paused, is_finishing;
     int is_waiting[WORKER_MAX];        /* stands still between two operations */
+    pid_t pids[WORKER_MAX];
     int is_stepping[WORKER_MAX];       /* counts its instructions, to die after one of them */
     uint64_t instructions;             /* of the last that counted: used where there is one at a time */
     int descriptor;                    /* of the witness's chunk, in the witness */

@@ -34,12 +34,12 @@ static void start_worker(int number) {
         worker_run(number, run.lives[number]);
         _exit(0);
     }
-    run.pids[number] = child;
+    run.pids[number] = shared->pids[number] = child;
     run.lives[number]++;
 }
 
 static void bury(int number, int status) {
-    run.pids[number] = 0;
+    run.pids[number] = shared->pids[number] = 0;
     run.operations_of_the_dead += shared->operations[number];
     shared->operations[number] = 0;
     int is_stepped = WIFSIGNALED(status) && shared->is_stepping[number];
@@ -75,6 +75,34 @@ static void look_after_workers(int is_restarting, int workers) {
     }
 }
 
+static const process_record *row_of(pid_t pid) {
+    for (int p = 0; p < PROCESS_MAX; p++)
+        if (host->processes[p].is_used && host->processes[p].pid == pid)
+            return &host->processes[p];
+    return NULL;
+}
+
+/* Locked or checkpointed, its next call waits until somebody lets it go on; failed, all its calls fail. */
+static int cannot_go_on(int number) {
+    const process_record *row = run.pids[number] ? row_of(run.pids[number]) : NULL;
+    return row && checkpoint_state(row) != STATE_RUNNING;
+}
+
+static void kill_failed(int workers) {
+    for (int i = 0; i < workers; i++) {
+        const process_record *row = run.pids[i] ? row_of(run.pids[i]) : NULL;
+        if (row && checkpoint_state(row) == STATE_FAILED)
+            kill_worker(i);
+    }
+}
+
+/* While the others stand still, nobody would let it go on. */
+static void kill_locked(int workers) {
+    for (int i = 0; i < workers; i++)
+        if (!shared->is_waiting[i] && cannot_go_on(i))
+            kill_worker(i);
+}
+
 static int are_all_waiting(int workers) {
     for (int i = 0; i < workers; i++)
         if (run.pids[i] && !__atomic_load_n(&shared->is_waiting[i], __ATOMIC_ACQUIRE))
@@ -107,8 +135,10 @@ static void epoch(int workers) {
     mend_devices();
     __atomic_store_n(&shared->is_paused, 1, __ATOMIC_RELEASE);
     uint64_t deadline_ns = clock_ns() + PATIENCE_NS;
-    while (!are_all_waiting(workers) && !shared->has_failed) {
+    for (int round = 0; !are_all_waiting(workers) && !shared->has_failed; round++) {
         look_after_workers(0, workers);
+        if (round % 500 == 499)
+            kill_locked(workers);
         usleep(200);
         if (clock_ns() > deadline_ns)
             set_failure("a worker hangs: it does not come to the end of its operation");
@@ -121,7 +151,7 @@ static void epoch(int workers) {
 static const char *const breakable[] = {"cuMemAlloc",  "cuMemFree",     "cuMemCreate",   "cuMemMap",
                                         "cuMemUnmap",  "cuMemRelease",  "cuMemcpyHtoD",  "cuIpcOpenMemHandle",
                                         "cuCtxCreate", "cuStreamQuery", "nvmlDeviceGetMemoryInfo",
-                                        "cuMemSetAccess", "cuDevicePrimaryCtxRetain", "cuMemExportToShareableHandle"};
+                                        "cuMemSetAccess", "cuCheckpointProcessCheckpoint", "cuCheckpointProcessRestore", "cuDevicePrimaryCtxRetain", "cuMemExportToShareableHandle"};
 
 static void break_something(void) {
     generator *random = &run.random;
@@ -167,9 +197,11 @@ static void finish(int workers) {
             kill_worker(i);
     __atomic_store_n(&shared->is_finishing, 1, __ATOMIC_RELEASE);
     uint64_t deadline_ns = clock_ns() + PATIENCE_NS;
-    for (int left = 1; left;) {
+    for (int left = 1, round = 0; left; round++) {
         left = 0;
         look_after_workers(0, workers);
+        if (round % 200 == 199)
+            kill_locked(workers);
         for (int i = 0; i < workers; i++)
             left += run.pids[i] != 0;
         if (left && clock_ns() > deadline_ns)
@@ -211,6 +243,7 @@ static int make_board(const fuzz_options *options) {
     if (shared == MAP_FAILED || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, shared->exchange))
         return -1;
     shared->seed = options->seed;
+    shared->workers = options->workers;
     run.random = generator_of(options->seed, WORKER_MAX, 0);
     return 0;
 }
@@ -238,6 +271,7 @@ static void drive(const fuzz_options *options) {
             }
             next_kill = done + below(&run.random, 2 * KILL_OPERATIONS);
         }
+        kill_failed(options->workers);
         if (done >= next_break) {
             break_something();
             next_break = done + below(&run.random, 2 * BREAK_OPERATIONS);

@@ -4,6 +4,7 @@
  * locks). After each death the rules must hold, what the dead one had must be gone, and a witness that shares
  * memory with it must find its own bytes and be able to allocate. */
 #define _GNU_SOURCE
+#include "storage.h"
 #include "worker.h"
 
 #include "../src/host.h"
@@ -18,16 +19,17 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { SMALL = 3000, WITNESS_BYTES = 4 << 20 };
+enum { SMALL = 3000, WITNESS_BYTES = 4 << 20, SUBJECT_BYTES = 64 << 10 };
 
 static struct {
     CUcontext context;
     CUdeviceptr address, base, opened;
     CUmemGenericAllocationHandle value;
     int imported_descriptor; /* of the witness's chunk; inherited */
-    int to_witness[2];
-    pid_t witness;
-    uint64_t witness_bytes;
+    int to_witness[2], to_subject[2];
+    pid_t witness, subject; /* the subject shares nothing: it is what victims checkpoint */
+    uint64_t living_bytes;
+    unsigned char *storage; /* outlives the victims */
 } scene;
 
 static void need(int is_true) {
@@ -130,6 +132,39 @@ static void read_memory(void) {
     need(nvmlDeviceGetMemoryInfo_v2(gpu, &now) == NVML_SUCCESS);
 }
 
+static void lock(void) { need(cuCheckpointProcessLock(scene.subject, NULL) == CUDA_SUCCESS); }
+static void unlock(void) { need(cuCheckpointProcessUnlock(scene.subject, NULL) == CUDA_SUCCESS); }
+static void checkpoint(void) { need(cuCheckpointProcessCheckpoint(scene.subject, NULL) == CUDA_SUCCESS); }
+static void restore(void) { need(cuCheckpointProcessRestore(scene.subject, NULL) == CUDA_SUCCESS); }
+static CUresult move(int is_stored) {
+    CUcheckpointGpuPair pairs[GPU_MAX];
+    CUcheckpointRestoreArgs arguments = {.gpuPairs = pairs, .gpuPairsCount = GPU_MAX};
+    for (int d = 0; d < GPU_MAX; d++) {
+        need(cuDeviceGetUuid_v2(&pairs[d].oldUuid, d) == CUDA_SUCCESS);
+        need(cuDeviceGetUuid_v2(&pairs[d].newUuid, GPU_MAX - 1 - d) == CUDA_SUCCESS);
+    }
+    return is_stored ? restore_from(scene.subject, scene.storage, pairs, GPU_MAX)
+                     : cuCheckpointProcessRestore(scene.subject, &arguments);
+}
+static void restore_elsewhere(void) { need(move(0) == CUDA_SUCCESS); }
+static void begin_with_lock(void) {
+    begin();
+    need(cuDevicePrimaryCtxRetain(&scene.context, 1) == CUDA_SUCCESS);
+    lock();
+}
+static void begin_with_checkpoint(void) {
+    begin_with_lock();
+    checkpoint();
+}
+static void checkpoint_to_storage(void) {
+    need(checkpoint_to(scene.subject, scene.storage, SUBJECT_BYTES) == CUDA_SUCCESS);
+}
+static void begin_with_stored(void) {
+    begin_with_lock();
+    checkpoint_to_storage();
+}
+static void restore_from_storage(void) { need(move(1) == CUDA_SUCCESS); }
+
 typedef enum { NO_CORPSE, CORPSE, CORPSE_IN_LOCK } corpse;
 typedef struct {
     const char *name;
@@ -157,6 +192,13 @@ static const scenario scenarios[] = {
     {"raise a limit", begin_with_limit, raise_limit, NO_CORPSE},
     {"lower a limit", begin_with_limit, lower_limit, NO_CORPSE},
     {"clear a limit", begin_with_limit, clear_limit, NO_CORPSE},
+    {"lock a process", begin, lock, NO_CORPSE},
+    {"unlock a process", begin_with_lock, unlock, NO_CORPSE},
+    {"checkpoint a process", begin_with_lock, checkpoint, NO_CORPSE},
+    {"restore a process", begin_with_checkpoint, restore, NO_CORPSE},
+    {"restore on another GPU", begin_with_checkpoint, restore_elsewhere, NO_CORPSE},
+    {"checkpoint to storage", begin_with_lock, checkpoint_to_storage, NO_CORPSE},
+    {"restore from storage", begin_with_stored, restore_from_storage, NO_CORPSE},
     {"tidy up after a dead process", begin_nvml, read_memory, CORPSE},
     {"recover from a death inside the lock", begin_nvml, read_memory, CORPSE_IN_LOCK},
 };
@@ -200,32 +242,55 @@ static void be_witness(int channel) {
     } while (1);
 }
 
-static int hear_witness(void) {
-    char byte;
-    return read(scene.to_witness[0], &byte, 1) == 1;
+static void be_subject(int channel) {
+    unsigned char expected[SMALL], found[SMALL];
+    CUdeviceptr own;
+    char byte = 's';
+    begin();
+    need(cuMemAlloc_v2(&own, SUBJECT_BYTES) == CUDA_SUCCESS);
+    fill_pattern(expected, 1234, SMALL);
+    need(cuMemcpyHtoD_v2(own + 999, expected, SMALL) == CUDA_SUCCESS);
+    do {
+        need(write(channel, &byte, 1) == 1);
+        if (read(channel, &byte, 1) != 1)
+            _exit(0);
+        need(cuMemcpyDtoH_v2(found, own + 999, SMALL) == CUDA_SUCCESS && !memcmp(found, expected, SMALL));
+    } while (1);
 }
 
-static int start_witness(void) {
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, scene.to_witness))
+static int hear(int channel) {
+    char byte;
+    return read(channel, &byte, 1) == 1;
+}
+
+static int ask(int channel) {
+    char byte = '?';
+    return write(channel, &byte, 1) == 1 && hear(channel);
+}
+
+static pid_t start_listener(void (*be)(int channel), int *channel) {
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, channel))
         return -1;
-    scene.witness = start_child();
-    if (!scene.witness) {
-        close(scene.to_witness[0]);
-        be_witness(scene.to_witness[1]);
+    pid_t child = start_child();
+    if (!child) {
+        close(channel[0]);
+        be(channel[1]);
     }
-    close(scene.to_witness[1]);
-    if (!hear_witness())
+    close(channel[1]);
+    return hear(channel[0]) ? child : -1;
+}
+
+static int start_listeners(void) {
+    scene.witness = start_listener(be_witness, scene.to_witness);
+    scene.subject = start_listener(be_subject, scene.to_subject);
+    scene.storage = mmap(NULL, SUBJECT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (scene.witness < 0 || scene.subject < 0 || scene.storage == MAP_FAILED)
         return -1;
     char path[64];
     snprintf(path, sizeof path, "/proc/%d/fd/%d", scene.witness, shared->descriptor);
     scene.imported_descriptor = open(path, O_RDWR);
-    scene.witness_bytes = used_bytes_of_host();
+    scene.living_bytes = used_bytes_of_host();
     return scene.imported_descriptor < 0 ? -1 : 0;
-}
-
-static int ask_witness(void) {
-    char byte = '?';
-    return write(scene.to_witness[0], &byte, 1) == 1 && hear_witness();
 }
 
 /* ---- stepping ---- */
@@ -284,6 +349,34 @@ static void leave_corpse(corpse kind) {
         sacrifice(&dying, (trace_plan){.steps = 3, .from_chunk_id = host->last_chunk_id + 1});
 }
 
+/* Whatever the victim left half done with the subject, somebody else can bring to an end. */
+static void rescue(void) {
+    int state = STATE_RUNNING;
+    begin();
+    need(cuDevicePrimaryCtxRetain(&scene.context, 1) == CUDA_SUCCESS);
+    need(cuCheckpointProcessGetState(scene.subject, &state) == CUDA_SUCCESS);
+    if (state == STATE_CHECKPOINTED) {
+        CUresult result = cuCheckpointProcessRestore(scene.subject, NULL);
+        if (result == CUDA_ERROR_INVALID_VALUE) /* its content went to storage */
+            result = restore_from(scene.subject, scene.storage, NULL, 0);
+        need(result == CUDA_SUCCESS);
+        state = STATE_LOCKED;
+    }
+    if (state == STATE_LOCKED)
+        unlock();
+    else
+        need(state == STATE_RUNNING);
+    _exit(0);
+}
+
+static int rescue_subject(void) {
+    pid_t rescuer = start_child();
+    if (!rescuer)
+        rescue();
+    int status = wait_for(rescuer);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0 && ask(scene.to_subject[0]);
+}
+
 static void forget_limits(void) {
     host_lock();
     for (uint32_t d = 0; d < host->device_count; d++)
@@ -297,12 +390,19 @@ static int findings_after(const scenario *chosen, int step) {
     snprintf(when, sizeof when, "%s, killed after step %d", chosen->name, step);
     int findings = check_host(1, when);
     forget_limits();
-    if (!findings && used_bytes_of_host() != scene.witness_bytes) {
-        printf("FOUND %s: %llu bytes in use, and the living have %llu\n", when,
-               (unsigned long long)used_bytes_of_host(), (unsigned long long)scene.witness_bytes);
+    if (!findings && !rescue_subject()) {
+        printf("FOUND %s: the subject cannot be brought back whole\n", when);
         findings++;
     }
-    if (!findings && !ask_witness()) {
+    host_lock();
+    host_reap();
+    host_unlock();
+    if (!findings && used_bytes_of_host() != scene.living_bytes) {
+        printf("FOUND %s: %llu bytes in use, and the living have %llu\n", when,
+               (unsigned long long)used_bytes_of_host(), (unsigned long long)scene.living_bytes);
+        findings++;
+    }
+    if (!findings && !ask(scene.to_witness[0])) {
         printf("FOUND %s: the witness cannot go on\n", when);
         findings++;
     }
@@ -335,15 +435,18 @@ static outcome kill_everywhere(const scenario *chosen, int is_every_instruction,
         result.findings = findings_after(chosen, step + 1);
         result.kills += WIFSIGNALED(status);
         result.misses += WIFEXITED(status) && WEXITSTATUS(status) == CAME_TO_THE_END;
-        if (WIFEXITED(status) ? WEXITSTATUS(status) != CAME_TO_THE_END : WTERMSIG(status) != SIGKILL)
+        int is_killed = WIFSIGNALED(status) && (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGTRAP);
+        if (!is_killed && (!WIFEXITED(status) || WEXITSTATUS(status) != CAME_TO_THE_END))
             result.findings += tell(chosen, "it ended otherwise than by its kill");
     }
     return result;
 }
 
-static void bury_witness(void) {
+static void bury_listeners(void) {
     kill(scene.witness, SIGKILL);
+    kill(scene.subject, SIGKILL);
     wait_for(scene.witness);
+    wait_for(scene.subject);
     close(scene.imported_descriptor);
 }
 
@@ -356,7 +459,7 @@ int steps_run(const char *only, int is_every_instruction, int stride) {
         return 2;
     }
     places = mmap(NULL, sizeof *places, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (shared == MAP_FAILED || places == MAP_FAILED || stride < 1 || start_witness()) {
+    if (shared == MAP_FAILED || places == MAP_FAILED || stride < 1 || start_listeners()) {
         fprintf(stderr, "softgpu-fuzz: the witness does not start\n");
         return 2;
     }
@@ -374,7 +477,7 @@ int steps_run(const char *only, int is_every_instruction, int stride) {
         misses += result.misses;
         count++;
     }
-    bury_witness();
+    bury_listeners();
     findings += check_host(1, "at the end") + (used_bytes_of_host() != 0);
     printf("RESULT {\"operations\": %d, \"kills\": %d, \"not_reached\": %d, \"duration_s\": %.3f, "
            "\"findings\": %d}\n",

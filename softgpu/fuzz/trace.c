@@ -31,13 +31,14 @@ static uint64_t hash_of_state(void) {
 
 #if defined __x86_64__
 
+#include <sys/syscall.h>
 #include <ucontext.h>
 
 #define TRAP_FLAG 0x100ll
 #define BREAKPOINT 0xcc
 
 static struct {
-    pid_t process;
+    pid_t process, thread;
     trace_plan plan;
     uint64_t hash;
     int steps_left, is_counting;
@@ -80,10 +81,27 @@ static void note_place(const unsigned char *next_instruction) {
         list->places[list->count++] = (place){next_instruction, count};
 }
 
+/* While a thread is started, the C library blocks all signals, and a blocked SIGTRAP is fatal: so the traced
+ * thread changes no mask. */
+static const unsigned char *keep_unblocked(greg_t *registers) {
+    unsigned char *instruction = (unsigned char *)registers[REG_RIP];
+    if (instruction[0] != 0x0f || instruction[1] != 0x05 || registers[REG_RAX] != SYS_rt_sigprocmask)
+        return instruction;
+    if (registers[REG_RDX])
+        memset((void *)registers[REG_RDX], 0, sizeof(uint64_t)); /* what was blocked before */
+    registers[REG_RAX] = 0;
+    registers[REG_RIP] += 2;
+    return instruction + 2;
+}
+
 static void on_step(int number, siginfo_t *information, void *context) {
+    greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
     (void)number, (void)information;
-    const unsigned char *next_instruction =
-        (const unsigned char *)((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
+    if (gettid() != traced.thread) { /* the flag is inherited */
+        registers[REG_EFL] &= ~TRAP_FLAG;
+        return;
+    }
+    const unsigned char *next_instruction = keep_unblocked(registers);
     shared->instructions++;
     if (traced.list) {
         note_place(next_instruction);
@@ -110,6 +128,7 @@ int trace_is_possible(void) { return 1; }
 void trace_start(trace_plan plan) {
     memset(&traced, 0, sizeof traced);
     traced.process = getpid();
+    traced.thread = gettid();
     traced.plan = plan;
     traced.steps_left = plan.steps;
     traced.is_counting = !plan.from_chunk_id;
@@ -123,6 +142,7 @@ void trace_start(trace_plan plan) {
 
 void trace_list(place_list *list, int is_every_instruction) {
     memset(&traced, 0, sizeof traced);
+    traced.thread = gettid();
     traced.plan.is_every_instruction = is_every_instruction;
     traced.hash = hash_of_state();
     traced.list = list;

@@ -11,7 +11,7 @@
 worker self;
 
 static const operation_kind *const families[] = {memory_operations, physical_operations, queue_operations,
-                                                 watch_operations};
+                                                 watch_operations, checkpoint_operations};
 enum { FAMILY_COUNT = sizeof families / sizeof *families, BATCH = 64 };
 
 static const operation_kind *kinds[OPERATION_MAX];
@@ -84,6 +84,7 @@ static void start(int number, uint64_t incarnation) {
     setenv("SOFTGPU_GROUP", group, 1);
     memset(&self, 0, sizeof self);
     self.number = number;
+    self.process = getpid();
     self.incarnation = incarnation;
     self.random = generator_of(shared->seed, (uint64_t)number, incarnation);
     self.doing = "start";

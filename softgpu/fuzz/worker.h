@@ -51,6 +51,7 @@ typedef struct {
 typedef struct {
     generator random;
     int number, device; /* of the context that is current */
+    pid_t process;
     uint64_t incarnation, operation;
     uint64_t answers; /* that calls gave so far */
     const char *doing;
@@ -92,8 +93,9 @@ typedef struct {
     int weight;
 } operation_kind;
 
-/* memory.c, physical.c, queue.c, watch.c: the operations; each returns 1 when it did what it was asked */
-extern const operation_kind memory_operations[], physical_operations[], queue_operations[], watch_operations[];
+/* memory.c, physical.c, queue.c, watch.c, checkpoint.c: the operations; each returns 1 when it did what it was asked */
+extern const operation_kind memory_operations[], physical_operations[], queue_operations[], watch_operations[],
+    checkpoint_operations[];
 int end_orderly(void); /* frees everything */
 void forget_blocks_of(CUcontext context);
 int free_block(block *freed);
