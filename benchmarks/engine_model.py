@@ -42,8 +42,11 @@ class Outcome:
             figures[f"{run.family.name}_rows_count"] = len(run.rows)
             figures[name] = round(100 * run.median_error, 2)
             figures[f"{run.family.name}_worst_error_percent"] = round(100 * run.worst.error, 2)
-            bars.append(Bar(name=name, value=figures[name], op="<=", bar=MEDIAN_ERROR_PERCENT_MAX))
-        missed = [run for run in self.families if 100 * run.median_error > MEDIAN_ERROR_PERCENT_MAX]
+            if run.family.is_judged:
+                bars.append(Bar(name=name, value=figures[name], op="<=", bar=MEDIAN_ERROR_PERCENT_MAX))
+        missed = [
+            run for run in self.families if run.family.is_judged and 100 * run.median_error > MEDIAN_ERROR_PERCENT_MAX
+        ]
         notes = ["A model against figures of others; nothing was measured here. docs/engine-model.md has all rows."]
         notes += [f"{run.family.name}: {run.family.is_wrong_because}" for run in missed]
         return Report(

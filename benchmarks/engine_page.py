@@ -16,7 +16,18 @@ from benchmarks.engine_rows import Family, Row
 ROOT: Final = Path(__file__).resolve().parents[1]
 FONT: Final = 'font-family="sans-serif" font-size="12"'
 DECADES: Final = 3
-COLOURS: Final = ("#0b6e4f", "#c8553d", "#3d5a80", "#8f5fbf", "#b8860b", "#2a9d8f", "#6c757d", "#d1495b", "#212529")
+COLOURS: Final = (
+    "#0b6e4f",
+    "#c8553d",
+    "#3d5a80",
+    "#8f5fbf",
+    "#b8860b",
+    "#2a9d8f",
+    "#6c757d",
+    "#d1495b",
+    "#212529",
+    "#ff7f51",
+)
 SIDE, MARGIN = 560, 60
 BAR_FRACTION: Final = 0.15
 
@@ -99,6 +110,7 @@ Inputs that a source does not give are named in the last column.
 LIMITS_TEXT: Final = """
 ## What the model leaves out
 
+- Activations that move between kernels: small beside weights and KV in decoding, beside arithmetic in prompts.
 - Times outside the engine's steps, but for a constant for each request: frontends, routers, networks, tokenizers.
 - Differences between engine versions: one fit per GPU family covers several.
 - Clocks and power limits, and everything that depends on the text: how experts are really chosen, speculative decoding.
@@ -112,6 +124,8 @@ def text(families: Sequence[FamilyRun], fit: Fit) -> str:
     parts = [INTRODUCTION]
     for run in families:
         mark = "" if run.median_error <= BAR_FRACTION else " (above the bar of 15 %)"
+        if not run.family.is_judged:
+            mark = " (no test)"
         parts.append(
             f"| [{run.family.title}](#{_anchor(run.family.title)}) | {len(run.rows)} | "
             f"{100 * run.median_error:.1f} %{mark} | {100 * run.worst.error:+.0f} %: {run.worst.what} |\n"

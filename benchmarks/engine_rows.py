@@ -47,6 +47,8 @@ class Family:
     rows: Callable[[float], Iterator[Row]]
     """Of the part of the published number of requests to run, 0 to 1."""
     is_wrong_because: str
+    is_judged: bool = True
+    """False: an input was read off the very table, so that its errors are told but are no test."""
 
 
 def timing_of(model: str, gpu: str, *, gpu_count: int = 1) -> TimingModel:
