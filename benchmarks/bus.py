@@ -20,6 +20,8 @@ from benchmarks.report import Report, commit
 
 SECTIONS: Final = {
     "append": "one checked append after the other, awaited, beside js.publish",
+    "leader": "a cluster of three loses its leader under load: how long appends wait, and whether any is lost",
+    "rivals": "two instances of one writer race on that cluster: history stays one line",
 }
 """{name: what it measures}, in the order in which they run."""
 LOOPS: Final = ("uvloop", "asyncio")

@@ -1,21 +1,21 @@
-"""The append path on a cluster of three: a lost leader, and two writers who each believe to be the one.
+"""Section ``rivals`` of the bus benchmark: two instances of one writer, each of which believes to be the one.
 
-`lose_leaders` and `race` take a running cluster or server and return plain figures; `benchmarks.bus` prints them.
+In every round both append behind the same fact at the same time, by the real path, on a cluster whose leader is killed
+on the way; whoever loses rebuilds. The stream must be one line of facts, and exactly those that a winner was told of.
 """
 
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import anyio
 
-from benchmarks.ledger import Account, Deposit, LedgerState, Writer, ledger, living, oracle, read_all
+from benchmarks.ledger import Deposit, LedgerState, ledger, oracle, read_all
 from benchmarks.nats_cluster import NatsCluster
-from benchmarks.report import Bar, Value, quantiles
+from benchmarks.report import Value, quantiles
+from benchmarks.sections import Measured, Setting, Wanted
 from kit.bus import Bus, CaughtUp, Stream
 from kit.bus_nats import NatsBus
 from kit.commit import DirectCommitter
@@ -23,119 +23,23 @@ from kit.errors import Superseded
 from kit.processor import Delivery, Processor
 from kit.snapshots import Snapshot
 
-WRITERS = ("w0", "w1", "w2")
-LEADER_DOWN_S = 1.0
-SETTLED_S = 1.0
-"""Load before each kill."""
-ROUND_S_MAX = 60.0
-GAP_S_P50_MAX = 6.0
-GAP_S_MAX = 15.0
-ROUNDS_PER_SNAPSHOT = 100
-ROUNDS_PER_KILL = 500
+BARS: Final = (
+    Wanted(figure="race_both_won_count", op="==", bar=0),
+    Wanted(figure="race_problem_count", op="==", bar=0),
+    Wanted(figure="race_skipped_count", op="==", bar=0),
+    Wanted(figure="race_won_a_count", op=">", bar=0),
+    Wanted(figure="race_won_b_count", op=">", bar=0),
+)
+ROUNDS: Final = 10_000
+ROUNDS_PER_SNAPSHOT: Final = 100
+ROUNDS_PER_KILL: Final = 500
+DOWN_S: Final = 1.0
+"""From the kill to the start of the same server."""
+CURRENT_S_MAX: Final = 60.0
+SAY_EVERY: Final = 250
 
 Say = Callable[[str], None]
 Kill = Callable[[], Coroutine[Any, Any, None]]
-
-
-# ---- a lost leader --------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class LeaderLoss:
-    """What callers of the append path saw."""
-
-    gaps_s: list[float] = field(default_factory=list)
-    """For each round the longest time that an append took among all writers, from the kill on."""
-    error_count: int = 0
-    acknowledged_count: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def lost_count(self) -> int:
-        return sum("lost: " in problem for problem in self.problems)
-
-
-async def lose_leaders(cluster: NatsCluster, *, rounds: int, seed: int = 1, say: Say = print) -> LeaderLoss:
-    """`rounds` times under load: SIGKILL of the history's leader, then its start, until all replicas are current."""
-    outcome = LeaderLoss()
-    accounts = [Account(name) for name in WRITERS]
-    async with AsyncExitStack() as stack:
-        writers = []
-        for number, account in enumerate(accounts):
-            bus = await stack.enter_async_context(NatsBus(cluster.url, name=account.writer))
-            writers.append(await stack.enter_async_context(living(account, bus, "i1", seed=seed + number)))
-        async with anyio.create_task_group() as tg:
-            for writer in writers:
-                tg.start_soon(_work, writer, outcome)
-            for number in range(1, rounds + 1):
-                await anyio.sleep(SETTLED_S)
-                gap_s = await _lose_leader(cluster, accounts)
-                outcome.gaps_s.append(gap_s)
-                say(f"leader loss {number}/{rounds}: appends waited up to {gap_s:.1f} s")
-            await anyio.sleep(SETTLED_S)
-            tg.cancel_scope.cancel()
-    await _judge(cluster.url, accounts, outcome)
-    return outcome
-
-
-async def _work(writer: Writer, outcome: LeaderLoss) -> None:
-    try:
-        await writer.take_over()
-        await writer.work(pause_s=0.002)
-    except Exception as error:  # noqa: BLE001  (whatever a caller sees is an error here)
-        outcome.error_count += 1
-        outcome.problems.append(f"{writer.account.writer}: {error!r}")
-
-
-async def _lose_leader(cluster: NatsCluster, accounts: Sequence[Account]) -> float:
-    """The longest append from the kill on, until every writer has had one that began after it."""
-    before = [len(account.gaps_s) for account in accounts]
-    leader = await cluster.leader()
-    cluster.kill(leader)
-    await anyio.sleep(LEADER_DOWN_S)
-    await cluster.start(leader)
-    with anyio.move_on_after(ROUND_S_MAX):
-        for account, count in zip(accounts, before, strict=True):
-            await account.until_appended(count + 2)
-        await cluster.until_current()
-    return max(
-        (gap_s for account, count in zip(accounts, before, strict=True) for gap_s in account.gaps_s[count:]),
-        default=ROUND_S_MAX,
-    )
-
-
-async def _judge(url: str, accounts: Sequence[Account], outcome: LeaderLoss) -> None:
-    async with NatsBus(url, name="judge") as bus:
-        for account in accounts:
-            async with living(account, bus, "judge", seed=0) as judge:
-                outcome.problems += account.problems(judge.found)
-            outcome.acknowledged_count += len(account.acknowledged)
-        outcome.problems += oracle([stored async for stored in read_all(bus, ["sublet.fact.>"])])
-
-
-def leader_loss_figures(outcome: LeaderLoss) -> dict[str, Value]:
-    return {
-        "leader_loss_count": len(outcome.gaps_s),
-        **quantiles("leader_loss_gap_s", outcome.gaps_s, (50, 100)),
-        "leader_loss_error_count": outcome.error_count,
-        "leader_loss_acknowledged_count": outcome.acknowledged_count,
-        "leader_loss_lost_count": outcome.lost_count,
-        "leader_loss_problem_count": len(outcome.problems),
-    }
-
-
-def leader_loss_bars(figures: Mapping[str, Value]) -> list[Bar]:
-    wanted: list[tuple[str, str, float]] = [
-        ("leader_loss_gap_s_p50", "<=", GAP_S_P50_MAX),
-        ("leader_loss_gap_s_p100", "<=", GAP_S_MAX),
-        ("leader_loss_error_count", "==", 0),
-        ("leader_loss_lost_count", "==", 0),
-        ("leader_loss_problem_count", "==", 0),
-    ]
-    return [Bar(name=name, value=figures[name], op=op, bar=bar) for name, op, bar in wanted]
-
-
-# ---- two writers ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -212,7 +116,9 @@ class Rival:
         return self._processor.state.digest
 
 
-async def race(url: str, *, rounds: int, kill: Kill | None = None, kill_every: int = ROUNDS_PER_KILL) -> Race:
+async def race(
+    url: str, *, rounds: int, kill: Kill | None = None, kill_every: int = ROUNDS_PER_KILL, say: Say | None = None
+) -> Race:
     """In each round both append behind the same fact, at the same time; whoever loses rebuilds.
 
     `kill` is called beside every `kill_every`-th round.
@@ -228,6 +134,8 @@ async def race(url: str, *, rounds: int, kill: Kill | None = None, kill_every: i
             won = await _round(rivals, kill if number % kill_every == 0 else None)
             outcome.round_count += 1
             outcome.kill_count += kill is not None and number % kill_every == 0
+            if say is not None and number % SAY_EVERY == 0:
+                say(f"round {number}/{rounds}: won {outcome.won['a']} to {outcome.won['b']}")
             winners = [rival for rival in rivals if won[rival.name]]
             outcome.both_won_count += len(winners) == 2
             outcome.none_won_count += not winners
@@ -289,21 +197,20 @@ async def _judge_race(bus: Bus, rivals: Sequence[Rival], order: Sequence[str], o
 
 
 def killing_leaders(cluster: NatsCluster) -> Kill:
-    """SIGKILL of the leader a moment into the round, and its start one second later."""
+    """SIGKILL of the leader beside the round, and its start one second later."""
 
     async def kill() -> None:
-        await anyio.sleep(random.uniform(0, 0.01))
+        with anyio.move_on_after(CURRENT_S_MAX):
+            await cluster.until_current()  # Whom the last kill hit has caught up: one that is missing is all it bears.
         leader = await cluster.leader()
         cluster.kill(leader)
-        await anyio.sleep(LEADER_DOWN_S)
+        await anyio.sleep(DOWN_S)
         await cluster.start(leader)
-        with anyio.move_on_after(ROUND_S_MAX):
-            await cluster.until_current()
 
     return kill
 
 
-def race_figures(outcome: Race) -> dict[str, Value]:
+def figures_of(outcome: Race) -> dict[str, Value]:
     return {
         "race_count": outcome.round_count,
         "race_won_a_count": outcome.won["a"],
@@ -317,30 +224,9 @@ def race_figures(outcome: Race) -> dict[str, Value]:
     }
 
 
-def race_bars(figures: Mapping[str, Value]) -> list[Bar]:
-    zero = ("race_both_won_count", "race_problem_count", "race_skipped_count")
-    bars = [Bar(name=name, value=figures[name], op="==", bar=0) for name in zero]
-    won = ("race_won_a_count", "race_won_b_count")
-    return [*bars, *(Bar(name=name, value=figures[name], op=">", bar=0) for name in won)]
-
-
-async def measure(
-    folder: Path, *, leader_rounds: int, race_rounds: int, say: Say = print
-) -> tuple[dict[str, Value], list[Bar], list[str]]:
-    """Both on a cluster of their own: figures, bars, and what was wrong."""
-    figures: dict[str, Value] = {}
-    bars: list[Bar] = []
-    problems: list[str] = []
-    if leader_rounds:
-        async with NatsCluster(folder / "leader-loss") as cluster:
-            losses = await lose_leaders(cluster, rounds=leader_rounds, say=say)
-        figures |= leader_loss_figures(losses)
-        bars += leader_loss_bars(figures)
-        problems += losses.problems
-    if race_rounds:
-        async with NatsCluster(folder / "race") as cluster:
-            raced = await race(cluster.url, rounds=race_rounds, kill=killing_leaders(cluster))
-        figures |= race_figures(raced)
-        bars += race_bars(figures)
-        problems += raced.problems
-    return figures, bars, problems
+async def measure(setting: Setting) -> Measured:
+    """See `benchmarks.sections`."""
+    rounds = setting.count(ROUNDS, 50)
+    async with NatsCluster(setting.folder) as cluster:
+        outcome = await race(cluster.url, rounds=rounds, kill=killing_leaders(cluster), say=setting.progress.say)
+    return Measured(figures=figures_of(outcome), notes=outcome.problems[:3])
