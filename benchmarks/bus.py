@@ -22,6 +22,7 @@ SECTIONS: Final = {
     "append": "one checked append after the other, awaited, beside js.publish",
     "leader": "a cluster of three loses its leader under load: how long appends wait, and whether any is lost",
     "rivals": "two instances of one writer race on that cluster: history stays one line",
+    "rebuild": "20,000 replicas' history folded by the real cores, and starts from snapshots",
 }
 """{name: what it measures}, in the order in which they run."""
 LOOPS: Final = ("uvloop", "asyncio")

@@ -9,6 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, Generic, TypeVar, cast
 
 from msgspec import structs
@@ -39,12 +40,22 @@ SILENT_INPUTS_MAX: Final = 1000
 
 
 def chain_hash(previous_hash: str, *, id: str, subject: str, body: bytes) -> str:
-    """The hash that the next fact of the prefix must name: 16 bytes of BLAKE2b over the previous hash and this fact."""
-    digest = hashlib.blake2b(previous_hash.encode(), digest_size=16)
-    for part in (id.encode(), subject.encode(), body):
-        digest.update(len(part).to_bytes(4, "big"))
-        digest.update(part)
-    return digest.hexdigest()
+    """The hash that the next fact of the prefix must name: 16 bytes of BLAKE2b over the previous hash and this fact.
+
+    Id, subject and body each behind their length, in four bytes.
+    """
+    id_bytes, subject_bytes = id.encode(), subject.encode()
+    lengths = len(id_bytes), len(subject_bytes), len(body)
+    hashed = b"%b%b%b%b%b%b%b" % (
+        previous_hash.encode(),
+        lengths[0].to_bytes(4, "big"),
+        id_bytes,
+        lengths[1].to_bytes(4, "big"),
+        subject_bytes,
+        lengths[2].to_bytes(4, "big"),
+        body,
+    )
+    return hashlib.blake2b(hashed, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +106,7 @@ class Processor(Generic[S]):
         self.service = service
         self.writer = writer
         self.prefix = prefix_of(writer)
+        self._own_start = self.prefix.removesuffix(">")
         self.instance = instance
         self.machine_id = machine_id
         self.state: S = service.new_state(settings)
@@ -123,6 +135,8 @@ class Processor(Generic[S]):
         """{writer: the newest epoch that its `WriterStarted`, or an order, told}"""
         self._complete: dict[str, bool] = {}
         """{writer: whether all of its prefix is read}; only then can its chain be followed."""
+        self._concerns: dict[str, bool] = {}
+        """{subject: whether it concerns this writer}; subjects name writers, kinds and shards, so they are few."""
         self._waiting: deque[_Foreign] = deque()
         self._entry_count = 0
         self._silent_count = 0
@@ -141,6 +155,8 @@ class Processor(Generic[S]):
 
     def replay_one(self, stored: Stored) -> None:
         self.read_seq = stored.seq
+        if not self.concerns(stored.subject):
+            return
         if not self.is_own(stored):
             foreign = self._accept_foreign(stored)
             if foreign is not None:
@@ -149,19 +165,9 @@ class Processor(Generic[S]):
         if stored.seq <= self.last_seq:
             return  # In the snapshot that this replay began from.
         self.last_seq = stored.seq
-        self.replay_own(
-            Entry(
-                subject=stored.subject,
-                body=stored.body,
-                id=stored.id,
-                cause_seq=stored.cause_seq,
-                cursor_seq=stored.cursor_seq,
-                previous_hash=stored.previous_hash,
-            ),
-            seq=stored.seq,
-        )
+        self.replay_own(stored, seq=stored.seq)
 
-    def replay_own(self, entry: Entry, *, seq: int) -> bool:
+    def replay_own(self, entry: Entry | Stored, *, seq: int) -> bool:
         """Fold one own fact from the stream or from a journal; False when its hash does not continue the chain."""
         if entry.previous_hash != self.last_hash:
             self.skipped_count += 1
@@ -213,7 +219,7 @@ class Processor(Generic[S]):
             service=self.service.name,
             writer=self.writer,
             state_version=self.service.state_version,
-            state_types=state_types(type(self.state)),
+            state_types=state_types(self.state),
             stream_id=self.stream_id,
             read_seq=self.read_seq,
             last_seq=self.last_seq,
@@ -275,7 +281,15 @@ class Processor(Generic[S]):
     # --- Handling -----------------------------------------------------------------------------------------------------
 
     def is_own(self, stored: Stored) -> bool:
-        return subject_matches(self.prefix, stored.subject)
+        return stored.subject.startswith(self._own_start)
+
+    def concerns(self, subject: str) -> bool:
+        """True for the own prefix and for what the service follows; a reader may be handed more than that."""
+        known = self._concerns.get(subject)
+        if known is None:
+            known = any(subject_matches(pattern, subject) for pattern in (self.prefix, *self.reads))
+            self._concerns[subject] = known
+        return known
 
     def is_mine(self, entry_id: str) -> bool:
         """True for ids that this very instance made."""
@@ -439,6 +453,7 @@ class Processor(Generic[S]):
         return body
 
 
+@lru_cache(maxsize=50_000)
 def writer_of(subject: str) -> str:
     """``placement`` or ``node.<node>``, from a fact's subject."""
     tokens = subject.split(".")

@@ -259,7 +259,7 @@ class _Live(Generic[S]):
 
     async def read_history(self, reader: Any) -> None:
         async for item in reader:
-            if isinstance(item, Stored):
+            if isinstance(item, Stored) and self._processor.concerns(item.subject):
                 self._runner._follow(item)
                 await self._send.send(item)
 
@@ -339,10 +339,14 @@ class _Live(Generic[S]):
                     break
                 await self._handle(item)
             await self._commit()
-            if self.keeper is not None and self.keeper.is_due and self._bus.is_connected:
+            if self.keeper is not None and self._bus.is_connected and self.keeper.is_due(waiting_count=self._waiting):
                 await self.keeper.take(self._processor, self._committer, commit=self._commit)
             await self._queries.answer_ready(self._processor.state)
             await self._passed(Step.ANSWERED)
+
+    @property
+    def _waiting(self) -> int:
+        return self._receive.statistics().current_buffer_used
 
     async def end(self) -> None:
         """A clean end: the next start begins here, if nothing was under way."""
@@ -353,7 +357,7 @@ class _Live(Generic[S]):
         """Wakes the loop of a writer for whom nothing else does, when a snapshot is due by time."""
         while True:
             await anyio.sleep(LOOK_EVERY_S)
-            if self.keeper is not None and self.keeper.is_due:
+            if self.keeper is not None and self.keeper.is_due(waiting_count=0):
                 await self._send.send(Delivery(input=None, now_s=self._runner.now_s()))
 
     async def _handle(self, item: Delivery | Stored | Question) -> None:

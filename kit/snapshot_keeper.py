@@ -44,11 +44,14 @@ class SnapshotKeeper:
     def handled(self, count: int) -> None:
         self._behind_count += count
 
-    @property
-    def is_due(self) -> bool:
+    def is_due(self, *, waiting_count: int) -> bool:
+        """`waiting_count`: inputs in the queue. While any waits it can wait too, up to as many inputs again."""
         if self._is_saving:
             return False
-        return self._behind_count >= self._settings.snapshot_every_count or time.monotonic() >= self._due_s
+        every_count = self._settings.snapshot_every_count
+        if waiting_count and self._behind_count < 2 * every_count:
+            return False
+        return self._behind_count >= every_count or time.monotonic() >= self._due_s
 
     async def take(
         self, processor: Processor[Any], committer: Committer, *, commit: Callable[[], Awaitable[None]]

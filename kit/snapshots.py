@@ -88,8 +88,13 @@ def restore_state(state: S, encoded: msgspec.Raw) -> None:
         setattr(state, name, getattr(durable, name))
 
 
-def state_types(kind: Any) -> str:
+def state_types(state: Any) -> str:
     """A fingerprint of the types that a state is made of: another one means that its bytes may mean something else."""
+    return _fingerprint(_class_of(state))
+
+
+@cache
+def _fingerprint(kind: Any) -> str:
     schema = msgspec.json.schema(durable_type(kind))
     canonical = msgspec.json.encode(_without_texts(schema), order="deterministic")
     return hashlib.blake2b(canonical, digest_size=8).hexdigest()
@@ -103,7 +108,7 @@ def check_fit(position: Position, service: Service[Any], state: Any, *, writer: 
         raise SnapshotUnusable(f"it is of {position.service} as {position.writer}")
     if position.state_version != service.state_version:
         raise SnapshotUnusable(f"its state has version {position.state_version}, not {service.state_version}")
-    if position.state_types != state_types(type(state)):
+    if position.state_types != state_types(state):
         raise SnapshotUnusable("the state's types have changed since")
 
 

@@ -60,6 +60,12 @@ _ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
 _DECODERS: Final[dict[str, msgspec.json.Decoder[Any]]] = {
     tag: msgspec.json.Decoder(kind) for tag, kind in MESSAGES.items()
 }
+_DECODERS_BY_TAG: Final[dict[bytes, tuple[str, msgspec.json.Decoder[Any] | None]]] = {
+    tag.encode(): (tag, decoder) for tag, decoder in _DECODERS.items()
+}
+_UNKNOWN: Final[tuple[str, msgspec.json.Decoder[Any] | None]] = ("", None)
+_TAG_START: Final = b'{"type":"'
+_TAG_AT: Final = len(_TAG_START)
 
 
 def _without_version(tag: str) -> str:
@@ -78,11 +84,14 @@ def decode(body: bytes | memoryview) -> Message:
     Raises `UnreadableMessage` for anything that is no message of ours, and `UnknownVersion` for a known message in an
     unknown version.
     """
-    try:
-        tag = _ENVELOPE.decode(body).type
-    except UNDECODABLE as error:
-        raise UnreadableMessage(f"not a JSON object with a 'type': {error}") from error
-    decoder = _DECODERS.get(tag)
+    # Most bodies are ours and begin with their tag: no need to look through all of it for the type first.
+    tag, decoder = _leading(body)
+    if decoder is None:
+        try:
+            tag = _ENVELOPE.decode(body).type
+        except UNDECODABLE as error:
+            raise UnreadableMessage(f"not a JSON object with a 'type': {error}") from error
+        decoder = _DECODERS.get(tag)
     if decoder is None:
         newer = upcast(tag, body)
         if newer is not None:
@@ -95,6 +104,13 @@ def decode(body: bytes | memoryview) -> Message:
     except UNDECODABLE as error:
         raise UnreadableMessage(f"{tag}: {error}") from error
     return message
+
+
+def _leading(body: bytes | memoryview) -> tuple[str, msgspec.json.Decoder[Any] | None]:
+    """Tag and decoder of a body that begins with its tag, as ours do."""
+    if not isinstance(body, bytes) or body[:_TAG_AT] != _TAG_START:
+        return _UNKNOWN
+    return _DECODERS_BY_TAG.get(body[_TAG_AT : body.find(b'"', _TAG_AT)], _UNKNOWN)
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -58,8 +58,9 @@ def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
 def check_invariants(state: ClusterState) -> None:
     """Every admitted deployment is placed, or it is known why not, or it comes after one that was just proposed."""
     is_going_on = any(replica.state == "proposed" for replica in state.replicas.values())
+    placed_counts = state.replica_counts()
     for deployment in state.deployments.values():
-        placed = len(state.replicas_of(deployment.deployment_id))
+        placed = placed_counts[deployment.deployment_id]
         explained = bool(deployment.problem) or placed >= deployment.replica_count or is_going_on
         assert explained, f"{deployment.spec.name} is neither placed nor explained"
 
@@ -112,7 +113,8 @@ def place_missing(state: ClusterState, ctx: Context) -> Iterator[Outcome]:
     One proposal per input, because it changes the account that the next decision needs. The others follow at once, not
     when the node answers: it may be away for long.
     """
-    missing = [d for d in state.deployments.values() if len(state.replicas_of(d.deployment_id)) < d.replica_count]
+    counts = state.replica_counts()
+    missing = [d for d in state.deployments.values() if counts[d.deployment_id] < d.replica_count]
     for deployment in missing:
         outcomes = place(state, deployment, ctx)
         yield from outcomes

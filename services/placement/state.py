@@ -1,5 +1,6 @@
 """What placement knows: the fleet, the wishes, and where each replica is."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from schemas.autoscaler import ReplicasDecided
@@ -123,6 +124,10 @@ class ClusterState:
 
     def replicas_of(self, deployment_id: str) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.deployment_id == deployment_id]
+
+    def replica_counts(self) -> Counter[str]:
+        """{deployment_id: its replicas}, for those who ask about all deployments: one pass instead of one for each."""
+        return Counter(replica.deployment_id for replica in self.replicas.values())
 
     def on_gpu(self, gpu_uuid: str) -> list[Replica]:
         """Replicas that are promised a place on the GPU; those that failed for good hold none."""

@@ -127,12 +127,15 @@ class FleetState:
     replicas: dict[str, Replica] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
     """{replica_id: open decision}"""
+    replica_ids: dict[str, list[str]] = field(default_factory=dict)
+    """{gpu_uuid: the replicas that have a lease there}; all decisions are about one GPU at a time."""
     room_since_s: dict[str, float] = field(default_factory=dict)
     """{gpu_uuid: when its leases last changed}"""
     observed: Observed = field(default_factory=Observed)
 
     def on_gpu(self, gpu_uuid: str) -> list[Replica]:
-        return [replica for replica in self.replicas.values() if replica.gpu_uuid == gpu_uuid]
+        """In the order of their grants."""
+        return [self.replicas[replica_id] for replica_id in self.replica_ids.get(gpu_uuid, ())]
 
 
 def new_state(settings: SwapperSettings) -> FleetState:
@@ -149,6 +152,8 @@ def fold_joined(state: FleetState, fact: NodeJoined) -> None:
 
 def fold_granted(state: FleetState, fact: LeaseGranted) -> None:
     for lease, proposal in zip(fact.leases, fact.replicas, strict=True):
+        _leave(state, lease.replica_id)
+        state.replica_ids.setdefault(lease.gpu_uuid, []).append(lease.replica_id)
         state.replicas[lease.replica_id] = Replica(
             replica_id=lease.replica_id,
             deployment_id=proposal.deployment_id,
@@ -163,10 +168,18 @@ def fold_granted(state: FleetState, fact: LeaseGranted) -> None:
 
 
 def fold_released(state: FleetState, fact: LeaseReleased) -> None:
-    replica = state.replicas.pop(fact.replica_id, None)
+    replica = _leave(state, fact.replica_id)
     state.decisions.pop(fact.replica_id, None)
     if replica is not None:
         state.room_since_s[replica.gpu_uuid] = fact.at_s
+
+
+def _leave(state: FleetState, replica_id: str) -> Replica | None:
+    """The replica, which has no place any more."""
+    replica = state.replicas.pop(replica_id, None)
+    if replica is not None:
+        state.replica_ids[replica.gpu_uuid].remove(replica_id)
+    return replica
 
 
 def _move(state: FleetState, replica_id: str, tier: Tier, at_s: float) -> Replica | None:

@@ -154,7 +154,7 @@ def test_a_docstring_does_not_change_the_fingerprint_and_a_field_does() -> None:
 
         count: int = 0
 
-    first = state_types(State)
+    first = state_types(State())
 
     @dataclass
     class State:  # type: ignore[no-redef]
@@ -162,13 +162,13 @@ def test_a_docstring_does_not_change_the_fingerprint_and_a_field_does() -> None:
 
         count: int = 0
 
-    second = state_types(State)
+    second = state_types(State())
 
     @dataclass
     class State:  # type: ignore[no-redef]
         count: float = 0
 
-    assert first == second != state_types(State)
+    assert first == second != state_types(State())
 
 
 def test_what_is_observed_and_set_is_no_part_of_a_snapshot() -> None:
