@@ -112,10 +112,7 @@ class Run:
 
     def carry_out(self) -> Outcome:
         """Raises what a check raises."""
-        simulation = self.system.simulation
-        self.system.deploy(list(self.plan.models))
-        for step in self.plan.steps:
-            simulation.at(self.begun_s + step.at_s, partial(self._do, step))
+        self.begin()
         self.system.run_for(self.plan.lasts_s)
         self._heal()
         self._settle()
@@ -123,6 +120,12 @@ class Run:
         check_ends(self.system)
         self.system.check()
         return self._count()
+
+    def begin(self) -> None:
+        """Deploy the models and put the plan's steps on the clock."""
+        self.system.deploy(list(self.plan.models))
+        for step in self.plan.steps:
+            self.system.simulation.at(self.begun_s + step.at_s, partial(self._do, step))
 
     def _heal(self) -> None:
         self._is_healed = True
