@@ -4,20 +4,31 @@
 
 A block is a few commands, `----`, and what happened until the next blank line. Lines that begin with `#` are prose.
 
-- `cluster nodes=1 gpus=2 host_gib=4096`: begin; time counts from here
+- `cluster nodes=1 gpus=2 host_gib=4096 gateways=0 standbys`: begin; time counts from here. Without gateways, clients
+  want models themselves; with them requests go through the real core, one gateway after another
 - `deploy NAME portion=0.3` or `gib=30`, and `limit_portion= limit_gib= weights_gb= start_s= priority= warm_s= stay_s=
   cold_s= grade= training fixed`
 - `request NAME count=1`, `requests last_s=0.5` (how long each is in flight), `park NAME`, `wake NAME`, `retire NAME`
 - `kill SERVICE down_s=1`: placement, swapper, autoscaler or a node's name (its agent; engines run on)
 - `kill-engine NAME`, `explain NAME`, `advance SECONDS`, `show` (who holds what on each GPU, in GiB)
+
+What goes wrong; `WHO` is a service, its standby (`swapper/2`), a node's name (its agent) or a gateway (`gw0`):
+
+- `kill WHO at=after-commit` (or before-handle, after-handle, after-ahead, after-send, mid-release): when it comes there
+- `pause WHO lasts_s=30`, `rival SERVICE` (its standby starts beside it), `clock WHO by_s=-3600`
+- `cut WHO lasts_s=30 way=both` (or in, out): from the bus; `slow WHO extra_s=0.5 lasts_s=30`; `bus-away lasts_s=30`
+- `hang-engine NAME lasts_s=10`, `lose-gpu NODE index=0`, `find-gpus NODE`, `lose-power NODE lasts_s=30`
+- `foreign NODE index=0 gib=20` (a process that is not ours takes memory)
 """
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from kit import simulation_harm as harm
 from kit.bus import Stored
+from kit.simulation import Member, Party, Point
 from schemas.deployments import (
     DeploymentSpec,
     EngineKind,
@@ -34,12 +45,13 @@ from schemas.nodes import NodeJoined
 from schemas.placement import DeploymentAdmitted
 from schemas.queries import Explain, Explanation
 from schemas.units import GB, GiB
+from services.nodeagent.simulated import SimulatedHost
 from services.nodeagent.state import NodeState, Residency
 from services.placement import views as _views  # noqa: F401  # Registers its answers.
 from services.placement.core import SERVICE as PLACEMENT
 from services.placement.state import ClusterState
 from services.placement.wording import text_of
-from services.simulated import Request, SimulatedSystem
+from services.simulated import Request, Shape, SimulatedSystem
 
 DASHES: Final = "----"
 
@@ -77,6 +89,7 @@ class Conversation:
             "explain": self._explain,
             "advance": lambda n, _: self._advance(float(n[0])),
             "show": lambda _n, _v: self._show(),
+            **self._harms(),
         }
         if verb not in verbs:
             raise ScenarioError(f"'{verb}' is no command; there are {', '.join(verbs)}")
@@ -107,6 +120,7 @@ class Conversation:
             node_count=int(values.get("nodes", "1")),
             gpu_count=int(values.get("gpus", "1")),
             host_budget_bytes=int(values.get("host_gib", "4096")) * GiB,
+            shape=Shape(gateway_count=int(values.get("gateways", "0")), has_standbys="standbys" in names),
         )
         self._begun_at_s = self.system.simulation.now_s
         self._answered.clear()
@@ -147,14 +161,26 @@ class Conversation:
 
     def _request(self, names: list[str], values: dict[str, str]) -> None:
         for _ in range(int(values.get("count", "1"))):
-            self._live.clients.request(names[0])
+            if self._live.gateways:
+                self._live.ask(names[0], gateway=len(self._live.asks), takes_s=self._live.clients.service_s)
+            else:
+                self._live.clients.request(names[0])
 
     def _requests(self, names: list[str], values: dict[str, str]) -> None:
         self._live.clients.service_s = float(values["last_s"])
 
     def _kill(self, names: list[str], values: dict[str, str]) -> None:
-        writer = f"node.{names[0]}" if names[0] in self._live.hosts else names[0]
-        self._live.simulation.crash(writer, down_s=float(values.get("down_s", "1")))
+        down_s = float(values.get("down_s", "1"))
+        party = self._party(names)
+        point = values.get("at")
+        if not isinstance(party, Member):
+            next(g for g in self._live.gateways if g is party).crash(down_s=down_s)
+        elif point is None:
+            self._live.simulation.crash(party.name, down_s=down_s)
+        else:
+            harm.set_trap(self._live.simulation, party.name, Point(point), down_s=down_s)
+            self.lines.append(f"{self._time()} {names[0]} will be killed {point}")
+            return
         self.lines.append(f"{self._time()} {names[0]} is killed")
 
     def _kill_engine(self, names: list[str], values: dict[str, str]) -> None:
@@ -171,6 +197,89 @@ class Conversation:
     def _advance(self, duration_s: float) -> None:
         self._live.run_for(duration_s)
         self._live.check()
+
+    # --- What goes wrong ----------------------------------------------------------------------------------------------
+
+    def _harms(self) -> dict[str, Callable[[list[str], dict[str, str]], None]]:
+        return {
+            "pause": lambda n, v: self._harm(n, "stops", harm.pause, self._party(n), lasts_s=float(v["lasts_s"])),
+            "cut": lambda n, v: self._harm(
+                n,
+                "is cut from the bus",
+                harm.cut,
+                self._party(n),
+                lasts_s=float(v["lasts_s"]),
+                way=_one_of(v.get("way", "both"), harm.WAYS),
+            ),
+            "slow": lambda n, v: self._harm(
+                n,
+                "has a slow link",
+                harm.slow_link,
+                self._party(n),
+                extra_s=float(v["extra_s"]),
+                lasts_s=float(v["lasts_s"]),
+            ),
+            "bus-away": lambda _, v: self._harm(["NATS"], "is away", harm.bus_away, lasts_s=float(v["lasts_s"])),
+            "rival": self._rival,
+            "clock": self._clock,
+            "hang-engine": self._hang_engine,
+            "lose-gpu": lambda n, v: self._node_harm(n, "loses a GPU", self._live.lose_gpu, int(v.get("index", "0"))),
+            "find-gpus": lambda n, _: self._node_harm(
+                n, "has its GPUs back", lambda name: self._host(name).find_gpus()
+            ),
+            "lose-power": self._lose_power,
+            "foreign": lambda n, v: self._node_harm(
+                n,
+                "has a stranger on a GPU",
+                lambda name: self._host(name).take_foreign(int(v.get("index", "0")), int(float(v["gib"]) * GiB)),
+            ),
+        }
+
+    def _member(self, name: str) -> Member:
+        members = self._live.simulation.members
+        key = f"node.{name}" if name in self._live.hosts else name
+        if key not in members:
+            known = [*(each.removeprefix("node.") for each in members), *(g.name for g in self._live.gateways)]
+            raise ScenarioError(f"there is no '{name}'; there are {', '.join(known)}")
+        return members[key]
+
+    def _party(self, names: list[str]) -> Party:
+        found = [gateway for gateway in self._live.gateways if gateway.name == names[0]]
+        return found[0] if found else self._member(names[0])
+
+    def _host(self, name: str) -> SimulatedHost:
+        if name not in self._live.hosts:
+            raise ScenarioError(f"there is no node '{name}'; there are {', '.join(self._live.hosts)}")
+        return self._live.hosts[name]
+
+    def _harm(self, names: list[str], what: str, deed: Callable[..., object], *parts: Any, **values: Any) -> None:
+        deed(self._live.simulation, *parts, **values)
+        self.lines.append(f"{self._time()} {names[0]} {what}")
+
+    def _node_harm(self, names: list[str], what: str, deed: Callable[..., object], *parts: Any) -> None:
+        self._host(names[0])
+        deed(names[0], *parts)
+        self.lines.append(f"{self._time()} {names[0]} {what}")
+
+    def _rival(self, names: list[str], values: dict[str, str]) -> None:
+        if not harm.rival(self._live.simulation, names[0]):
+            raise ScenarioError(f"{names[0]} has no standby that waits; begin with `cluster standbys`")
+        self.lines.append(f"{self._time()} {names[0]}/2 starts beside {names[0]}")
+
+    def _clock(self, names: list[str], values: dict[str, str]) -> None:
+        harm.jump_clock(self._member(names[0]), by_s=float(values["by_s"]))
+        self.lines.append(f"{self._time()} the clock of {names[0]} is set by {float(values['by_s']):+.0f} s")
+
+    def _hang_engine(self, names: list[str], values: dict[str, str]) -> None:
+        for host in self._live.hosts.values():
+            for replica_id in [r for r in host.engines if self._models.get(r) == names[0]]:
+                host.hang_engine(replica_id, lasts_s=float(values["lasts_s"]))
+                self.lines.append(f"{self._time()} the engine of {names[0]} hangs")
+
+    def _lose_power(self, names: list[str], values: dict[str, str]) -> None:
+        self._host(names[0])
+        self._live.lose_power(names[0], lasts_s=float(values["lasts_s"]))
+        self.lines.append(f"{self._time()} {names[0]} has no power")
 
     # --- What happened ------------------------------------------------------------------------------------------------
 
@@ -216,6 +325,12 @@ class Conversation:
             if request.served_at_s is not None and number not in self._answered:
                 self._answered.add(number)
                 lines.append(self._answer(request, request.served_at_s))
+        for number, ask in enumerate(self._live.asks):
+            if ask.ended_s is not None and number not in self._answered:
+                self._answered.add(number)
+                waited_s = (ask.first_byte_s or ask.ended_s) - ask.arrived_s
+                what = f"answered after {waited_s:.2f} s" if ask.outcome == "answered" else f"ended: {ask.outcome}"
+                lines.append(f"{self._time(ask.first_byte_s or ask.ended_s)} {ask.gateway:<10} {ask.model} {what}")
         return lines
 
     def _answer(self, request: Request, served_at_s: float) -> str:
@@ -245,6 +360,12 @@ class Conversation:
         nowhere = [d.spec.name for d in placement.deployments.values() if not placement.replicas_of(d.deployment_id)]
         if nowhere:
             self.lines.append(f"nowhere: {', '.join(nowhere)}")
+
+
+def _one_of(word: str, known: tuple[str, ...]) -> str:
+    if word not in known:
+        raise ValueError(f"'{word}' is none of {', '.join(known)}")
+    return word
 
 
 def _gib(size_bytes: int) -> str:

@@ -156,8 +156,11 @@ class SimulatedHost:
         here = [replica_id for replica_id, e in self.engines.items() if e.gpu_uuid == lost.gpu_uuid]
         return [told for replica_id in here if (told := self.kill_engine(replica_id)) is not None]
 
-    def find_gpus(self) -> None:
+    def find_gpus(self) -> bool:
+        """All are back; whether one was away."""
+        was_away = self.gpus != self._all_gpus
         self.gpus = self._all_gpus
+        return was_away
 
     def take_foreign(self, index: int, size_bytes: int) -> str:
         """A process that is not ours takes what is free, up to so much; the GPU's name."""

@@ -178,6 +178,7 @@ def _steps(
 ) -> tuple[Step, ...]:
     kinds = [kind for kind in FAULTS if draw.random() < 0.4] or ["crash"]
     fault_count = faults_min + draw.randrange(faults_min)
+    kinds += ["crash-at"] * 3 * kinds.count("crash-at")  # Six points for each of many services: it has most to try.
     found = [_fault(draw, draw.choice(kinds), lasts_s) for _ in range(fault_count)]
     found += _clusters(draw, kinds, lasts_s)
     for _ in range(draw.randint(0, max(1, round(lasts_s / 600)))):

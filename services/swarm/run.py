@@ -132,8 +132,10 @@ class Run:
         self._silent_until_s = 0.0
         for host in self.system.hosts.values():
             host.faults = HostFaults()
-            host.find_gpus()
+            is_changed = host.find_gpus() or bool(host.foreign_bytes)
             host.foreign_bytes.clear()
+            if is_changed:
+                self._look_again(host.node)
             host.silent_until_s = host.short_until_s = 0.0
             for engine in host.engines.values():
                 engine.hung_until_s = 0.0
@@ -353,9 +355,15 @@ class Run:
         gpu_uuid = host.take_foreign(step.which, int((1 + 40 * step.size) * GiB))
 
         def leave() -> None:
-            host.foreign_bytes.pop(gpu_uuid, None)
+            if host.foreign_bytes.pop(gpu_uuid, None):
+                self._look_again(host.node)
 
         self.system.simulation.after(step.lasts_s, leave)
+
+    def _look_again(self, node: str) -> None:
+        """An agent measures its GPUs when it starts and never again, so whoever frees one has to start it again."""
+        if self.system.hosts[node].is_up:
+            self.system.simulation.crash(f"node.{node}", down_s=0.2)
 
     def _nvml_silent(self, step: Step) -> None:
         host = self.system.hosts[self._node(step)]
