@@ -1,6 +1,7 @@
 """Engines as processes on one software GPU: they slow each other down, and a killed one slows nobody."""
 
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,10 +9,16 @@ from pathlib import Path
 import pytest
 
 import softgpu
-from tests.unit.engines.running import MISTRAL_BYTES, Engine, GiB, simulated, software_host, training
+from engines.model.catalogue import gpu_speed, model_parameters
+from engines.model.sharing import SHARING_MODES, Sharing, SharingMode
+from engines.model.simulation import EngineSetup, Wanted, simulate
+from engines.model.timing import TimingModel
+from tests.unit.engines.running import MISTRAL, MISTRAL_BYTES, Engine, GiB, simulated, software_host, training
 
 # Steps of several milliseconds, so that they overlap for certain.
 SCALE = 1.0
+PROMPT, OUTPUT = 1500, 80
+TOKENS = list(range(PROMPT))
 
 
 @pytest.fixture
@@ -24,6 +31,27 @@ def metric(engine: Engine, name: str) -> float:
     found = re.search(rf"^{name}{{[^}}]*}} (\S+)$", engine.get("/metrics").body.decode(), re.MULTILINE)
     assert found, name
     return float(found[1])
+
+
+def virtual_s(*, engine_count: int, mode: SharingMode) -> float:
+    """Until the last of four requests to each engine is answered, by the model in virtual time."""
+    speed = gpu_speed("h100-80")
+    assert speed is not None
+    timing = TimingModel(parameters=model_parameters(MISTRAL, weights_bytes=MISTRAL_BYTES), gpu=speed)
+    requests = tuple(Wanted(prompt_tokens=PROMPT, output_tokens=OUTPUT) for _ in range(4))
+    setup = EngineSetup(timing=timing, kv_bytes=8 * GiB, requests=requests, clients=4)
+    sharing = Sharing(mode=mode, switch_s=speed.switch_s)
+    return max(item.ended_s for served in simulate([setup] * engine_count, sharing) for item in served)
+
+
+def real_s(engines: list[Engine]) -> float:
+    """The same by the clock, over HTTP."""
+    began_s = time.perf_counter()
+    with ThreadPoolExecutor(4 * len(engines)) as clients:
+        work = [engine for engine in engines for _ in range(4)]
+        answers = list(clients.map(lambda engine: engine.complete(prompt=TOKENS, max_tokens=OUTPUT), work))
+    assert {answer.status for answer in answers} == {200}
+    return time.perf_counter() - began_s
 
 
 def slowed_s(engine: Engine) -> float:
@@ -51,6 +79,20 @@ def test_two_engines_slow_each_other_down_until_one_is_killed(host: softgpu.Host
         before_s = slowed_s(one)
         one.complete(max_tokens=20)
         assert slowed_s(one) == before_s
+
+
+@pytest.mark.parametrize("mode", SHARING_MODES)
+def test_by_the_clock_engines_take_as_long_as_in_virtual_time(host: softgpu.Host, mode: SharingMode) -> None:
+    options = ("--gpu-sharing", mode)
+    with simulated(host, *options, time_scale=SCALE) as one, simulated(host, *options, time_scale=SCALE) as other:
+        one.ready()
+        other.ready()
+        real_s([one, other])  # both warm
+        for engines in ([one], [one, other]):
+            model_s = virtual_s(engine_count=len(engines), mode=mode)
+            clock_s = real_s(engines)
+            assert clock_s > 0.9 * model_s
+            assert clock_s < 1.5 * model_s + 1  # the rest is a machine that does much else
 
 
 def test_training_is_slower_while_an_engine_works(host: softgpu.Host, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Engine:
     def post(self, path: str, body: object = None) -> Answer:
         return self._ask("POST", path, body)
 
-    def complete(self, prompt: str = "hello", *, model: str = MISTRAL, **fields: object) -> Answer:
+    def complete(self, prompt: str | list[int] = "hello", *, model: str = MISTRAL, **fields: object) -> Answer:
         return self.post("/v1/completions", {"model": model, "prompt": prompt, "max_tokens": 4, **fields})
 
     def connection(self) -> http.client.HTTPConnection:
