@@ -159,6 +159,8 @@ class Batcher:
         self.block_limit = block_limit
         self.used_blocks = 0
         self.preemption_count = 0
+        self.prefix_asked_tokens = 0  # of all prompts admitted, and what of them the prefix cache had
+        self.prefix_found_tokens = 0
         self._waiting: OrderedDict[int, _Sequence] = OrderedDict()
         self._running: OrderedDict[int, _Sequence] = OrderedDict()
 
@@ -316,6 +318,8 @@ class Batcher:
             return None
         del self._waiting[key]
         self._running[key] = sequence
+        self.prefix_asked_tokens += 0 if sequence.was_preempted else sequence.request.prompt_tokens
+        self.prefix_found_tokens += found_tokens
         sequence.computed_tokens = found_tokens
         sequence.blocks = blocks
         self.used_blocks += blocks

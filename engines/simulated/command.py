@@ -19,6 +19,7 @@ from engines.process import (
     byte_count,
     count,
     die_with_parent,
+    fraction,
     positive,
     seconds,
 )
@@ -56,6 +57,13 @@ def parser() -> Parser:
         "--max-batch", default=64, type=count, metavar="N", help="sequences that run together (default: 64)"
     )
     built.add_argument(
+        "--prefix-hit",
+        default=0.0,
+        type=fraction,
+        metavar="X",
+        help="part of each prompt in the prefix cache (default: 0)",
+    )
+    built.add_argument(
         "--stream-interval", default=1, type=count, metavar="N", help="tokens per streamed chunk (default: 1)"
     )
     return built
@@ -84,7 +92,7 @@ def main(arguments: list[str]) -> int:
         memory_bytes=options.memory_bytes,
         cold_start_s=options.cold_start_s,
         seed=options.seed,
-        limits=BatchLimits(sequences_max=options.max_batch),
+        limits=BatchLimits(sequences_max=options.max_batch, prefix_hit_fraction=options.prefix_hit),
         sharing=Sharing(mode=options.gpu_sharing, switch_s=speed.switch_s),
     )
     parameters = model_parameters(options.model, weights_bytes=options.weights_bytes)

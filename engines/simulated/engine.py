@@ -80,6 +80,8 @@ class Engine:
             block_tokens=batcher.geometry.block_tokens,
             is_asleep=self.is_asleep,
             preemption_count=batcher.preemption_count,
+            prefix_asked_tokens=batcher.prefix_asked_tokens,
+            prefix_found_tokens=batcher.prefix_found_tokens,
             slowed_s=self.pace.slowed_s,
         )
 

@@ -32,6 +32,8 @@ class Gauges:
     block_tokens: int
     is_asleep: bool
     preemption_count: int
+    prefix_asked_tokens: int
+    prefix_found_tokens: int
     slowed_s: float  # that steps took longer because of other engines on the GPU
 
 
@@ -65,6 +67,9 @@ class Metrics:
         ]
         page.family("vllm:engine_sleep_state", "gauge", "The state that is 1 holds.", sleep_lines)
         page.value("vllm:num_preemptions_total", "counter", "Requests preempted.", gauges.preemption_count, labels)
+        asked, found = gauges.prefix_asked_tokens, gauges.prefix_found_tokens
+        page.value("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked up.", asked, labels)
+        page.value("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found.", found, labels)
         page.value("vllm:prompt_tokens_total", "counter", "Prompt tokens.", self.prompt_tokens, labels)
         page.value("vllm:generation_tokens_total", "counter", "Generated tokens.", self.generation_tokens, labels)
         success_lines = [

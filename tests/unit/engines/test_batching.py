@@ -128,6 +128,7 @@ def test_found_prompt_tokens_take_blocks_but_no_computation() -> None:
 
     assert step is not None
     assert step.prefill == (Chunk(1, 48, 16),)
+    assert (subject.prefix_asked_tokens, subject.prefix_found_tokens) == (64, 48)
     assert subject.used_blocks == 4
     assert subject.finish(step) == (Progress(1, 1, is_ended=False),)
 

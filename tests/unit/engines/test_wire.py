@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from engines.errors import EngineError
-from engines.process import byte_count, count, port, positive, seconds
+from engines.process import byte_count, count, fraction, port, positive, seconds
 from engines.prometheus import Histogram, Page, number_text
 from engines.simulated.administration import timeout, waits
 from engines.simulated.openai import (
@@ -137,6 +137,7 @@ def test_a_timeout_is_optional_and_must_be_a_time() -> None:
         (port, ("0", "8080", "65535"), ("65536", "-1", "http")),
         (seconds, ("0", "10", "0.5"), ("-1", "nan", "inf", "x")),
         (positive, ("1", "0.05"), ("0", "-1", "nan", "inf", "x")),
+        (fraction, ("0", "0.5", "1"), ("-0.1", "1.1", "nan", "x")),
     ],
 )
 def test_arguments_are_checked(kind: type[int] | type[float], good: tuple[str, ...], bad: tuple[str, ...]) -> None:
