@@ -65,6 +65,7 @@ void write_content(CUdeviceptr address, uint64_t bytes, content *holds) {
         return;
     uint64_t offset = STAMP_BYTES + chance(bytes - STAMP_BYTES - count + 1);
     int is_fill = chance(4) == 0;
+    settle_streams(); /* a stream that waits for no other could still write there */
     uint64_t tag = is_fill ? chance(3) ? 0 : chance(256) : next(&self.random);
     fill_pattern(self.scratch, tag, count);
     CUresult result = is_fill ? cuMemsetD8_v2(address + offset, (unsigned char)tag, count)
@@ -228,6 +229,7 @@ static int copy_block(void) {
     content copied = from->holds;
     if (to->bytes < STAMP_BYTES + copied.bytes)
         return 0;
+    settle_streams();
     copied.offset = STAMP_BYTES + chance(to->bytes - STAMP_BYTES - copied.bytes + 1);
     copied.is_known = did(cuMemcpyDtoD_v2(to->address + copied.offset, from->address + from->holds.offset,
                                           copied.bytes));

@@ -2,6 +2,7 @@
 #include "worker.h"
 
 #include <string.h>
+#include <unistd.h>
 
 static int has_context(void) {
     CUcontext now = NULL;
@@ -14,11 +15,16 @@ void settle_streams(void) {
     for (int i = 0; i < STREAM_MAX; i++) {
         if (!self.streams[i] || !self.is_pending[i])
             continue;
-        while (cuStreamQuery(self.streams[i]) != CUDA_SUCCESS)
-            if (cuStreamSynchronize(self.streams[i]) == CUDA_ERROR_INVALID_CONTEXT &&
-                cuCtxSetCurrent(self.primary[0] ? self.primary[0] : self.primary[1]) == CUDA_SUCCESS &&
-                !self.primary[0] && !self.primary[1])
-                break;
+        while (cuStreamQuery(self.streams[i]) != CUDA_SUCCESS) {
+            CUresult result = cuStreamSynchronize(self.streams[i]);
+            CUcontext any = self.primary[0] ? self.primary[0] : self.primary[1];
+            if (result == CUDA_ERROR_INVALID_CONTEXT && !any)
+                break; /* nothing is left that a stream could use */
+            if (result == CUDA_ERROR_INVALID_CONTEXT)
+                cuCtxSetCurrent(any);
+            else if (result != CUDA_SUCCESS)
+                usleep(200); /* until a lost device is back */
+        }
         self.is_pending[i] = 0;
     }
 }

@@ -16,7 +16,8 @@
 board *shared;
 
 enum { EPOCH_OPERATIONS = 50000, KILL_OPERATIONS = 600, BREAK_OPERATIONS = 3000, LOST_OPERATIONS = 300 };
-#define PATIENCE_NS 120000000000ull
+#define PATIENCE_NS 60000000000ull
+#define LOST_NS 50000000ull
 
 static struct {
     pid_t pids[WORKER_MAX];
@@ -250,7 +251,7 @@ static int make_board(const fuzz_options *options) {
 
 static void drive(const fuzz_options *options) {
     uint64_t next_kill = KILL_OPERATIONS, next_epoch = EPOCH_OPERATIONS, next_break = BREAK_OPERATIONS;
-    uint64_t next_return = 0;
+    uint64_t next_return = 0, return_ns = 0;
     uint64_t progress_ns = clock_ns(), seen = 0;
     while (!shared->has_failed && !run.findings) {
         look_after_workers(1, options->workers);
@@ -276,8 +277,9 @@ static void drive(const fuzz_options *options) {
             break_something();
             next_break = done + below(&run.random, 2 * BREAK_OPERATIONS);
             next_return = done + LOST_OPERATIONS;
+            return_ns = clock_ns() + LOST_NS;
         }
-        if (next_return && done >= next_return) {
+        if (next_return && (done >= next_return || clock_ns() >= return_ns)) { /* all may wait for it */
             return_lost_devices();
             next_return = 0;
         }
