@@ -4,6 +4,7 @@ Killed means: nothing of it runs on, its memory is dropped, its connection and i
 was handed to the bus or to the disk before stays; so does an append that was on its way, and it may arrive late.
 """
 
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -13,12 +14,13 @@ from typing import Any
 
 import anyio
 
-from kit.bus import Acknowledged, AppendConflict, Entry, Received, Stored
+from kit.bus import Acknowledged, AppendConflict, AppendUnknown, Entry, Received, Stored
 from kit.bus_memory import MemoryBus, MemoryServer
 from kit.journal import Journal
 from kit.processor import Batch, Delivery, writer_of
 from kit.runner import Performer, Runner
 from kit.service import Service
+from kit.shell_settings import ShellSettings
 from kit.steps import Step
 from kit.telemetry import Tracer
 from schemas.messages import prefix_of
@@ -29,6 +31,10 @@ IN_FLIGHT = "in flight"
 """An append has left and arrives when the writer's next life has read history."""
 STORED = "stored"
 """An append is in the stream and its acknowledgement is on its way."""
+PUBLISHED = "published"
+"""A message is in a stream that is no history: a part of a snapshot, a dead letter."""
+SHELL = ShellSettings(snapshot_every_count=40, check_every_count=1)
+"""Snapshots so often that most lives begin from one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,8 @@ def kind_of(what: object) -> str:
         return _tag(what.subject)
     if isinstance(what, Batch):
         return kind_of(what.entries)
+    if isinstance(what, str):
+        return " ".join(token for token in what.split(".") if not token.isdigit())
     if isinstance(what, Sequence):
         tags = dict.fromkeys(_tag(entry.subject) for entry in what)
         return "+".join(tags) + (" and more" if len(what) > len(tags) else "")
@@ -81,6 +89,8 @@ class MortalBus(MemoryBus):
         self._member.on_its_way = None
         acknowledged = await super().append(prefix, entries, last_seq=last_seq)
         await self._member.pass_step(STORED, entries)
+        if self._member.draw.random() < self._member.ack_lost_fraction:
+            raise AppendUnknown("no answer")
         await anyio.sleep(self._member.append_s / 2)
         return acknowledged
 
@@ -90,7 +100,13 @@ class MortalBus(MemoryBus):
 
     async def publish_stored(self, subject: str, body: bytes, *, id: str, traceparent: str = "") -> int:
         await self._breathe()
-        return await super().publish_stored(subject, body, id=id, traceparent=traceparent)
+        seq = await super().publish_stored(subject, body, id=id, traceparent=traceparent)
+        await self._member.pass_step(PUBLISHED, subject)
+        return seq
+
+    @property
+    def is_connected(self) -> bool:
+        return not self.is_dead and super().is_connected
 
     @asynccontextmanager
     async def subscribe(
@@ -114,6 +130,18 @@ class MortalBus(MemoryBus):
         await self.thawed.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Parts of the shell; planted faults replace one of them."""
+
+    runner: type[Runner[Any]] = Runner
+    journal: type[Journal] = Journal
+    server: type[MemoryServer] = MemoryServer
+
+
+DEFAULT_PIECES = Pieces()
+
+
 @dataclass(slots=True)
 class Member:
     """One writer, over all of its lives."""
@@ -127,8 +155,11 @@ class Member:
     """Of two instances of one writer, which."""
     perform: Performer | None = None
     journal_path: Path | None = None
+    pieces: Pieces = DEFAULT_PIECES
     append_s: float = 0.002
     """One append's way to the stream and back; what is handled meanwhile leaves together."""
+    ack_lost_fraction: float = 0.0
+    draw: random.Random = field(default_factory=lambda: random.Random(0))  # Reproducible by design.
     down_s: float = 0.2
     kills: tuple[Point, ...] = ()
     """The n-th is where its n-th life ends, at the latest."""
@@ -157,12 +188,12 @@ class Member:
             self.passed.append([])
             journal = None
             if self.journal_path is not None:
-                journal = await anyio.to_thread.run_sync(Journal, self.journal_path)
+                journal = await anyio.to_thread.run_sync(self.pieces.journal, self.journal_path)
             with ExitStack() as stack:
                 if journal is not None:
                     stack.callback(journal.close)
                 self._scope = stack.enter_context(anyio.CancelScope())
-                self.runner = Runner(
+                self.runner = self.pieces.runner(
                     self.service,
                     self.settings,
                     self._bus,
@@ -173,6 +204,7 @@ class Member:
                     journal=journal,
                     needs_lease=journal is None,
                     clock=self.clock,
+                    shell=SHELL,
                     at_step=self.pass_step,
                 )
                 await self.runner.run()
