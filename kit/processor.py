@@ -172,15 +172,14 @@ class Processor(Generic[S]):
         if entry.previous_hash != self.last_hash:
             self.skipped_count += 1
             return False
-        try:
-            fact = decode(entry.body)
-        except UnreadableMessage:
-            self.skipped_count += 1
-            return False
-        assert isinstance(fact, Fact), fact
-        self.fold_foreign_to(entry.cursor_seq)
+        # Also when it cannot be read: whoever reads this prefix follows the chain over it, and so must its writer.
         self.last_hash = chain_hash(self.last_hash, id=entry.id, subject=entry.subject, body=entry.body)
         self._own_ids.append(entry.id)
+        fact = _readable_fact(entry.body)
+        if fact is None:
+            self.skipped_count += 1
+            return False
+        self.fold_foreign_to(entry.cursor_seq)
         if isinstance(fact, WriterStarted):
             self.writer_epoch = seq
             self.last_machine_id = fact.machine_id
@@ -367,12 +366,8 @@ class Processor(Generic[S]):
         elif not stored.id:
             self.skipped_count += 1
             return None
-        try:
-            fact = decode(stored.body)
-        except UnreadableMessage:
-            self.skipped_count += 1
-            return None
-        if not isinstance(fact, Fact):
+        fact = _readable_fact(stored.body)
+        if fact is None:
             self.skipped_count += 1
             return None
         if getattr(fact, "at_s", 0.0) > stored.time_s:
@@ -458,3 +453,12 @@ def writer_of(subject: str) -> str:
     """``placement`` or ``node.<node>``, from a fact's subject."""
     tokens = subject.split(".")
     return ".".join(tokens[2:4]) if tokens[2] == "node" else tokens[2]
+
+
+def _readable_fact(body: bytes) -> Fact | None:
+    """None for what is no fact of ours. Raises `UnknownVersion`."""
+    try:
+        fact = decode(body)
+    except UnreadableMessage:
+        return None
+    return fact if isinstance(fact, Fact) else None

@@ -5,7 +5,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import anyio
 
-from kit.bus import Received, Stored, Stream, subject_matches
+from kit.bus import Entry, Received, Stored, Stream, subject_matches
 from kit.bus_memory import MemoryBus, MemoryServer
 from kit.outcomes import Effect, Input
 from kit.processor import Processor, writer_of
@@ -21,7 +21,7 @@ from kit.service import Service, digest
 from schemas.catalogue import decode, encode
 from schemas.history import WriterStarted
 from schemas.inbox import CommandAnswered
-from schemas.messages import Command, Fact, Signal, command_subject, signal_subject
+from schemas.messages import Command, Fact, Signal, command_subject, prefix_of, signal_subject
 from schemas.nodes import ReplicaWaking
 from schemas.orders import ParkOrdered, WakeOrdered
 from schemas.placement import CommandFact
@@ -139,6 +139,16 @@ class Fleet:
         request = self.clients.requests[-1]
         await self.until(lambda: request.served_at_s is not None, what=f"{model} serves")
 
+    def intrude(self, writer: str, body: bytes, *, previous_hash: str) -> None:
+        """A stranger, or a fault, puts something under the writer's prefix."""
+        prefix = prefix_of(writer)
+        newest = self.server.last(prefix)
+        subject = prefix.replace(">", "strange")
+        name = f"{writer}:stranger:{len(self.rogue_ids)}"
+        self.rogue_ids.add(name)
+        entry = Entry(subject=subject, body=body, id=name, cause_seq=0, cursor_seq=0, previous_hash=previous_hash)
+        self.server.append(prefix, [entry], newest.seq if newest is not None else 0)
+
     @property
     def are_all_ready(self) -> bool:
         return all(self.active(writer).is_ready for writer in self.members)
@@ -206,7 +216,9 @@ class Fleet:
     async def follow(self) -> None:
         async with aclosing(MemoryBus(self.server).read(Stream.HISTORY, ["sublet.fact.>"], after_seq=0)) as reader:
             async for item in reader:
-                if isinstance(item, Stored) and item.id not in self.rogue_ids:
+                if isinstance(item, Stored) and item.id in self.rogue_ids:
+                    self.contracts.hear_stranger(item)
+                elif isinstance(item, Stored):
                     fact = decode(item.body)
                     assert isinstance(fact, Fact), fact
                     self.facts.append((item, fact))
@@ -276,7 +288,8 @@ class Fleet:
             assert 0 == live.skipped_count, f"{member.writer} skipped {live.skipped_count} facts"
         fresh: Processor[Any] = Processor(member.service, member.settings, writer=member.writer, instance="replay")
         filters = (fresh.prefix, *fresh.reads)
-        fresh.replay(s for s, _ in self.facts if any(subject_matches(p, s.subject) for p in filters))
+        history = self.server.stored(Stream.HISTORY)
+        fresh.replay(s for s in history if any(subject_matches(p, s.subject) for p in filters))
         fresh.fold_foreign_to(live.cursor_seq)
         assert digest(fresh.state) == digest(live.state), f"{member.writer}: replay differs from what was lived"
 
@@ -293,12 +306,13 @@ async def running(
     pieces: Pieces = DEFAULT_PIECES,
     ack_lost_fraction: float = 0.0,
     seed: int = 0,
+    beside: Callable[[Fleet], Coroutine[Any, Any, None]] | None = None,
 ) -> AsyncIterator[Fleet]:
     """A fleet that has just started.
 
     `services`: others in place of the real ones, by name. `freeze`: the writer that has a second instance, and where
     its first stands still. `begin`: what is in the streams before anybody lives. `ack_lost_fraction`: of appends that
-    are stored although their writer hears nothing.
+    are stored although their writer hears nothing. `beside`: what else happens, beginning with the story.
     """
     run: dict[str, Service[Any]] = {s.name: s for s in (PLACEMENT, SWAPPER, AUTOSCALER, NODEAGENT)} | (services or {})
     loop = cast(VirtualLoop, asyncio.get_running_loop())
@@ -350,6 +364,8 @@ async def running(
             await fleet.until(lambda: True, what="all are ready")
             if fleet.twin is not None:
                 tg.start_soon(fleet.twin.live)
+            if beside is not None:
+                tg.start_soon(beside, fleet)
             yield fleet
             tg.cancel_scope.cancel()
     finally:

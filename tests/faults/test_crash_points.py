@@ -5,50 +5,33 @@ every step of every service; SUBLET_CRASH_POINTS=kinds tries every step with eve
 SUBLET_CRASH_POINTS=all every single point (some 2,300 runs, about three minutes on one core).
 """
 
-import functools
 import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import anyio
 import pytest
 
 from kit.bus import Entry
 from kit.bus_memory import MemoryServer
 from kit.processor import CHAIN_START, chain_hash
 from schemas.catalogue import encode
-from schemas.inbox import DeployRequested
+from schemas.inbox import DeployRequested, RetireRequested
 from schemas.messages import fact_subject, prefix_of
 from schemas.nodes import LeaseRefused
-from schemas.placement import PlacementProposed, ReplicaProposal, ShareProposal
+from schemas.placement import DeploymentRetired, PlacementProposed, ReplicaProposal, ShareProposal
 from tests.faults import virtual_time
 from tests.faults.mortal import IN_FLIGHT, STORED, Point
-from tests.faults.mortal_fleet import AGENT, NODE, WRITERS, Fleet, running
-from tests.faults.stories import everything, spec
+from tests.faults.mortal_fleet import AGENT, NODE, TENANT, WRITERS, Fleet, running
+from tests.faults.stories import spec
+from tests.faults.telling import calm, expect_calm, tell
 
 EXTENT = os.environ.get("SUBLET_CRASH_POINTS", "sample")
 assert EXTENT in {"sample", "kinds", "all"}, "SUBLET_CRASH_POINTS is sample, kinds or all"
 SAMPLED_OF = 12
 """One of so many kinds is tried at each step, beside the step's first."""
-
-
-def tell(**choices: Any) -> Fleet:
-    """The whole story, checked; `choices` as for `running`."""
-
-    async def story() -> Fleet:
-        async with running(**choices) as fleet:
-            await everything(fleet)
-            fleet.check()
-            fleet.end = fleet.summary()
-            return fleet
-
-    return virtual_time.run(story)
-
-
-@functools.cache
-def calm() -> Fleet:
-    return tell()
 
 
 def points(writer: str) -> list[Point]:
@@ -66,11 +49,6 @@ def chosen(passed: Sequence[Point], extent: str = EXTENT) -> list[Point]:
     if extent == "steps":
         return list(first.values())
     return [p for p in kinds if p is first[p.step] or zlib.crc32(str(p).encode()) % SAMPLED_OF == 0]
-
-
-def expect_calm(fleet: Fleet) -> None:
-    ends = {key: (fleet.end[key], value) for key, value in calm().end.items() if fleet.end[key] != value}
-    assert not ends, f"(this end, calm end): {ends}"
 
 
 def try_each(tries: Sequence[Any], attempt: Callable[[Any], None]) -> None:
@@ -134,6 +112,37 @@ def test_one_that_only_stood_still_gives_way_to_its_successor(writer: str) -> No
         expect_calm(fleet)
 
     try_each(points(writer)[::4] if EXTENT == "sample" else points(writer), attempt)
+
+
+RETIREMENT = DeploymentRetired(at_s=0.0, inbox_seq=1, command_id="x", tenant=TENANT, deployment_id="d1", model="a")
+STRANGE = {
+    "a fact of another chain": (encode(RETIREMENT), False),
+    "no JSON": (b"{not json", True),
+    "no JSON, of another chain": (b"{not json", False),
+    "no fact": (encode(RetireRequested(command_id="x", model="a")), True),
+}
+"""{what: its bytes, and whether they continue the writer's chain}"""
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_a_stranger_puts_under_a_prefix_is_left_out_by_all(kind: str, writer: str) -> None:
+    """The writer rebuilds itself and goes on; whoever reads it goes on reading it."""
+
+    async def intrude(fleet: Fleet) -> None:
+        await anyio.sleep(3.0)
+        runner = fleet.members[writer].runner
+        assert runner is not None
+        assert runner.processor is not None
+        body, continues = STRANGE[kind]
+        fleet.intrude(writer, body, previous_hash=runner.processor.last_hash if continues else "another")
+
+    fleet = tell(beside=intrude)
+
+    first = fleet.members[writer]
+    assert first.runner is not None
+    assert 1 == first.runner.status.rebuilt_count
+    expect_calm(fleet)
 
 
 @pytest.mark.timeout(900)

@@ -86,6 +86,12 @@ class Contracts:
             case _:
                 self._judge_life(fact)
 
+    def hear_stranger(self, stored: Stored) -> None:
+        """What somebody else put under a prefix: the chain goes over it if it continues the chain, else around it."""
+        writer = writer_of(stored.subject)
+        if self.hashes.get(writer, CHAIN_START) == stored.previous_hash:
+            self._follow_chain(stored)
+
     # --- Each a sentence ----------------------------------------------------------------------------------------------
 
     def _follow_chain(self, stored: Stored) -> None:
