@@ -19,6 +19,7 @@ from benchmarks.progress import Progress
 from benchmarks.report import Report, commit
 
 SECTIONS: Final = {
+    "publish": "many stored messages on their way at once, typed, beside publish_async",
     "append": "one checked append after the other, awaited, beside js.publish",
     "leader": "a cluster of three loses its leader under load: how long appends wait, and whether any is lost",
     "rivals": "two instances of one writer race on that cluster: history stays one line",

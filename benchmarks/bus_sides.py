@@ -5,11 +5,11 @@ our side makes its bytes from a message, and puts its headers on, inside the mea
 """
 
 import statistics
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import nats
 from nats.aio.client import Client
@@ -65,11 +65,14 @@ def entry(number: int, *, writer: str = WRITER, traceparent: str = UNSAMPLED) ->
 
 
 @asynccontextmanager
-async def server(folder: Path) -> AsyncIterator[NatsServer]:
-    """A server as the product runs it (``sync_interval: always``), with the product's streams."""
+async def server(folder: Path, *, streams: Sequence[Mapping[str, Any]] = ()) -> AsyncIterator[NatsServer]:
+    """A server as the product runs it (``sync_interval: always``), with the product's streams, or with these."""
     async with NatsServer(folder / "nats", ServerConfig(store_directory=folder / "store")) as started:
         async with NatsBus(started.url) as bus:
-            await ensure_streams(bus)
+            for config in streams:
+                await bus.api(f"STREAM.CREATE.{config['name']}", config)
+            if not streams:
+                await ensure_streams(bus)
         yield started
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import json
 import logging
 import secrets
 import ssl
@@ -12,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, Self
 
 import anyio
+import msgspec
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
@@ -63,8 +63,10 @@ STORE_TIMEOUT_S: Final = 15.0
 """A three-node cluster chooses a new leader within 10 s."""
 STORE_BACKOFF_FIRST_S: Final = 0.05
 STORE_BACKOFF_MAX_S: Final = 1.0
-# Written while the peer is slow to read; beyond it `publish` waits.
 PENDING_BYTES_MAX: Final = 8 * 1024 * 1024
+"""Waiting for a peer that does not read. Beyond it nothing is taken: questions fail, what is fleeting is dropped."""
+WRITE_BYTES_MAX: Final = 128 * 1024
+"""Collected within one turn of the loop before it is written."""
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,10 @@ class _Client(Client):
         super().__init__()
         self._receivers: dict[int, Receive] = {}
         self._on_denied: Callable[[str], None] = log.warning
+        self._outgoing: list[bytes] = []
+        """Sent in this turn of the loop, not yet written: one write costs about as much as twenty messages."""
+        self._outgoing_bytes = 0
+        self._is_stalled = False
 
     async def start(
         self, url: str, connection: Connection, *, nkey_seed: str | None, tls: ssl.SSLContext | None, timeout_s: float
@@ -124,6 +130,7 @@ class _Client(Client):
 
     async def stop(self) -> None:
         """Closed within `CLOSE_TIMEOUT_S`, whatever state it is in; none of its tasks is left."""
+        self._write_outgoing()
         tasks = (self._reading_task, self._ping_interval_task, self._flusher_task, self._reconnection_task)
         # A task of its own: closing during a reconnect can end with a cancellation that nobody asked for.
         closing = asyncio.ensure_future(self.close())
@@ -145,10 +152,30 @@ class _Client(Client):
     # ---- kit.nats_connection.Transport -------------------------------------------------------------------------
 
     def send(self, frames: bytes) -> bool:
-        if not self.is_connected or self._transport is None:
+        if not self.is_connected or (self._is_stalled and self._still_stalled()):
             return False
-        self._transport.write(frames)
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._write_outgoing)
+        self._outgoing.append(frames)
+        self._outgoing_bytes += len(frames)
+        if self._outgoing_bytes > WRITE_BYTES_MAX:
+            self._write_outgoing()
         return True
+
+    def _write_outgoing(self) -> None:
+        """One write for all that a turn of the loop sent. If the connection went within it, that is dropped."""
+        frames = b"".join(self._outgoing)
+        self._outgoing.clear()
+        self._outgoing_bytes = 0
+        if frames and self.is_connected and self._transport is not None:
+            self._transport.write(frames)
+            self._is_stalled = self._still_stalled()
+
+    def _still_stalled(self) -> bool:
+        """Whether more waits for the peer to read it than may."""
+        writer = getattr(self._transport, "_io_writer", None)
+        self._is_stalled = writer is not None and writer.transport.get_write_buffer_size() > PENDING_BYTES_MAX
+        return self._is_stalled
 
     def add_subscription(self, subject: str, queue: str, receive: Receive) -> int:
         self._sid += 1
@@ -165,6 +192,8 @@ class _Client(Client):
     def ping(self) -> asyncio.Future[bool]:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self.is_connected and self._transport is not None:
+            # Behind all that was sent before; and the answers to PINGs, of which nats-py writes some, come in order.
+            self._write_outgoing()
             self._pongs.append(future)
             self._transport.write(b"PING\r\n")
         return future
@@ -172,6 +201,8 @@ class _Client(Client):
     async def drained(self) -> None:
         """Returns when the peer reads fast enough for more."""
         if self._transport is not None:
+            if self._outgoing_bytes > WRITE_BYTES_MAX // 2:
+                self._write_outgoing()
             try:
                 await self._transport.drain()  # type: ignore[no-untyped-call]
             except OSError:
@@ -291,14 +322,14 @@ class NatsBus:
             headers.append((TRACE_HEADER, traceparent))
         block = header_block(headers)
         backoff_s = STORE_BACKOFF_FIRST_S
-        ends_at = anyio.current_time() + STORE_TIMEOUT_S
+        ends_at = time.monotonic() + STORE_TIMEOUT_S
         while True:
             try:
                 return _acknowledged_seq(await self._connection.ask(subject, body, headers=block))
             except Forbidden as error:
                 raise AppendRefused(str(error)) from error
             except (Unanswered, AppendUnknown) as error:
-                if anyio.current_time() + backoff_s > ends_at:
+                if time.monotonic() + backoff_s > ends_at:
                     raise AppendUnknown(f"not stored within {STORE_TIMEOUT_S} s: {error}") from error
             await anyio.sleep(backoff_s)
             backoff_s = min(STORE_BACKOFF_MAX_S, backoff_s * 2)
@@ -396,10 +427,21 @@ class NatsBus:
             task.add_done_callback(self._callback_tasks.discard)
 
 
+class _Acknowledgement(msgspec.Struct):
+    seq: int = 0
+    error: dict[str, Any] | None = None
+
+
+_ACKNOWLEDGEMENT: Final = msgspec.json.Decoder(_Acknowledgement)
+
+
 def _acknowledged_seq(answer: Answer) -> int:
     if status_of(answer.headers)[0]:
         raise AppendUnknown("no stream takes it now")
-    answered = json.loads(answer.body)
-    if "error" in answered:
-        raise append_error(answered["error"])
-    return int(answered["seq"])
+    try:
+        acknowledged = _ACKNOWLEDGEMENT.decode(answer.body)
+    except msgspec.MsgspecError as error:
+        raise AppendUnknown(f"the answer is no acknowledgement: {error}") from error
+    if acknowledged.error is not None:
+        raise append_error(acknowledged.error)
+    return acknowledged.seq

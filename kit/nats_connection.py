@@ -12,10 +12,10 @@ import re
 import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import anyio
+import msgspec
 
 from kit.bus import BusError, Forbidden
 from kit.nats_wire import ApiError, checked_subject, frame, status_of
@@ -24,6 +24,8 @@ ASK_TIMEOUT_S: Final = 1.0
 """Per attempt. A healthy server answers in a millisecond; one that syncs to a busy disk, in some hundred."""
 
 DENIALS_KEPT_MAX: Final = 100
+_TIMER_PRECISION_S: Final = 0.002
+"""An event loop's timer may fire this much early."""
 
 Receive = Callable[[bytes, bytes, bytes | None, bytes], None]
 """Called on the loop's thread with subject, reply subject, raw header block and body; must not block or wait."""
@@ -44,7 +46,10 @@ class Transport(Protocol):
     def is_connected(self) -> bool: ...
 
     def send(self, frames: bytes) -> bool:
-        """Write at once. False, and nothing is kept, while the server is away."""
+        """Write, with whatever else this turn of the loop sends.
+
+        False, and nothing is kept, while the server is away or has stopped reading.
+        """
         ...
 
     def add_subscription(self, subject: str, queue: str, receive: Receive) -> int:
@@ -58,18 +63,33 @@ class Transport(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """The reply to a question, raw."""
 
     headers: bytes | None
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
 class _Question:
-    subjects: frozenset[str]
-    future: asyncio.Future[Answer]
+    __slots__ = ("before", "ends_at", "future", "subject", "timeout_s")
+
+    def __init__(
+        self,
+        subject: str,
+        before: Sequence[tuple[str, bytes]],
+        future: asyncio.Future[Answer],
+        *,
+        ends_at: float,
+        timeout_s: float,
+    ) -> None:
+        self.subject = subject
+        self.before = before
+        self.future = future
+        self.ends_at = ends_at
+        self.timeout_s = timeout_s
+
+    def has_subject(self, lower_case: str) -> bool:
+        return self.subject.lower() == lower_case or any(earlier.lower() == lower_case for earlier, _ in self.before)
 
 
 class Follower(Protocol):
@@ -89,7 +109,10 @@ class Connection:
         self.denied_count = 0
         self._inbox = f"{inbox_prefix}.{secrets.token_hex(8)}"
         self._tokens = itertools.count(1)
-        self._questions: dict[str, _Question] = {}
+        self._questions: dict[bytes, _Question] = {}
+        """{the subject on which the answer will come: the question}"""
+        # One timer for all deadlines, at the earliest: a timer for each costs more than the rest of a question.
+        self._deadline: asyncio.TimerHandle | None = None
         self.denied_publishes: dict[str, str] = {}
         """{subject in lower case: the server's words} of publishes that nobody waits for; the newest ones."""
         self._denied_subscriptions: dict[str, str] = {}
@@ -106,6 +129,8 @@ class Connection:
         """Every waiting question fails, every follower is told."""
         self._is_closed = True
         self.lost()
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._connected.set()
 
     # ---- what the transport reports ----------------------------------------------------------------------------
@@ -138,7 +163,7 @@ class Connection:
             self.denied_publishes.clear()
         self.denied_publishes[subject] = text
         for question in list(self._questions.values()):
-            if subject in question.subjects:
+            if question.has_subject(subject):
                 _fail(question.future, Forbidden(text))
 
     def _tell_followers(self) -> None:
@@ -179,20 +204,37 @@ class Connection:
         if not self.transport.is_connected:
             with anyio.move_on_after(timeout_s):
                 await self.until_connected()
-        reply = self.new_inbox()
-        question = frame(subject, body, reply=reply, headers=headers)
-        frames = b"".join([*(earlier for _, earlier in before), question]) if before else question
+        reply = self.new_inbox().encode()
+        frames = frame(subject, body, reply=reply, headers=headers)
+        if before:
+            frames = b"".join([*(earlier for _, earlier in before), frames])
         if self._is_closed or not self.transport.send(frames):
             raise Unanswered("not connected")
         future: asyncio.Future[Answer] = loop.create_future()
-        subjects = frozenset({subject.lower(), *(earlier.lower() for earlier, _ in before)})
-        self._questions[reply] = _Question(subjects, future)
-        timer = loop.call_at(ends_at, _fail, future, Unanswered(f"no answer within {timeout_s} s"))
+        self._questions[reply] = _Question(subject, before, future, ends_at=ends_at, timeout_s=timeout_s)
+        if self._deadline is None or ends_at < self._deadline.when():
+            self._watch_deadlines(loop, ends_at)
         try:
             return await future
         finally:
-            timer.cancel()
             del self._questions[reply]
+
+    def _watch_deadlines(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = loop.call_at(at, self._fail_overdue, loop)
+
+    def _fail_overdue(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Fails the questions whose time is over, and looks again when the next one's is."""
+        self._deadline = None
+        waiting = [question for question in self._questions.values() if not question.future.done()]
+        now = loop.time() + _TIMER_PRECISION_S
+        for question in waiting:
+            if question.ends_at <= now:
+                _fail(question.future, Unanswered(f"no answer within {question.timeout_s} s"))
+        later = [question.ends_at for question in waiting if question.ends_at > now]
+        if later:
+            self._watch_deadlines(loop, min(later))
 
     async def api(self, name: str, request: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """An answer of JetStream's API. Raises `ApiError`, `Unanswered`, `Forbidden`."""
@@ -227,7 +269,7 @@ class Connection:
                 return
 
     def _receive_answer(self, subject: bytes, _reply: bytes, headers: bytes | None, body: bytes) -> None:
-        question = self._questions.get(subject.decode())
+        question = self._questions.get(subject)
         if question is not None and not question.future.done():
             question.future.set_result(Answer(headers, body))
 

@@ -7,6 +7,7 @@ looks at it (docs/adr/0010).
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from kit.bus import AppendConflict, AppendFull, AppendRefused, AppendUnknown, BusError, Entry, Stored
@@ -86,14 +87,22 @@ def checked_subject(subject: str) -> str:
     return subject
 
 
-def frame(subject: str, body: bytes, *, reply: str = "", headers: bytes = b"") -> bytes:
-    """One message as the server reads it: ``PUB``, or ``HPUB`` when there is a header block."""
-    to = checked_subject(subject)
+@lru_cache(maxsize=4096)
+def _encoded_subject(subject: str) -> bytes:
+    return checked_subject(subject).encode()
+
+
+def frame(subject: str, body: bytes, *, reply: str | bytes = "", headers: bytes = b"") -> bytes:
+    """One message as the server reads it: ``PUB``, or ``HPUB`` when there is a header block.
+
+    A reply subject in bytes is our own and not checked again.
+    """
+    to = _encoded_subject(subject)
     if reply:
-        to = f"{to} {checked_subject(reply)}"
+        to = b"%b %b" % (to, reply if isinstance(reply, bytes) else _encoded_subject(reply))
     if not headers:
-        return b"PUB %b %d\r\n%b\r\n" % (to.encode(), len(body), body)
-    return b"HPUB %b %d %d\r\n%b%b\r\n" % (to.encode(), len(headers), len(headers) + len(body), headers, body)
+        return b"PUB %b %d\r\n%b\r\n" % (to, len(body), body)
+    return b"HPUB %b %d %d\r\n%b%b\r\n" % (to, len(headers), len(headers) + len(body), headers, body)
 
 
 def disjoint_filters(filters: Iterable[str]) -> list[str]:

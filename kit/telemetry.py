@@ -8,16 +8,25 @@ trace costs one string comparison per handler.
 import json
 import logging
 import os
+import random
+import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # OpenTelemetry is loaded only where spans are exported.
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from kit.span_export import SpanBatches
 
 Attribute = str | int | float | bool
 SAMPLED_SUFFIX: Final = "-01"
+_TRACEPARENT: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01")
 
 
 class Span(Protocol):
@@ -35,31 +44,92 @@ class _Unrecorded:
     def __init__(self, traceparent: str) -> None:
         self.traceparent = traceparent
 
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        return None
+
     def set(self, key: str, value: str | float | bool) -> None:  # noqa: FBT001
         return None
 
 
 class _Recorded:
-    __slots__ = ("_span", "traceparent")
+    __slots__ = ("_attributes", "_batches", "_began_ns", "_name", "_parent_id", "_span_id", "_trace_id", "traceparent")
 
-    def __init__(self, span: Any) -> None:
-        self._span = span
-        context = span.get_span_context()
-        self.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
+    def __init__(
+        self,
+        batches: "SpanBatches",
+        name: str,
+        *,
+        trace_id: str,
+        parent_id: str,
+        attributes: Mapping[str, Attribute] | None,
+    ) -> None:
+        self._batches = batches
+        self._name = name
+        self._trace_id = trace_id
+        self._parent_id = parent_id
+        self._attributes: dict[str, Attribute] | None = dict(attributes) if attributes else None
+        # Not a secret, and never 0, which stands for no span.
+        self._span_id = f"{random.getrandbits(64) or 1:016x}"
+        self.traceparent = f"00-{trace_id}-{self._span_id}{SAMPLED_SUFFIX}"
+
+    def __enter__(self) -> Span:
+        self._began_ns = time.time_ns()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        has_failed = kind is not None and issubclass(kind, Exception)
+        self._batches.add(
+            EndedSpan(
+                self._name,
+                self._trace_id,
+                self._span_id,
+                self._parent_id,
+                self._began_ns,
+                time.time_ns(),
+                self._attributes,
+                kind.__qualname__ if kind is not None and has_failed else "",
+                str(error) if has_failed else "",
+            )
+        )
 
     def set(self, key: str, value: str | float | bool) -> None:  # noqa: FBT001
-        self._span.set_attribute(key, value)
+        if self._attributes is None:
+            self._attributes = {}
+        self._attributes[key] = value
+
+
+class EndedSpan(NamedTuple):
+    """One span, over. Ids in hexadecimal; `parent_id` is empty for the first of its trace."""
+
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    began_ns: int
+    """Since the epoch, as `ended_ns`."""
+    ended_ns: int
+    attributes: Mapping[str, Attribute] | None
+    error_type: str
+    """Empty when it ended well."""
+    error_text: str
 
 
 class Tracer:
     """Makes spans for one service. Without an exporter, every span is the cheap stand-in."""
 
-    def __init__(self, otel_tracer: Any | None, provider: Any | None, *, root_ratio: float) -> None:
-        self._tracer = otel_tracer
-        self._provider = provider
+    def __init__(self, exporter: "SpanExporter | None", resource: "Resource | None", *, root_ratio: float) -> None:
+        """`resource` describes the service; `root_ratio` of the traces that begin here are recorded."""
         self._root_ratio = root_ratio
+        self._batches: SpanBatches | None = None
+        if exporter is not None:
+            from kit import span_export
 
-    @contextmanager
+            assert resource is not None
+            self._batches = span_export.SpanBatches(exporter, resource)
+
     def span(
         self,
         name: str,
@@ -67,49 +137,38 @@ class Tracer:
         parent: str = "",
         attributes: Mapping[str, Attribute] | None = None,
         is_root: bool = False,
-    ) -> Iterator[Span]:
-        """A span under `parent` (a traceparent). Recorded when the parent is sampled, or, with `is_root`, by ratio."""
-        if self._tracer is None:
-            yield _Unrecorded(parent or (new_traceparent(is_sampled=False) if is_root else ""))
-            return
+    ) -> AbstractContextManager[Span]:
+        """A span under `parent` (a traceparent). Recorded when the parent is sampled, or, with `is_root`, by ratio.
+
+        A parent that is no traceparent is passed on and not followed.
+        """
+        batches = self._batches
+        if batches is None:
+            return _Unrecorded(parent or (new_traceparent(is_sampled=False) if is_root else ""))
         if not parent and is_root:
-            parent = new_traceparent(is_sampled=secrets.randbelow(10_000) < self._root_ratio * 10_000)
-            context = None if parent.endswith(SAMPLED_SUFFIX) else False
-        else:
-            context = _context_of(parent) if parent.endswith(SAMPLED_SUFFIX) else False
-        if context is False:
-            yield _Unrecorded(parent)
-            return
-        with self._tracer.start_as_current_span(
-            name, context=context or _empty_context(), attributes=attributes
-        ) as span:
-            yield _Recorded(span)
+            is_sampled = secrets.randbelow(10_000) < self._root_ratio * 10_000
+            begun = new_traceparent(is_sampled=is_sampled)
+            if not is_sampled:
+                return _Unrecorded(begun)
+            return _Recorded(batches, name, trace_id=begun[3:35], parent_id="", attributes=attributes)
+        if not parent.endswith(SAMPLED_SUFFIX) or _TRACEPARENT.fullmatch(parent) is None:
+            return _Unrecorded(parent)
+        return _Recorded(batches, name, trace_id=parent[3:35], parent_id=parent[36:52], attributes=attributes)
+
+    @property
+    def dropped_count(self) -> int:
+        """Spans that were lost because the exporter was slower than they came."""
+        return self._batches.dropped_count if self._batches is not None else 0
 
     def shutdown(self) -> None:
-        """Send what is left; bounded to a few seconds by the exporter's own time-out."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        """Send what is left; bounded to a few seconds."""
+        if self._batches is not None:
+            self._batches.shutdown()
 
 
 def new_traceparent(*, is_sampled: bool) -> str:
     """A fresh W3C trace context."""
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-{'01' if is_sampled else '00'}"
-
-
-def _empty_context() -> Any:
-    from opentelemetry.context import Context
-
-    return Context()
-
-
-def _context_of(traceparent: str) -> Any:
-    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
-
-    _, trace_id, span_id, _ = traceparent.split("-")
-    parent = SpanContext(
-        trace_id=int(trace_id, 16), span_id=int(span_id, 16), is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
-    )
-    return set_span_in_context(NonRecordingSpan(parent), _empty_context())
 
 
 def tracer(service: str, *, node: str = "") -> Tracer:
@@ -120,8 +179,7 @@ def tracer(service: str, *, node: str = "") -> Tracer:
     if not endpoint and not trace_file:
         return Tracer(None, None, root_ratio=0.0)
     from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+    from opentelemetry.sdk.trace.export import SpanExporter
 
     exporter: SpanExporter
     if endpoint:
@@ -131,9 +189,7 @@ def tracer(service: str, *, node: str = "") -> Tracer:
     else:
         exporter = _file_exporter(Path(str(trace_file)))
     attributes = {"service.name": f"sublet-{service}", **({"sublet.node": node} if node else {})}
-    provider = TracerProvider(resource=Resource.create(attributes))
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
-    return Tracer(provider.get_tracer("sublet"), provider, root_ratio=ratio)
+    return Tracer(exporter, Resource.create(attributes), root_ratio=ratio)
 
 
 def _file_exporter(path: Path) -> Any:

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
 from typing import Any, ClassVar
 
 import anyio
@@ -137,12 +138,25 @@ async def test_a_command_sent_while_the_server_is_away_is_stored_once(server: Na
             assert ids(await taken(reading, 2)) == ["c-1", "caught up"]
 
 
+async def stop_process(pid: int) -> None:
+    """SIGSTOP, and all of its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+    with anyio.fail_after(5):
+        while thread_states(pid) != {"T"}:
+            await anyio.sleep(0.001)
+
+
+def thread_states(pid: int) -> set[str]:
+    stats = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+
 async def test_a_silent_server_is_noticed_and_a_read_goes_on_where_it_was(server: NatsServer) -> None:
     """SIGSTOP: the connection stands, nothing moves. Then it goes on, and nothing is delivered twice."""
     async with NatsBus(server.url) as bus, aclosing(bus.read(Stream.HISTORY, ALL_FACTS, after_seq=0)) as reading:
         await bus.append(PREFIX, entries("a"), last_seq=0)
         assert ids(await taken(reading, 2)) == ["a", "caught up"]
-        os.kill(server.pid, signal.SIGSTOP)
+        await stop_process(server.pid)
         try:
             with pytest.raises(AppendUnknown):
                 await bus.append(PREFIX, entries("b"), last_seq=1)
