@@ -13,9 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import anyio
 import openai
 
+from kit.bus import CaughtUp, Stream
+from kit.bus_nats import NatsBus
+from kit.nats_access import ADMINISTRATOR, read_seed
 from kit.process import ProcessIdentity, identity_of, is_alive
+from schemas.catalogue import decode
+from schemas.messages import Fact
 from services.local.parts import PARTS
 from services.local.state import StateFolder, read_json
 from sublet.context import Context, load
@@ -94,6 +100,21 @@ class RunningStack:
         with self.client() as client:
             view = client.deployment(model)
         return view.replicas[0].state if view is not None and view.replicas else ""
+
+    def facts(self) -> list[Fact]:
+        """All of history that this build can read, in its order."""
+        return anyio.run(self._facts)
+
+    async def _facts(self) -> list[Fact]:
+        seed, found = read_seed(self.folder.keys, ADMINISTRATOR), []
+        async with NatsBus(self.nats_url, seed, ADMINISTRATOR) as bus:
+            async for item in bus.read(Stream.HISTORY, ["sublet.fact.>"], after_seq=0):
+                if isinstance(item, CaughtUp):
+                    break
+                fact = decode(item.body)
+                assert isinstance(fact, Fact), fact
+                found.append(fact)
+        return found
 
     # ---- processes -------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sublet
+from schemas.nodes import LeaseGranted, LeaseReleased, ReplicaFailed, ReplicaParked, ReplicaReady, ReplicaResident
 from tests.e2e.conftest import CHAT, OTHER
 from tests.e2e.stack import Load, RunningStack, answers, chat, eventually, survivors
 
@@ -68,6 +69,40 @@ def test_nobody_but_gateway_and_engines_is_needed_for_a_resident_model(stack: Ru
 
     assert [] == load.problems
     assert load.longest_s < 2.0
+
+
+def test_all_who_decide_and_nats_are_away_for_long_and_nothing_is_done_twice_when_they_are_back(
+    stack: RunningStack,
+) -> None:
+    """Silent for 15 s, which breaks connections, and killed then: resident traffic goes on, a parked model wakes."""
+    with stack.client() as client:
+        client.park(OTHER)
+    eventually(lambda: stack.state_of(OTHER) == "parked", "not parked")
+    engines, before_count = stack.engines(), len(stack.facts())
+    away = {part: stack.pids[part] for part in ("nats", "placement", "swapper", "autoscaler")}
+    with Load(stack.openai(), CHAT) as load:
+        for pid in away.values():
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(15.0)
+        for pid in away.values():
+            os.kill(pid, signal.SIGKILL)
+        for part, pid in away.items():
+            stack.wait_back(part, was=pid)
+
+    assert [] == load.problems
+    assert load.longest_s < 2.0
+    assert [] == changes(stack, since=before_count)
+
+    assert chat(stack.openai(), OTHER)
+    eventually(lambda: stack.state_of(OTHER) == "resident", "not resident")
+    assert ["ReplicaResident"] == changes(stack, since=before_count)
+    assert engines == stack.engines()
+
+
+def changes(stack: RunningStack, *, since: int) -> list[str]:
+    """What the node agent did to its replicas after so many facts."""
+    done = (LeaseGranted, LeaseReleased, ReplicaFailed, ReplicaParked, ReplicaReady, ReplicaResident)
+    return [type(fact).__name__ for fact in stack.facts()[since:] if isinstance(fact, done)]
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_next_one_goes_on(tmp_path: Path) -> None:
