@@ -117,6 +117,11 @@ class AppendFull(AppendRefused):
 class HistoryGone(BusError):
     """The cursor is outside the stream, or the stream is another one of the same name: not ready until reseeded."""
 
+    def __init__(self, text: str, *, first_seq: int = 0) -> None:
+        """`first_seq`: where the stream starts, if what lies before it was asked for."""
+        super().__init__(text)
+        self.first_seq = first_seq
+
 
 class Forbidden(BusError):
     """This user may not read, subscribe or ask there; the text says where. A forbidden append is `AppendRefused`."""

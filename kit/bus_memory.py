@@ -381,6 +381,8 @@ class MemoryReading:
             raise HistoryGone(f"{self._stream} ends at {held.last_seq}, before {self._position}")
         if self._position < held.first_seq - 1:
             if self._stream not in EXPIRING_STREAMS:
-                raise HistoryGone(f"{self._stream} starts at {held.first_seq}, after {self._position}")
+                raise HistoryGone(
+                    f"{self._stream} starts at {held.first_seq}, after {self._position}", first_seq=held.first_seq
+                )
             self._position = held.first_seq - 1
         return held

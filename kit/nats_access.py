@@ -58,7 +58,7 @@ class Access:
     asks: tuple[str, ...] = ()
     leases: tuple[str, ...] = ()
     snapshots: str = ""
-    """Of which writer it keeps and reads snapshots."""
+    """Whose snapshots it reads."""
 
 
 def permissions_of(access: Access) -> Permissions:
@@ -75,7 +75,6 @@ def permissions_of(access: Access) -> Permissions:
     if access.snapshots:
         subjects = f"sublet.snapshot.{access.snapshots}.>"
         publish |= {
-            subjects,
             f"$JS.API.STREAM.INFO.{Stream.SNAPSHOTS}",
             f"$JS.API.CONSUMER.CREATE.{Stream.SNAPSHOTS}.*.{subjects}",
             f"$JS.API.CONSUMER.MSG.NEXT.{Stream.SNAPSHOTS}.*",
@@ -90,8 +89,16 @@ def permissions_of(access: Access) -> Permissions:
 
 
 def administrator_access() -> Access:
-    """Creates and changes streams, and may read them all; publishes no fact and no order."""
-    return Access(inbox=service_inbox(ADMINISTRATOR), publishes=("$JS.API.>",), reads=tuple(Stream))
+    """Creates, changes and trims streams, and may read them all; publishes no fact and no order.
+
+    Before it trims history it keeps for gateways what they would have read of it.
+    """
+    return Access(
+        inbox=service_inbox(ADMINISTRATOR),
+        publishes=("$JS.API.>",),
+        reads=tuple(Stream),
+        stores=("sublet.snapshot.gateway.>",),
+    )
 
 
 def service_access(service: str) -> Access:
@@ -106,7 +113,7 @@ def node_access(node: str) -> Access:
         inbox=service_inbox(user),
         appends=(f"sublet.fact.{user}.>",),
         reads=(Stream.HISTORY,),
-        stores=("sublet.record.>", "sublet.dead.>"),
+        stores=("sublet.record.>", "sublet.dead.>", f"sublet.snapshot.{user}.>"),
         publishes=("sublet.signal.>",),
         subscribes=(f"sublet.order.{node}.>", "sublet.signal.>"),
         answers=(f"sublet.query.*.nodeagent.{node}.>",),
@@ -140,7 +147,7 @@ def _writer(service: str, **more: tuple[str, ...] | tuple[Stream, ...]) -> Acces
     return Access(
         inbox=service_inbox(service),
         appends=(f"sublet.fact.{service}.>",),
-        stores=("sublet.record.>", f"sublet.dead.{service}"),
+        stores=("sublet.record.>", f"sublet.dead.{service}", f"sublet.snapshot.{service}.>"),
         answers=(f"sublet.query.*.{service}.>",),
         leases=(service,),
         snapshots=service,
@@ -172,6 +179,7 @@ SERVICES: Final = {
         inbox=service_inbox("gateway"),
         reads=(Stream.HISTORY,),
         stores=("sublet.record.>", "sublet.dead.gateway", "sublet.usage.>"),
+        snapshots="gateway",
         publishes=("sublet.signal.>",),
         subscribes=("sublet.signal.>",),
         answers=("sublet.query.*.gateway.>",),

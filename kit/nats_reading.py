@@ -288,5 +288,5 @@ class NatsReading:
             raise HistoryGone(f"{self._stream} ends at {last_seq}, before {self._position}")
         if self._position < first_seq - 1:
             if self._stream not in EXPIRING_STREAMS:
-                raise HistoryGone(f"{self._stream} starts at {first_seq}, after {self._position}")
+                raise HistoryGone(f"{self._stream} starts at {first_seq}, after {self._position}", first_seq=first_seq)
             self._position = first_seq - 1

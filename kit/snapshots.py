@@ -90,12 +90,13 @@ def restore_state(state: S, encoded: msgspec.Raw) -> None:
 
 def state_types(state: Any) -> str:
     """A fingerprint of the types that a state is made of: another one means that its bytes may mean something else."""
-    return _fingerprint(_class_of(state))
+    return fingerprint(durable_type(_class_of(state)))
 
 
 @cache
-def _fingerprint(kind: Any) -> str:
-    schema = msgspec.json.schema(durable_type(kind))
+def fingerprint(kind: Any) -> str:
+    """Of a class, and of all that its fields may hold."""
+    schema = msgspec.json.schema(kind)
     canonical = msgspec.json.encode(_without_texts(schema), order="deterministic")
     return hashlib.blake2b(canonical, digest_size=8).hexdigest()
 

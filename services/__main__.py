@@ -23,6 +23,7 @@ def usage() -> str:
     lines += ["  sim --seed N   whatever this seed draws: fleet, traffic, operators, faults (sim --seed N --help)"]
     lines += ["", "installations in containers:"]
     lines += ["  setup STEP  what must be there before they run: files, streams, key"]
+    lines += ["  trim        take away the start of history that is in every service's snapshots"]
     return "\n".join(lines)
 
 
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str]) -> int:
         from services.provision.main import main as run_setup
 
         return run_setup(arguments[1:])
+    if name == "trim":
+        from services.provision.trim import main as trim
+
+        return trim(arguments[1:])
     if name == "sim":
         if any(argument.startswith("--seed") for argument in arguments):
             from services.swarm.main import main as run_seeds
@@ -49,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return run_stack(arguments)
     entry = BY_NAME.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, [*BY_NAME, *STACKS, "setup", "sim"], n=1)
+        near = difflib.get_close_matches(name, [*BY_NAME, *STACKS, "setup", "sim", "trim"], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         print(f"error: there is no service '{name}'{hint}\n\n{usage()}", file=sys.stderr)
         return 2

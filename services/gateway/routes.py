@@ -8,7 +8,9 @@ holds without NATS, and it is taken back before a replica is parked.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Self
+
+from msgspec import Struct
 
 from schemas.deployments import DeploymentSpec, WorkloadKind
 from schemas.holders import RouteLease
@@ -108,6 +110,15 @@ class Caller:
     key_id: str
 
 
+class TableImage(Struct, frozen=True, kw_only=True):
+    """What facts have told a table, without what holders say: enough to go on from where it was made."""
+
+    deployments: tuple[Deployment, ...]
+    holder_urls: dict[str, str]
+    keys: dict[str, Caller]
+    """{hash of the key: whose it is}"""
+
+
 class RouteTable:
     """Everything that routing rests on. `fold` and `renew` change it and name the deployments that they touched."""
 
@@ -122,6 +133,25 @@ class RouteTable:
         self._hashes: dict[Caller, str] = {}
         self._draining_ids: set[str] = set()
         """Announced as draining while the holder still lists them open; the holder's next word replaces this."""
+
+    def image(self) -> TableImage:
+        return TableImage(
+            deployments=tuple(self.deployments.values()), holder_urls=self.holder_urls, keys=self._callers
+        )
+
+    @classmethod
+    def of(cls, image: TableImage) -> Self:
+        """A table that has folded what the one behind the image had."""
+        table = cls()
+        for deployment in image.deployments:
+            table.deployments[deployment.deployment_id] = deployment
+            if deployment.spec.kind is WorkloadKind.INFERENCE:
+                table.models[deployment.tenant, deployment.spec.name] = deployment.deployment_id
+            table.replicas.update(deployment.replicas)
+        table.holder_urls.update(image.holder_urls)
+        table._callers.update(image.keys)
+        table._hashes.update({caller: key_hash for key_hash, caller in image.keys.items()})
+        return table
 
     # --- Questions ----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Beside the runner, because it needs sequences of facts, not state; it decides no
 """
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -12,17 +12,19 @@ from typing import Final
 import anyio
 import msgspec
 
-from kit.bus import Bus, Received, Stored, Stream
+from kit.bus import Bus, HistoryGone, Received, Stored, Stream
 from schemas.catalogue import UNDECODABLE, UnknownVersion, UnreadableMessage, decode, encode
 from schemas.messages import Fact, Message, query_subject
 from schemas.nodes import LeaseGranted, LeaseRefused, ReplicaReady
 from schemas.placement import CommandFact, DeploymentAdmitted, PlacementProposed
 from schemas.queries import EventList, EventView, ListEvents, QueryRefused
+from services.placement.state import ClusterState
 from services.placement.wording import text_of
 
 KEPT_COUNT: Final = 20_000
 """Newest facts kept for queries; older ones are in the stream."""
 FIRST_POLL_S: Final = 0.05
+STATE_POLL_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,10 @@ class _Line:
 class EventLog:
     """The newest facts with their tenants."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, state: Callable[[], ClusterState | None] = lambda: None) -> None:
+        """`state`: placement's, once it is known."""
         self._bus = bus
+        self._state = state
         self._lines: deque[_Line] = deque(maxlen=KEPT_COUNT)
         self._tenant_of: dict[str, str] = {}
         """{deployment or replica id: tenant}"""
@@ -45,10 +49,35 @@ class EventLog:
         self._grown = anyio.Event()
 
     async def follow(self) -> None:
-        """Read all of history, then go on for ever."""
-        async for item in self._bus.read(Stream.HISTORY, ["sublet.fact.>"], after_seq=0):
-            if isinstance(item, Stored):
-                self._add(item)
+        """Read all of history that there is, then go on for ever."""
+        after_seq = 0
+        while True:
+            try:
+                async for item in self._bus.read(Stream.HISTORY, ["sublet.fact.>"], after_seq=after_seq):
+                    if isinstance(item, Stored):
+                        self._add(item)
+                        after_seq = item.seq
+            except HistoryGone as error:
+                if not error.first_seq:
+                    raise
+                # What was trimmed named tenants and models of what is still there; placement's state knows them.
+                self._learn_state(await self._known_state())
+                after_seq = error.first_seq - 1
+
+    async def _known_state(self) -> ClusterState:
+        while (state := self._state()) is None:  # noqa: ASYNC110  (once, and only after a trim)
+            await anyio.sleep(STATE_POLL_S)
+        return state
+
+    def _learn_state(self, state: ClusterState) -> None:
+        for deployment in state.deployments.values():
+            self._tenant_of[deployment.deployment_id] = deployment.tenant
+            self._model_of[deployment.deployment_id] = deployment.spec.name
+        for replica in state.replicas.values():
+            known = state.deployments.get(replica.deployment_id)
+            if known is not None:
+                self._tenant_of[replica.replica_id] = known.tenant
+                self._model_of[replica.replica_id] = known.spec.name
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:

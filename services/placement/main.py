@@ -25,6 +25,6 @@ async def main() -> None:
             tracer=telemetry,
             shell=shell_settings("placement"),
         )
-        events = EventLog(bus)
+        events = EventLog(bus, lambda: None if runner.processor is None else runner.processor.state)
         async with events.answering():
             await serve(runner, connection, telemetry, beside=[events.follow])

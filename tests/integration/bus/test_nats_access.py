@@ -154,6 +154,7 @@ async def test_an_order_reaches_the_agent_of_its_node(installation: Installation
 async def test_a_gateway_reads_history_and_asks_services(installation: Installation) -> None:
     async with installation.bus("gateway") as gateway:
         await read_one(gateway, Stream.HISTORY, "sublet.fact.>")
+        await read_one(gateway, Stream.SNAPSHOTS, "sublet.snapshot.gateway.manifest.*")
         await gateway.publish_stored("sublet.record.x", b"{}", id="g-1")
         with pytest.raises(NoAnswer):
             await gateway.request("sublet.query.acme.placement.ps", b"", timeout_s=1)
@@ -211,6 +212,7 @@ async def test_a_writer_appends_under_no_other_prefix(installation: Installation
         ("swapper", "$JS.API.CONSUMER.CREATE.SNAPSHOTS.x.sublet.snapshot.placement.>"),
         ("swapper", "$JS.API.CONSUMER.CREATE.SNAPSHOTS.x"),
         ("swapper", "$JS.API.STREAM.PURGE.SNAPSHOTS"),
+        ("gateway", "sublet.snapshot.gateway.manifest.0"),
         ("node.n1", "sublet.snapshot.node.n2.chunk.0.0"),
         ("tenant.acme", "sublet.snapshot.placement.manifest.0"),
         ("tenant.acme", "$JS.API.STREAM.INFO.SNAPSHOTS"),
