@@ -19,6 +19,7 @@ FULL_RETRY_S: Final = 1.0
 HOLD_AFTER_S: Final = 10.0
 """No answer for longer is told as a problem; a new leader is there before."""
 PLACE: Final = "history"
+REMEDY: Final = "is the NATS server up and its disk not full? One whose disk was full must be restarted"
 
 
 async def append_surely(
@@ -44,7 +45,7 @@ async def append_surely(
             except AppendUnknown as error:
                 waited_s = anyio.current_time() - began_s
                 if waited_s > HOLD_AFTER_S:
-                    hold(PLACE, f"history cannot be written for {waited_s:.0f} s: {error}; look at the NATS server")
+                    hold(PLACE, f"history cannot be written for {waited_s:.0f} s: {error}; {REMEDY}")
                 await _pause(backoff_s)
                 backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
             except AppendConflict:

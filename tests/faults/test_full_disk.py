@@ -152,6 +152,37 @@ async def test_the_limit_that_we_write_is_reached_before_the_disk_is_full(tmp_pa
 
 
 @needs_mount
+@pytest.mark.nats
+async def test_a_disk_that_others_filled_is_told_and_after_the_servers_restart_nothing_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below its own limit the server says nothing and stays silent when there is room again: it must be restarted."""
+    monkeypatch.setattr("kit.history.HOLD_AFTER_S", 1.0)
+    with LazyMount(tmp_path / "disk", names="ordered") as disk:
+        config = ServerConfig(store_directory=disk.path / "store")
+        async with NatsServer(tmp_path / "nats", config, binary=binary()) as server, NatsBus(server.url) as bus:
+            await make_history(bus)
+            async with running(bus) as runner:
+                offer(runner, 5)
+                await until(lambda: runner.status.appended_count == 5)
+                disk.limit(disk.used_bytes() + 500_000)
+                for _ in range(50):
+                    offer(runner, 1)
+                    await anyio.sleep(0.01)
+                await until(lambda: runner.status.problem)
+                assert "history cannot be written" in runner.status.problem
+                assert "its disk not full" in runner.status.problem
+
+                disk.limit(None)
+                server.kill()
+                await server.start_async()
+                await until(lambda: runner.status.appended_count == 55)
+                assert "" == runner.status.problem
+                assert runner.status.rebuilt_count == 0
+                assert await is_history_equal(bus, runner)
+
+
+@needs_mount
 async def test_a_journal_without_room_begins_nothing_and_goes_on_by_itself(tmp_path: Path) -> None:
     with LazyMount(tmp_path / "disk") as disk, closing(Journal(disk.path / "journal")) as journal:
         bus = MemoryBus(MemoryServer(now=time.time))
