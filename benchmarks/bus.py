@@ -20,7 +20,10 @@ from benchmarks.report import Report, commit
 
 SECTIONS: Final = {
     "publish": "many stored messages on their way at once, typed, beside publish_async",
+    "read": "an ordered read of a stream to typed facts, beside the ordered consumer",
     "append": "one checked append after the other, awaited, beside js.publish",
+    "commit": "facts a second of one writer, in atomic batches, on disk",
+    "kills": "the server killed a hundred times under load: nothing acknowledged is lost",
     "leader": "a cluster of three loses its leader under load: how long appends wait, and whether any is lost",
     "rivals": "two instances of one writer race on that cluster: history stays one line",
     "rebuild": "20,000 replicas' history folded by the real cores, and starts from snapshots",
