@@ -21,12 +21,13 @@ from softgpu.errors import BuildError, HostError
 from softgpu.host import Host
 from softgpu.library import library_directory
 
-SANITIZERS = {
+INSTRUMENTS = {
     "none": "-O2 -g",
     "address": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "thread": "-O1 -g -fsanitize=thread",
+    "coverage": "-O0 -g --coverage",
 }
-"""{name: the compiler's flags}"""
+"""{how to build: the compiler's flags}"""
 _SOURCES = Path(__file__).resolve().parent
 _BUILD_TIMEOUT_S = 300.0
 _MIB = 1 << 20
@@ -41,13 +42,13 @@ class FuzzResult:
     figures: dict[str, Any]
 
 
-def build_fuzzer(sanitizer: str = "none") -> Path:
+def build_fuzzer(instrument: str = "none") -> Path:
     """The program, up to date, with libraries of its own beside it. Raises `BuildError`."""
-    directory = library_directory() / ("fuzz" if sanitizer == "none" else f"fuzz-{sanitizer}")
+    directory = library_directory() / ("fuzz" if instrument == "none" else f"fuzz-{instrument}")
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = ["make", "-C", str(_SOURCES), f"OUT={directory}", f"CFLAGS={SANITIZERS[sanitizer]}"]
+        command = ["make", "-C", str(_SOURCES), f"OUT={directory}", f"CFLAGS={INSTRUMENTS[instrument]}"]
         command += [f"CC={os.environ.get('CC', 'cc')}", f"-j{os.cpu_count() or 1}", "all", "fuzz"]
         try:
             finished = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
@@ -72,11 +73,11 @@ def fuzz_host() -> Iterator[Host]:
     host.remove()
 
 
-def run_program(host: Host, *arguments: str, sanitizer: str, progress: Callable[[str], None]) -> FuzzResult:
+def run_program(host: Host, *arguments: str, instrument: str, progress: Callable[[str], None]) -> FuzzResult:
     """Runs the program on a host. Lines it says about its progress go to `progress`. Raises `HostError`."""
     environment = {**os.environ, "SOFTGPU_DIR": str(host.state_dir), "ASAN_OPTIONS": "detect_leaks=0"}
     environment.pop("SOFTGPU_GROUP", None)
-    command = [str(build_fuzzer(sanitizer)), *arguments]
+    command = [str(build_fuzzer(instrument)), *arguments]
     findings: list[str] = []
     figures: dict[str, Any] = {}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -97,12 +98,12 @@ def run_program(host: Host, *arguments: str, sanitizer: str, progress: Callable[
 
 
 def fuzz(
-    seed: int, operations: int, workers: int, *, sanitizer: str = "none", progress: Callable[[str], None] = in_silence
+    seed: int, operations: int, workers: int, *, instrument: str = "none", progress: Callable[[str], None] = in_silence
 ) -> FuzzResult:
     """So many random operations by so many processes, with kills; the shared state is checked between and after."""
     with fuzz_host() as host:
         result = run_program(
-            host, "run", str(seed), str(operations), str(workers), sanitizer=sanitizer, progress=progress
+            host, "run", str(seed), str(operations), str(workers), instrument=instrument, progress=progress
         )
         if not result.is_clean:
             raise_findings(host, result)
@@ -114,13 +115,13 @@ def kill_at_steps(
     *,
     is_every_instruction: bool = False,
     stride: int = 1,
-    sanitizer: str = "none",
+    instrument: str = "none",
     progress: Callable[[str], None] = in_silence,
 ) -> FuzzResult:
     """Kills a process behind each step of chosen operations (behind each `stride`-th, to be quicker)."""
     arguments = ("steps", only, str(int(is_every_instruction)), str(stride))
     with fuzz_host() as host:
-        result = run_program(host, *arguments, sanitizer=sanitizer, progress=progress)
+        result = run_program(host, *arguments, instrument=instrument, progress=progress)
         if not result.is_clean:
             raise_findings(host, result)
     return result
@@ -150,7 +151,7 @@ def add_fuzz(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--every-instruction", action="store_true", help="with --steps: at each instruction")
     parser.add_argument("--stride", type=int, default=1, help="with --steps: only at each so many-th")
-    parser.add_argument("--sanitizer", choices=sorted(SANITIZERS), default="none")
+    parser.add_argument("--instrument", choices=sorted(INSTRUMENTS), default="none")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.set_defaults(run=run_fuzz)
 
@@ -159,7 +160,7 @@ def replay_line(options: argparse.Namespace) -> str:
     line = f"python -m softgpu fuzz --seed {options.seed} --operations {options.operations} --workers {options.workers}"
     if options.steps:
         line = f"python -m softgpu fuzz --steps '{options.steps}'" + " --every-instruction" * options.every_instruction
-    return line + (f" --sanitizer {options.sanitizer}" if options.sanitizer != "none" else "")
+    return line + (f" --instrument {options.instrument}" if options.instrument != "none" else "")
 
 
 def show_progress(options: argparse.Namespace) -> Callable[[str], None]:
@@ -187,12 +188,12 @@ def run_fuzz(options: argparse.Namespace) -> None:
                 options.steps,
                 is_every_instruction=options.every_instruction,
                 stride=options.stride,
-                sanitizer=options.sanitizer,
+                instrument=options.instrument,
                 progress=progress,
             )
         else:
             result = fuzz(
-                options.seed, options.operations, options.workers, sanitizer=options.sanitizer, progress=progress
+                options.seed, options.operations, options.workers, instrument=options.instrument, progress=progress
             )
     except FuzzFinding as finding:
         write_figures(options.json, finding.result.figures)

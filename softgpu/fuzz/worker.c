@@ -131,7 +131,7 @@ static void do_one(void) {
 
 static void maybe_end(void) {
     if (chance(4000) == 0)
-        _exit(end_orderly() ? 0 : 5);
+        exit(end_orderly() ? 0 : 5);
 }
 
 /* Sometimes it dies at an instruction of its operation, which no killer from outside can choose so well. */
@@ -159,6 +159,6 @@ void worker_run(int number, uint64_t incarnation) {
         }
         __atomic_fetch_add(&shared->operation_count, BATCH, __ATOMIC_RELAXED);
         if (__atomic_load_n(&shared->is_finishing, __ATOMIC_ACQUIRE))
-            _exit(end_orderly() ? 0 : 5);
+            exit(end_orderly() ? 0 : 5);
     }
 }
