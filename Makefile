@@ -13,7 +13,7 @@ SOFTGPU_SOURCES := $(shell find softgpu \( -name '*.c' -o -name '*.h' -o -name '
 ROOTS := $(wildcard sublet schemas kit devices softgpu engines services benchmarks tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up sim bench soak test check compose-test fmt schemas golden snapshots docs clean
+.PHONY: help setup demo up sim bench soak test check coverage compose-test fmt schemas golden snapshots docs clean
 .SUFFIXES:
 
 help:
@@ -54,6 +54,9 @@ check: $(DEV) ## format, lint, types, import contracts, generated files
 	step schemas $(PY) -m schemas --check; \
 	step decisions $(PY) tools/adr_index.py --check; \
 	if [ -n "$$failed" ]; then echo "check: failed:$$failed" >&2; exit 1; fi; echo "check: passed"
+
+coverage: $(DEV) ## how much of the software GPU's C code the tests execute
+	@$(PY) tools/softgpu_coverage.py $(ARGS)
 
 compose-test: $(DEV) ## the tests that need Docker
 	@SUBLET_TESTS_REQUIRE=docker $(PY) -m pytest -q -m docker $(ARGS)

@@ -65,6 +65,7 @@ int fuzz_run(const fuzz_options *options);
 int steps_run(const char *only, int is_every_instruction, int stride);
 int plant(const char *kind);
 const char *plant_kind(int index);
+int lose_wakeup(void);
 
 /* trace.c */
 typedef struct {

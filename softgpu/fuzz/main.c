@@ -10,7 +10,7 @@
 
 static int usage(void) {
     fprintf(stderr, "usage: softgpu-fuzz run SEED OPERATIONS WORKERS | steps OPERATION|quick|all EVERY_INSTRUCTION STRIDE | "
-                    "plant KIND | kinds\n");
+                    "plant KIND | kinds | lose-wakeup\n");
     return 2;
 }
 
@@ -23,10 +23,13 @@ static int list_kinds(void) {
 int main(int count, char **arguments) {
     if (count == 2 && !strcmp(arguments[1], "kinds"))
         return list_kinds();
-    if (count < 3)
+    int is_lost_wakeup = count == 2 && !strcmp(arguments[1], "lose-wakeup");
+    if (count < 3 && !is_lost_wakeup)
         return usage();
     if (host_attach())
         return 2;
+    if (is_lost_wakeup)
+        return lose_wakeup();
     if (!strcmp(arguments[1], "plant"))
         return plant(arguments[2]);
     if (!strcmp(arguments[1], "steps") && count == 5)

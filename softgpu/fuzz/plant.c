@@ -6,6 +6,8 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <linux/futex.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static chunk_record *some_chunk(void) {
@@ -85,6 +87,31 @@ static const char *const kinds[] = {KINDS(KIND_NAME)};
 
 const char *plant_kind(int index) {
     return index < (int)(sizeof kinds / sizeof *kinds) ? kinds[index] : NULL;
+}
+
+/* What is left when a process is killed that was just woken to take the lock: nobody holds it, and the next one
+ * in the queue sleeps. */
+int lose_wakeup(void) {
+    int *word = &host->mutex.__data.__lock;
+    host_lock();
+    pid_t waiter = start_child();
+    if (!waiter) {
+        host_lock();
+        host_unlock();
+        _exit(0);
+    }
+    while (!(__atomic_load_n(word, __ATOMIC_ACQUIRE) & (int)FUTEX_WAITERS))
+        usleep(1000);
+    usleep(20000); /* until it sleeps */
+    __atomic_store_n(word, 0, __ATOMIC_RELEASE);
+    for (int i = 0; i < 2000; i++) {
+        if (waitpid(waiter, NULL, WNOHANG) == waiter)
+            return 0;
+        usleep(1000);
+    }
+    kill(waiter, SIGKILL);
+    fprintf(stderr, "softgpu-fuzz: a process sleeps beside an open lock\n");
+    return 1;
 }
 
 #define KIND_DO(name, action)   \

@@ -8,7 +8,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
+
+#define LOCK_SLEEP_NS 50000000
 
 host_state *host;
 
@@ -117,8 +120,23 @@ static void host_recount(void) {
         host->fault_count += host->faults[f].function[0] != 0;
 }
 
+/* Whoever is woken to take the lock and is killed first takes the wake-up with it, and the others would sleep
+ * beside an open lock until somebody new comes. So nobody sleeps for long. */
+static int lock_in_pieces(void) {
+    int result = pthread_mutex_trylock(&host->mutex);
+    while (result == EBUSY || result == ETIMEDOUT) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until); /* the only clock that every C library has for this */
+        until.tv_nsec += LOCK_SLEEP_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        result = pthread_mutex_timedlock(&host->mutex, &until);
+    }
+    return result;
+}
+
 void host_lock(void) {
-    if (pthread_mutex_lock(&host->mutex) != EOWNERDEAD)
+    if (lock_in_pieces() != EOWNERDEAD)
         return;
     pthread_mutex_consistent(&host->mutex);
     host->recovery_count++;

@@ -80,3 +80,12 @@ def test_the_command_says_what_is_wrong_and_fails(machine: MakeMachine) -> None:
     assert (true.returncode, true.stdout) == (0, "the shared state is true\n")
     assert found.returncode == 1
     assert json.loads(found.stdout)["findings"][0].startswith("used_bytes of GPU 0: recorded")
+
+
+def test_nobody_sleeps_beside_an_open_lock(machine: MakeMachine) -> None:
+    """A process killed just after it was woken to take the lock takes the wake-up with it."""
+    one = machine()
+
+    planter(one, "lose-wakeup")
+
+    assert one.host.check(is_quiet=True) == []
