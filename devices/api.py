@@ -466,10 +466,21 @@ class CheckpointSupport:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedImage:
+    """What `ProcessCheckpoint.save` brought into our own memory: so many bytes of each GPU, from its buffer's start."""
+
+    bytes_by_gpu: Mapping[str, int]
+    save_s: float
+
+
 class ProcessCheckpoint(Protocol):
     """Park and wake unmodified processes through the driver. Order: lock all, checkpoint all, restore all, unlock all.
 
-    Raises `NotFound` for a pid without a context, `InvalidUse` for a step out of order, `OutOfMemory` when a restore
+    `checkpoint` and `restore` leave the memory with the driver, `save` and `load` put it into our own (where
+    `support` says that it can be done) and are as fast as the link; a process returns by the way it went.
+
+    Raises `NotFound` for a pid without a context, `InvalidUse` for a step out of order, `OutOfMemory` when a return
     does not fit (the process stays checkpointed).
     """
 
@@ -485,6 +496,18 @@ class ProcessCheckpoint(Protocol):
 
     def restore(self, pid: int) -> float:
         """Bring it back to the same GPUs and addresses; the seconds it took. The process stays locked."""
+
+    def save(self, pid: int, buffers: Mapping[str, HostBuffer]) -> SavedImage:
+        """Move the process's device memory into these buffers, one for each GPU that it uses.
+
+        The caller has a device open on each of them, and each buffer holds at least what
+        `Inventory.process_bytes` says of the process there. Raises `InvalidUse` without such a device, with nothing
+        done; and for a missing or too small buffer, after which the process is neither here nor there and can only be
+        ended: how large its memory is, is known only once the driver has begun.
+        """
+
+    def load(self, pid: int, buffers: Mapping[str, HostBuffer]) -> float:
+        """Bring back what `save` put into these buffers; the seconds it took. The process stays locked."""
 
     def unlock(self, pid: int) -> None:
         """Let the process's driver calls go on."""

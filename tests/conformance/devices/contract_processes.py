@@ -182,3 +182,59 @@ class CheckpointContract:
 
         assert checkpoint.state(process.pid) is CheckpointState.CHECKPOINTED
         process.kill()
+
+    def test_a_saved_process_leaves_its_memory_in_our_buffers_and_returns_whole(
+        self, world: World, process: ProcessUnderTest
+    ) -> None:
+        agent, checkpoint = world.agent()
+        regions = [process.device.allocate(size * MiB) for size in (4, 64, 2)]
+        for number, region in enumerate(regions):
+            process.device.write(region, PATTERN + bytes([number]), offset_bytes=MiB)
+        resident_bytes = used_bytes(world)
+        buffers = {agent.gpu_uuid: agent.host_arena(80 * MiB)}
+        checkpoint.lock(process.pid, timeout_s=5)
+
+        image = checkpoint.save(process.pid, buffers)
+
+        assert checkpoint.state(process.pid) is CheckpointState.CHECKPOINTED
+        assert dict(image.bytes_by_gpu) == {agent.gpu_uuid: 70 * MiB}
+        assert used_bytes(world) <= resident_bytes - 70 * MiB
+        assert buffers[agent.gpu_uuid].read(offset_bytes=5 * MiB, size_bytes=len(PATTERN)) == PATTERN
+        with pytest.raises((InvalidUse, NotFound)):  # the driver has nothing to restore from
+            checkpoint.restore(process.pid)
+        checkpoint.load(process.pid, buffers)
+        checkpoint.unlock(process.pid)
+        assert resident_bytes == used_bytes(world)
+        for number, region in enumerate(regions):
+            expected = PATTERN + bytes([number])
+            assert process.device.read(region, offset_bytes=MiB, size_bytes=len(expected)) == expected
+
+    def test_what_is_in_the_buffers_is_what_comes_back(self, world: World, process: ProcessUnderTest) -> None:
+        agent, checkpoint = world.agent()
+        region = process.device.allocate(2 * MiB)
+        process.device.write(region, b"ours")
+        buffers = {agent.gpu_uuid: agent.host_arena(2 * MiB)}
+        checkpoint.lock(process.pid, timeout_s=5)
+        checkpoint.save(process.pid, buffers)
+
+        buffers[agent.gpu_uuid].write(b"OURS")
+        checkpoint.load(process.pid, buffers)
+        checkpoint.unlock(process.pid)
+
+        assert process.device.read(region, size_bytes=4) == b"OURS"
+
+    def test_a_saved_process_that_does_not_fit_stays_away(self, world: World, process: ProcessUnderTest) -> None:
+        agent, checkpoint = world.agent()
+        wanted_bytes = most_of_the_free(world)
+        region = process.device.allocate(wanted_bytes)
+        buffers = {agent.gpu_uuid: agent.host_arena(region.size_bytes)}
+        checkpoint.lock(process.pid, timeout_s=5)
+        checkpoint.save(process.pid, buffers)
+        other = world.start()
+        other.device.allocate(wanted_bytes)
+
+        with pytest.raises(OutOfMemory):
+            checkpoint.load(process.pid, buffers)
+
+        assert checkpoint.state(process.pid) is CheckpointState.CHECKPOINTED
+        process.kill()

@@ -58,6 +58,8 @@ class Worker:
         return value, []
 
     def _incoming(self, value: Any, descriptors: list[int]) -> Any:
+        if isinstance(value, dict):
+            return {key: self._incoming(each, descriptors) for key, each in value.items()}
         if isinstance(value, Reference):
             return self._objects[value.number]
         return with_descriptors(value, descriptors)

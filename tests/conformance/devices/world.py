@@ -23,6 +23,7 @@ from tests.conformance.devices import channel
 from tests.conformance.devices.channel import Reference, SharedDescriptor, with_descriptors
 
 ROOT = Path(__file__).resolve().parents[3]
+_ANSWER_TIMEOUT_S = 30.0  # the slowest call of the contract takes a few seconds
 
 
 class ProcessUnderTest(Protocol):
@@ -51,6 +52,9 @@ class World(Protocol):
 
     def checkpoint(self) -> ProcessCheckpoint:
         """The driver's checkpoint calls. Skips the test where it has none."""
+
+    def agent(self) -> tuple[Device, ProcessCheckpoint]:
+        """A process that has a device open and drives checkpoints. Skips without custom storage."""
 
     def namespace(self) -> str:
         """A fresh group for limits. Skips the test where the driver has none."""
@@ -98,6 +102,9 @@ class VirtualWorld:
     def checkpoint(self) -> ProcessCheckpoint:
         return VirtualProcessCheckpoint(self.host)
 
+    def agent(self) -> tuple[Device, ProcessCheckpoint]:
+        return self.start().device, self.checkpoint()
+
     def namespace(self) -> str:
         self._namespace_count += 1
         name = f"group-{self._namespace_count}"
@@ -141,6 +148,7 @@ class Remote:
 class WorkerProcess:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._connection, theirs = socket.socketpair()
+        self._connection.settimeout(_ANSWER_TIMEOUT_S)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "tests.conformance.devices.worker"],
             stdin=theirs.fileno(),
@@ -182,6 +190,8 @@ class WorkerProcess:
 
 
 def _outgoing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _outgoing(each) for key, each in value.items()}
     return value._reference if isinstance(value, Remote) else value
 
 
@@ -225,8 +235,7 @@ class DriverWorld:
     def renew(self) -> None:
         """Everything as at first, for the next test."""
         for worker in self._busy:
-            if worker.is_alive:
-                worker.call("forget_all")
+            if worker.is_alive and self._is_as_new(worker):
                 self._idle.append(worker)
         self._busy.clear()
         for worker in self._grouped:
@@ -237,6 +246,16 @@ class DriverWorld:
         self._files.clear()
         self._observer.call("forget_all")
         self.inventory = cast(Inventory, self._observer.call("open_inventory"))
+
+    @staticmethod
+    def _is_as_new(worker: WorkerProcess) -> bool:
+        """False, and it is gone, when it does not answer: a failed test may have left it locked."""
+        try:
+            worker.call("forget_all")
+        except TimeoutError:
+            worker.kill()
+            return False
+        return True
 
     def close(self) -> None:
         for worker in [*self._grouped, *self._busy, *self._idle, self._observer]:
@@ -266,6 +285,14 @@ class DriverWorld:
         if not support.is_supported:
             pytest.skip(f"no checkpoints here: {support.reason}")
         return calls
+
+    def agent(self) -> tuple[Device, ProcessCheckpoint]:
+        worker = self._worker("")
+        calls = cast(ProcessCheckpoint, worker.call("open_checkpoint"))
+        support = calls.support()
+        if not support.has_custom_storage:
+            pytest.skip(f"no custom storage here: {support.reason}")
+        return DriverProcess(worker, self.inventory.gpus()[0].uuid, None).device, calls
 
     def namespace(self) -> str:
         support = self.inventory.limits_support(self.inventory.gpus()[0].uuid)
