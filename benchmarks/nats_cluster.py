@@ -23,6 +23,8 @@ class NatsCluster:
     """Enter it with `async with`: then every stream is there, on three servers that sync before they answer."""
 
     directory: Path
+    """For each server's file, log and, unless there is a `store_directory`, store."""
+    store_directory: Path | None = None
     servers: dict[str, NatsServer] = field(default_factory=dict)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack, repr=False)
     _bus: NatsBus | None = field(default=None, repr=False)
@@ -32,21 +34,22 @@ class NatsCluster:
         """All three, as a client's setting names them."""
         return ",".join(server.url for server in self.servers.values())
 
-    async def __aenter__(self) -> Self:
+    def __post_init__(self) -> None:
         ports = free_ports(NODE_COUNT)
         routes = tuple(f"nats://127.0.0.1:{port}" for port in ports)
         for number, port in enumerate(ports, start=1):
             name = f"n{number}"
             config = ServerConfig(
-                store_directory=self.directory / name / "store",
+                store_directory=(self.store_directory or self.directory) / name / "store",
                 server_name=name,
                 cluster=ClusterConfig(name="sublet", listen=f"127.0.0.1:{port}", routes=routes),
             )
             self.servers[name] = NatsServer(self.directory / name, config)
+
+    async def __aenter__(self) -> Self:
         try:
-            for server in self.servers.values():
-                self._stack.callback(server.kill)  # Servers without a quorum take long to end in order.
-                await server.start_async()
+            self._stack.callback(self.kill_all)  # Servers without a quorum take long to end in order.
+            await self.start_all()
             self._bus = await self._stack.enter_async_context(NatsBus(self.url, name="cluster"))
             await ensure_streams_soon(self._bus, replica_count=NODE_COUNT, timeout_s=60)
             await self.until_current()
@@ -57,6 +60,14 @@ class NatsCluster:
 
     async def __aexit__(self, *_exc: object) -> None:
         await self._stack.aclose()
+
+    async def start_all(self) -> None:
+        for server in self.servers.values():
+            await server.start_async()
+
+    def kill_all(self) -> None:
+        for server in self.servers.values():
+            server.kill()
 
     def kill(self, name: str) -> None:
         self.servers[name].kill()

@@ -16,24 +16,26 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import anyio
 
 from benchmarks.lazy_disk import Names
 from benchmarks.lazy_mount import LazyMount, why_not
 from benchmarks.ledger import Account, Found, Writer, living, oracle, read_all
+from benchmarks.nats_cluster import NatsCluster
 from benchmarks.progress import Progress
 from benchmarks.report import Bar, Report, Value, commit, quantiles
 from kit.bus import BusError, Stored
 from kit.bus_nats import NatsBus
 from kit.journal import Journal, JournalDamaged
-from kit.nats_server import NatsServer, NatsServerError, ServerConfig, ensure_streams, stream_configs
+from kit.nats_server import NatsServer, NatsServerError, ServerConfig, ensure_streams_soon, stream_configs
 from kit.nats_wire import ApiError
 
 WRITERS = ("w0", "w1", "w2", "w3")
 NODE = "node.n0"
-LIFE_S_MAX = 1.6
-"""The cut comes at a random moment within this time of the server's start, which itself takes 0.1 s."""
+LIFE_S_MAX = {1: 1.6, 3: 14.0}
+"""{servers: the cut comes at a random moment within this time of their start}; one serves in 0.1 s, three in 5-10 s."""
 CUTS_PER_INSTALLATION = 20
 """Then a new one begins, so that the first seconds of an installation are cut too, and replays stay short."""
 CONTROL_LIFE_S = 1.5
@@ -72,12 +74,48 @@ class Outcome:
         return sum("stream gone" in problem for problem in self.problems)
 
 
-class Installation:
-    """One server, its streams and its writers, over many cuts."""
+class Servers(Protocol):
+    """One server, or all of a cluster."""
 
-    def __init__(self, folder: Path, disk: LazyMount, config: ServerConfig, outcome: Outcome, seed: int) -> None:
+    @property
+    def url(self) -> str: ...
+
+    async def start_async(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class WholeCluster:
+    """Three servers on one disk, as on one power strip."""
+
+    def __init__(self, folder: Path, disk: LazyMount) -> None:
+        self._cluster = NatsCluster(folder, store_directory=disk.path / "nats")
+
+    @property
+    def url(self) -> str:
+        return self._cluster.url
+
+    async def start_async(self) -> None:
+        await self._cluster.start_all()
+
+    def kill(self) -> None:
+        self._cluster.kill_all()
+
+    def stop(self) -> None:
+        self._cluster.kill_all()
+
+
+class Installation:
+    """Servers, their streams and its writers, over many cuts."""
+
+    def __init__(
+        self, servers: Servers, disk: LazyMount, outcome: Outcome, *, replica_count: int = 1, seed: int
+    ) -> None:
         self._disk = disk
-        self._server = NatsServer(folder, config)
+        self._servers = servers
+        self._replica_count = replica_count
         self._journal_path = disk.path / "agent" / "journal"
         self._outcome = outcome
         self._random = random.Random(seed)
@@ -101,24 +139,24 @@ class Installation:
     async def check(self) -> list[Stored]:
         """Start, check, and stop in order. The whole history, for the oracle."""
         history = await self._live(works=False)
-        self._server.stop()
+        self._servers.stop()
         return history
 
     async def _lose_power(self, life_s: float, scope: anyio.CancelScope) -> None:
         await anyio.sleep(life_s)
-        self._server.kill()
+        self._servers.kill()
         scope.cancel()
 
     async def _live(self, *, works: bool) -> list[Stored]:
         began_s = time.monotonic()
         try:
-            await self._server.start_async()
+            await self._servers.start_async()
         except NatsServerError:
             if works:  # The power went while it started.
                 return []
             raise
         async with AsyncExitStack() as stack:
-            bus = await stack.enter_async_context(NatsBus(self._server.url, name="power-cut"))
+            bus = await stack.enter_async_context(NatsBus(self._servers.url, name="power-cut"))
             await self._make_streams(bus)
             self._lives += 1
             writers = [await self._begin(stack, bus, account) for account in self._accounts.values()]
@@ -133,14 +171,25 @@ class Installation:
     async def _make_streams(self, bus: NatsBus) -> None:
         if self._has_streams:
             for config in stream_configs():
-                if config["storage"] == "memory":
-                    continue  # Gone with the server, by design.
-                try:
-                    await bus.api(f"STREAM.INFO.{config['name']}")
-                except ApiError as error:
-                    self._outcome.problems.append(f"{config['name']}: stream gone: {error}")
-        await ensure_streams(bus)
+                if config["storage"] != "memory":  # Gone with the server, by design.
+                    await self._look_for(bus, config["name"])
+        await ensure_streams_soon(bus, replica_count=self._replica_count, timeout_s=60)
         self._has_streams = True
+
+    async def _look_for(self, bus: NatsBus, stream: str) -> None:
+        """A cluster says nothing before it has leaders; that is no answer."""
+        with anyio.fail_after(60):
+            while True:
+                try:
+                    await bus.api(f"STREAM.INFO.{stream}")
+                    return
+                except ApiError as error:
+                    if not error.is_transient:
+                        self._outcome.problems.append(f"{stream}: stream gone: {error}")
+                        return
+                except BusError:
+                    pass
+                await anyio.sleep(0.1)
 
     async def _begin(self, stack: AsyncExitStack, bus: NatsBus, account: Account) -> Writer:
         journal = None
@@ -179,7 +228,13 @@ def _close(journal: Journal) -> None:
 
 
 async def cut_often(
-    folder: Path, *, cut_count: int, names: Names, seed: int, outcome: Outcome | None = None
+    folder: Path,
+    *,
+    cut_count: int,
+    names: Names,
+    seed: int,
+    server_count: int = 1,
+    outcome: Outcome | None = None,
 ) -> Outcome:
     """`cut_count` cuts over as many installations as that takes."""
     outcome = outcome or Outcome()
@@ -187,12 +242,14 @@ async def cut_often(
         chance = random.Random(f"{seed}-{number}")
         place = folder / f"installation-{number}"
         with LazyMount(place / "disk", names=names) as disk:
-            config = ServerConfig(store_directory=disk.path / "nats")
-            installation = Installation(place / "server", disk, config, outcome, chance.getrandbits(32))
+            servers: Servers = WholeCluster(place / "servers", disk)
+            if server_count == 1:
+                servers = NatsServer(place / "server", ServerConfig(store_directory=disk.path / "nats"))
+            installation = Installation(servers, disk, outcome, replica_count=server_count, seed=chance.getrandbits(32))
             for _ in range(min(CUTS_PER_INSTALLATION, cut_count - number)):
                 # Every other cut leaves a part of what was not synced, as a disk may have got to it by chance.
                 torn_seed = chance.getrandbits(32) if chance.random() < 0.5 else None
-                await installation.live_and_cut(life_s=chance.uniform(0, LIFE_S_MAX), torn_seed=torn_seed)
+                await installation.live_and_cut(life_s=chance.uniform(0, LIFE_S_MAX[server_count]), torn_seed=torn_seed)
             outcome.problems += oracle(await installation.check())
             outcome.sync_count += disk.sync_count()
     return outcome
@@ -202,8 +259,8 @@ async def control(folder: Path, *, names: Names, seed: int) -> Outcome:
     """One cut of a server that syncs when it likes: how many acknowledged facts of the stream are lost."""
     outcome = Outcome()
     with LazyMount(folder / "disk", names=names) as disk:
-        config = ForgetfulConfig(store_directory=disk.path / "nats")
-        installation = Installation(folder / "server", disk, config, outcome, seed)
+        server = NatsServer(folder / "server", ForgetfulConfig(store_directory=disk.path / "nats"))
+        installation = Installation(server, disk, outcome, seed=seed)
         await installation.live_and_cut(life_s=CONTROL_LIFE_S, torn_seed=None)
         await installation.check()
     return outcome
@@ -258,6 +315,7 @@ async def _run(options: argparse.Namespace, folder: Path) -> Report:
             cut_count=options.cuts,
             names=options.names,
             seed=options.seed,
+            server_count=options.servers,
             outcome=outcome,
         )
         careless = await control(folder / "control", names=options.names, seed=options.seed)
@@ -269,6 +327,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cuts", type=int, default=100, help="how often the power goes (100; about 3 s each)")
     parser.add_argument("--quick", action="store_true", help="the same as --cuts 5")
     parser.add_argument("--names", choices=("strict", "ordered"), default="ordered", help="see benchmarks/lazy_disk.py")
+    parser.add_argument("--servers", type=int, choices=tuple(LIFE_S_MAX), default=1, help="3: all lose power at once")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there")
     parser.add_argument("--check", action="store_true", help="end with 1 when a bar is missed")
