@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cuda.bindings import driver
 
-from devices.api import CheckpointState, CheckpointSupport, DeviceError, InvalidUse, NotFound, SavedImage
+from devices.api import DeviceError, InvalidUse, NotFound
+from devices.checkpoint import CheckpointState, CheckpointSupport, SavedImage
 from devices.cuda import call
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devices.api import CheckpointState, CheckpointSupport, InvalidUse, NotFound, NotSupported, SavedImage
+from devices.api import InvalidUse, NotFound, NotSupported
+from devices.checkpoint import CheckpointState, CheckpointSupport, SavedImage
 from devices.sparse import SparseBytes
 from devices.virtual import VirtualBuffer
 

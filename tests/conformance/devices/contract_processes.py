@@ -3,7 +3,6 @@
 import pytest
 
 from devices.api import (
-    CheckpointState,
     Device,
     InvalidUse,
     MiB,
@@ -11,6 +10,7 @@ from devices.api import (
     NotSupported,
     OutOfMemory,
 )
+from devices.checkpoint import CheckpointState
 from tests.conformance.devices.contract_tools import PATTERN, close_exports, most_of_the_free, used_bytes
 from tests.conformance.devices.world import ProcessUnderTest, World
 

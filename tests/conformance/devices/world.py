@@ -15,7 +15,8 @@ from typing import Any, Protocol, cast
 
 import pytest
 
-from devices.api import Device, DeviceSettings, ExportedMemory, HostBuffer, Inventory, ProcessCheckpoint
+from devices.api import Device, DeviceSettings, ExportedMemory, HostBuffer, Inventory
+from devices.checkpoint import ProcessCheckpoint
 from devices.profiles import profile
 from devices.virtual import VirtualDevice, VirtualGpu, VirtualHost, VirtualInventory
 from devices.virtual_checkpoint import VirtualProcessCheckpoint

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.api import (
-    CheckpointState,
     ClientEvicted,
     DeviceError,
     DeviceLost,
@@ -17,6 +16,7 @@ from devices.api import (
     NotSupported,
     OutOfMemory,
 )
+from devices.checkpoint import CheckpointState
 from devices.profiles import profile
 from devices.virtual import VirtualDevice, VirtualGpu, VirtualHost, VirtualInventory
 from devices.virtual_checkpoint import VirtualProcessCheckpoint
