@@ -212,7 +212,7 @@ class Simulation:
 
     def come_back(self, member: Member) -> None:
         """Start, or stand by while another instance has the lease."""
-        if member.is_alive or member.is_standby or member.is_waiting_for_bus:
+        if member.is_alive or member.is_standby or member.is_waiting_for_bus or not member.has_power:
             return
         holder = self.holders[member.writer]
         if holder is not member and self._is_well(holder):

@@ -67,6 +67,7 @@ class Member(Party):
     is_waiting_for_bus: bool = False
     """Would start, and cannot read history now."""
     is_born_standby: bool = False
+    has_power: bool = True
     inbox_position: int = 0
     waiting: deque[Delivery | Stored] = field(default_factory=deque)
     in_flight: Batch | None = None

@@ -318,11 +318,12 @@ class SimulatedSystem:
         if not host.is_up:
             return
         host.lose_power()
+        member.has_power = member.is_waiting_for_bus = False
         if member.is_alive:
             self.simulation.end_life(member)
 
         def back() -> None:
-            host.is_up = True
+            host.is_up = member.has_power = True
             self.simulation.come_back(member)
 
         self.simulation.after(lasts_s, back)

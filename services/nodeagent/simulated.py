@@ -39,7 +39,22 @@ NO_ANSWER_S: Final = 30.0
 """An engine that does not answer so long is given up (`NodeAgentSettings.wake_deadline_s`)."""
 UNPROVEN_S: Final = 5.0
 """How long an agent waits for proof that a parked engine's bytes are free."""
-Done = Callable[[float, Input], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Hands an effect's result to the life of the agent that began it.
+
+    What an agent does between two steps of an engine, such as a kill or an opened route, a dead one does not do; what an
+    engine was told to do goes on.
+    """
+
+    tell: Callable[[float, Input], None]
+    is_alive: Callable[[], bool]
+
+    def __call__(self, after_s: float, result: Input) -> None:
+        if self.is_alive():
+            self.tell(after_s, result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,26 +102,24 @@ class SimulatedHost:
         """Until then there is no host memory for weights."""
         self.foreign_bytes: dict[str, int] = {}
 
-    def perform(self, effect: Effect, done: Done) -> None:
+    def perform(self, effect: Effect, done: Callable[[float, Input], None]) -> None:
         if not self.is_up:
             return
+        life = self.agent_life()
+        self._begin(effect, Done(done, lambda: self.agent_life() == life))
+
+    def _begin(self, effect: Effect, done: Done) -> None:
         if isinstance(effect, ProbeNode):
             self._probe(done)
             return
         assert isinstance(effect, EngineEffect), effect
-        life = self.agent_life()
-
-        def alive(after_s: float, result: Input) -> None:
-            if self.agent_life() == life:
-                done(after_s, result)
-
         {
             StartEngine: self._start,
             ParkEngine: self._park,
             WakeEngine: self._wake,
             StopEngine: self._stop,
             AdoptEngine: self._adopt,
-        }[type(effect)](effect, alive)
+        }[type(effect)](effect, done)
 
     # --- What happens by itself ---------------------------------------------------------------------------------------
 
@@ -237,15 +250,18 @@ class SimulatedHost:
         if engine.hung_until_s <= self._clock.now_s:
             return False
         silent_s = min(NO_ANSWER_S, engine.hung_until_s - self._clock.now_s)
-        if silent_s < NO_ANSWER_S:
-            self._clock.after(silent_s, lambda: self.perform_again(effect, done))
-        else:
-            self._clock.after(silent_s, lambda: done(0.0, self._lost(effect, "it does not answer")))
-        return True
+        given_up_s = self._clock.now_s + NO_ANSWER_S
 
-    def perform_again(self, effect: EngineEffect, done: Done) -> None:
-        """The engine came back to itself within the deadline."""
-        self.perform(effect, done)
+        def look() -> None:
+            if not done.is_alive():
+                return
+            if engine.hung_until_s > self._clock.now_s and self._clock.now_s >= given_up_s:
+                done(0.0, self._lost(effect, "it does not answer"))
+            else:
+                self._begin(effect, done)
+
+        self._clock.after(silent_s, look)
+        return True
 
     def _start(self, effect: EngineEffect, done: Done) -> None:
         replica_id = effect.replica.replica_id
@@ -279,7 +295,7 @@ class SimulatedHost:
                 start_s=takes_s,
                 enforced_bytes=effect.replica.shares[0].request_bytes,
             )
-            self._open(effect, engine)
+            self._open(effect, engine, done)
             done(0.0, started)
 
         self._later(engine, takes_s, finish)
@@ -292,7 +308,9 @@ class SimulatedHost:
     def _endpoint(self, effect: EngineEffect) -> str:
         return f"http://{self.node}/{effect.replica.replica_id}/{effect.lease_epoch}"
 
-    def _open(self, effect: EngineEffect, engine: Engine) -> None:
+    def _open(self, effect: EngineEffect, engine: Engine, done: Done) -> None:
+        if not done.is_alive():
+            return
         engine.is_closed = False
         if self.routes is not None:
             self.routes.open(effect.replica.replica_id, self._endpoint(effect))
@@ -335,10 +353,12 @@ class SimulatedHost:
         stays = engine.phase is Phase.RESIDENT and self.random.random() < self.faults.park_stays_fraction
 
         def drained(outcome: str) -> None:
+            if not done.is_alive():
+                return
             if self._mine(effect) is not engine:
                 done(0.0, self._lost(effect, "gone while parking"))
             elif stays or outcome != "idle":
-                self._open(effect, engine)
+                self._open(effect, engine, done)
                 stayed = EngineStayed(
                     replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch, reason="still busy"
                 )
@@ -346,20 +366,25 @@ class SimulatedHost:
             elif self._clock.now_s < self.short_until_s and engine.phase is not Phase.ASLEEP:
                 done(0.5, self._lost(effect, "it did not go to sleep: no host memory"))
             else:
-                self._later(engine, 0.02, lambda: asleep(self._clock.now_s - began_s))
-
-        def asleep(took_s: float) -> None:
-            if self._mine(effect) is not engine:
-                done(0.0, self._lost(effect, "gone while parking"))
-                return
-            assert not engine.in_flight or self.routes is None, f"{effect.replica.replica_id} sleeps with requests"
-            engine.phase = Phase.ASLEEP
-            if self._clock.now_s < self.silent_until_s:
-                self._clock.after(UNPROVEN_S, lambda: done(0.0, self._lost(effect, "its bytes are not proven free")))
-                return
-            done(0.0, self._parked(effect, drain_s=max(0.0, took_s - 0.02)))
+                self._later(engine, 0.02, lambda: self._asleep(effect, engine, done, began_s=began_s))
 
         self._drain(effect, engine, effect.drain_s, drained)
+
+    def _asleep(self, effect: ParkEngine, engine: Engine, done: Done, *, began_s: float) -> None:
+        if self._mine(effect) is not engine:
+            done(0.0, self._lost(effect, "gone while parking"))
+            return
+        assert not engine.in_flight or self.routes is None, f"{effect.replica.replica_id} sleeps with requests"
+        engine.phase = Phase.ASLEEP
+        if self._clock.now_s >= self.silent_until_s:
+            done(0.0, self._parked(effect, drain_s=max(0.0, self._clock.now_s - began_s - 0.02)))
+            return
+
+        def give_up() -> None:
+            if done.is_alive():
+                done(0.0, self._lost(effect, "its bytes are not proven free"))
+
+        self._clock.after(UNPROVEN_S, give_up)
 
     def _parked(self, effect: ParkEngine, *, drain_s: float) -> EngineParked:
         return EngineParked(
@@ -408,7 +433,7 @@ class SimulatedHost:
                 restore_s=self._copy_s(effect),
                 verify_s=0.02,
             )
-            self._open(effect, engine)
+            self._open(effect, engine, done)
             done(0.0, woken)
 
         self._later(engine, self._copy_s(effect) + 0.05, finish)
@@ -426,10 +451,14 @@ class SimulatedHost:
                 self.kill_engine(effect.replica.replica_id)
             done(0.0, stopped)
 
+        def drained(outcome: str) -> None:
+            if done.is_alive():
+                self._later(engine, 0.3, finish)
+
         if self.routes is None:
             self._later(engine, 0.3, finish)
         else:
-            self._drain(effect, engine, effect.drain_s, lambda _: self._later(engine, 0.3, finish))
+            self._drain(effect, engine, effect.drain_s, drained)
 
     def _adopt(self, effect: EngineEffect, done: Done) -> None:
         assert isinstance(effect, AdoptEngine), effect
@@ -443,7 +472,7 @@ class SimulatedHost:
         expected = Phase.ASLEEP if effect.should_be_parked else Phase.RESIDENT
         assert engine.phase is expected, f"{effect.replica.replica_id} is {engine.phase}, its lease says {expected}"
         if not effect.should_be_parked:
-            self._open(effect, engine)
+            self._open(effect, engine, done)
 
 
 def h100(index: int, *, node: str) -> GpuOffer:

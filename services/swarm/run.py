@@ -281,14 +281,9 @@ class Run:
         return self.plan.models[step.which % len(self.plan.models)]
 
     def _crash(self, member: Member, down_s: float) -> bool:
-        was_alive = member.is_alive and self._has_power(member)
-        if was_alive:
-            self.system.simulation.crash(member.name, down_s=down_s)
+        was_alive = member.is_alive
+        self.system.simulation.crash(member.name, down_s=down_s)
         return was_alive
-
-    def _has_power(self, member: Member) -> bool:
-        host = self.system.hosts.get(member.writer.removeprefix("node."))
-        return host is None or host.is_up
 
     def _all_down(self, step: Step) -> None:
         for member in list(self.system.simulation.members.values()):
