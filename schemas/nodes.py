@@ -199,6 +199,8 @@ class ReplicaFailed(ReplicaFact, frozen=True, tag="nodes.replica_failed.v1"):
     is_final: bool
     wake_epoch: Epoch
     """Of its next start."""
+    retry_s: Seconds = 0.0
+    """When it is tried again by its node, counted from this fact; nobody should ask for it sooner."""
 
 
 class GpuObserved(NodeFact, frozen=True, tag="nodes.gpu_observed.v1"):

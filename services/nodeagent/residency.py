@@ -60,16 +60,17 @@ def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Ou
         return [released(state, replica, lost.reason, ctx), *next_wakes(state, ctx, freed=replica)]
     attempt_count = replica.attempt_count + 1
     is_final = attempt_count >= state.settings.start_attempt_count
+    backoff_s = 0.0 if is_final else state.settings.restart_backoff_s * 2 ** (attempt_count - 1)
     failed = ReplicaFailed(
         **names(state, replica, ctx),
         reason=lost.reason,
         attempt_count=attempt_count,
         is_final=is_final,
         wake_epoch=replica.wake_epoch + 1,
+        retry_s=backoff_s,
     )
     outcomes: list[Outcome] = [failed]
     if not is_final:
-        backoff_s = state.settings.restart_backoff_s * 2 ** (attempt_count - 1)
         due = RestartDue(replica_id=lost.replica_id, lease_epoch=replica.lease_epoch + 1)
         outcomes.append(Timer(due_s=ctx.now_s + backoff_s, input=due))
     return [*outcomes, *next_wakes(state, ctx, freed=replica)]

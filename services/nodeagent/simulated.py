@@ -45,8 +45,8 @@ UNPROVEN_S: Final = 5.0
 class Done:
     """Hands an effect's result to the life of the agent that began it.
 
-    What an agent does between two steps of an engine, such as a kill or an opened route, a dead one does not do; what an
-    engine was told to do goes on.
+    What an agent does between two steps of an engine, such as a kill or an opened route, a dead one does not do;
+    what an engine was told to do goes on.
     """
 
     tell: Callable[[float, Input], None]

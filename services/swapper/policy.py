@@ -49,9 +49,12 @@ def fresh_wish(state: FleetState, replica: Replica, *, now_s: float) -> Wanted |
 
 def wakes(state: FleetState, gpu_uuid: str, *, now_s: float) -> list[Plan]:
     """The wakes to order on this GPU now, most urgent first; none is in the way of another."""
+    candidates = _candidates(state, gpu_uuid, now_s=now_s)
+    if not candidates:
+        return []
     account = _Account(state, gpu_uuid)
     plans = []
-    for _, replica, wanted in _candidates(state, gpu_uuid, now_s=now_s):
+    for _, replica, wanted in candidates:
         plan = _plan(state, account, replica, wanted, now_s=now_s)
         if plan is not None:
             account.book(plan)
@@ -70,7 +73,7 @@ def _candidates(
     for replica in state.on_gpu(gpu_uuid):
         if replica.tier not in (Tier.PARKED, Tier.GRANTED) or replica.replica_id in state.decisions:
             continue
-        if now_s - replica.refused_at_s < state.settings.refused_pause_s:
+        if now_s - replica.refused_at_s < state.settings.refused_pause_s or now_s < replica.not_before_s:
             continue
         wanted = fresh_wish(state, replica, now_s=now_s)
         priority = -replica.spec.priority_number

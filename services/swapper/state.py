@@ -59,6 +59,8 @@ class Replica:
     is_asked_parked: bool = False
     """An operator asked for it; holds until its next wake begins: training does not return from it by itself."""
     refused_at_s: float = 0.0
+    not_before_s: float = 0.0
+    """Its node tries a failed start again by itself then; asking sooner would spend its attempts at once."""
 
     @property
     def held_bytes(self) -> int:
@@ -256,6 +258,7 @@ def fold_failed(state: FleetState, fact: ReplicaFailed) -> None:
     if replica is not None:
         replica.wake_epoch, replica.is_started = fact.wake_epoch, False
         replica.refused_at_s = fact.at_s
+        replica.not_before_s = fact.at_s + fact.retry_s
     state.decisions.pop(fact.replica_id, None)
 
 
