@@ -106,8 +106,16 @@ class Runner(Generic[S]):
         self._live: _Live[S] | None = None
 
     def now_s(self) -> float:
-        """Local time, offset so that it is never behind the stream's."""
-        return self._clock() + self._offset_s
+        """Local time, offset so that it is never behind the stream's, nor behind what was decided already.
+
+        Else a clock that is set back would hold up every timer until it has caught up.
+        """
+        local_s = self._clock() + self._offset_s
+        decided_s = 0.0 if self.processor is None else self.processor.now_s
+        if decided_s > local_s:
+            self._offset_s += decided_s - local_s
+            return decided_s
+        return local_s
 
     def offer(self, result: Input) -> None:
         """Hand in what a watch of the shell saw, for example that an engine ended.

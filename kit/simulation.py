@@ -108,8 +108,13 @@ class Simulation:
         return drawn_s if party is None else drawn_s + party.extra_latency_s
 
     def local_s(self, member: Member) -> float:
-        """What the member's shell takes for the time: its host's clock, moved on so that it is never behind."""
-        return self.now_s + member.skew_s + member.offset_s
+        """What the member's shell takes for the time: its host's clock, moved on so that it never goes back."""
+        local_s = self.now_s + member.skew_s + member.offset_s
+        decided_s = member.processor.now_s if member.processor is not None else 0.0
+        if decided_s > local_s:
+            member.offset_s += decided_s - local_s
+            return decided_s
+        return local_s
 
     def hears(self, party: Party) -> bool:
         """Whether the bus reaches it now."""
@@ -186,7 +191,7 @@ class Simulation:
         self._commit(member, processor.take_over(now_s=self.local_s(member)), is_start=True)
 
     def follow_time(self, member: Member, stored_s: float) -> None:
-        behind_s = max(stored_s, member.processor.now_s if member.processor else 0.0) - self.local_s(member)
+        behind_s = stored_s - self.local_s(member)
         if behind_s > 0:
             member.offset_s += behind_s
 

@@ -106,7 +106,7 @@ class Conduct:
                 return
             case ParkDecided():
                 if fact.reason.startswith("idle"):
-                    silent_s = min(fact.at_s, stored.time_s) - self.heard_load_at_s
+                    silent_s = fact.at_s - self.heard_load_at_s
                     assert silent_s <= self.load_fresh_s, f"parked as idle, unheard for {silent_s:.1f} s: {fact}"
                 return
         if epoch is not None and not isinstance(fact, ReplicaReady) and stored.subject.startswith("sublet.fact.node."):

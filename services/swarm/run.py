@@ -203,12 +203,17 @@ class Run:
         self.outcome.park_count += isinstance(fact, ParkDecided)
 
     def _hear_signal(self, signal: Signal) -> None:
-        """When the swapper may last have heard of any load. On its way counts as heard."""
+        """When the swapper may last have heard of any load, by its own clock. On its way counts as heard."""
         simulation = self.system.simulation
         if isinstance(signal, LoadSampled) and simulation.now_s >= max(
             self._silent_until_s, simulation.bus_away_until_s
         ):
-            self.conduct.heard_load_at_s = simulation.now_s
+            self._heard()
+
+    def _heard(self) -> None:
+        simulation = self.system.simulation
+        swappers = [m for m in simulation.members.values() if m.writer == "swapper" and m.is_active]
+        self.conduct.heard_load_at_s = max([simulation.now_s, *map(simulation.local_s, swappers)])
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
@@ -230,7 +235,7 @@ class Run:
                 self.system.simulation, self._member(s).name, count=3 + s.which % 8, every_s=0.1 + 2 * s.size
             ),
             "all-down": self._all_down,
-            "pause": lambda s: harm.pause(self.system.simulation, self._member(s), lasts_s=s.lasts_s),
+            "pause": self._pause,
             "rival": lambda s: harm.rival(self.system.simulation, DECIDERS[s.which % 3]),
             "cut": lambda s: self._cut(self._member(s), s, "both"),
             "cut-in": lambda s: self._cut(self._member(s), s, "in"),
@@ -284,6 +289,13 @@ class Run:
         was_alive = member.is_alive
         self.system.simulation.crash(member.name, down_s=down_s)
         return was_alive
+
+    def _pause(self, step: Step) -> None:
+        """A stopped swapper takes what waited for it as news when it goes on: signals do not say how old they are."""
+        member, simulation = self._member(step), self.system.simulation
+        harm.pause(simulation, member, lasts_s=step.lasts_s)
+        if member.writer == "swapper":
+            simulation.after(step.lasts_s, self._heard)
 
     def _all_down(self, step: Step) -> None:
         for member in list(self.system.simulation.members.values()):

@@ -1,5 +1,7 @@
 """What a run's facts come to: wakes, parks, and how many models the GPUs hold at once."""
 
+from typing import Any
+
 from benchmarks.history import Tally
 from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec
 from schemas.nodes import (
@@ -57,7 +59,7 @@ def granted(model: str, *, share_gib: int, residue_gib: int) -> LeaseGranted:
     return LeaseGranted(node="n", at_s=0.0, proposal_id=model, leases=(lease,), replicas=(proposal,))
 
 
-def names(model: str) -> dict[str, str]:
+def names(model: str) -> dict[str, Any]:
     return {"replica_id": model, "deployment_id": f"d-{model}", "model": model, "node": "n"}
 
 

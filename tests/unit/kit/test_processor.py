@@ -230,3 +230,19 @@ def test_the_chain_hash_depends_on_every_part() -> None:
     ]
 
     assert len({base, *changed}) == 6
+
+
+def test_a_fact_of_a_clock_that_is_ahead_is_as_old_as_its_place_in_the_stream() -> None:
+    """Else whoever waits until some time has passed since waits for as long as the clock is ahead."""
+    heard: list[float] = []
+    service = toy()
+    service.folds[DeploymentRetired] = lambda _, fact: heard.append(fact.at_s)
+    processor = Processor(service, None, writer="autoscaler", instance="one")
+    fact = DeploymentRetired(at_s=3600.0, inbox_seq=1, command_id="c", tenant="t", deployment_id="d", model="m")
+    body, subject = encode(fact), fact_subject("placement", fact)
+
+    processor.receive_stored(
+        Stored(seq=1, time_s=2.0, subject=subject, body=body, id="placement:x:1", previous_hash=CHAIN_START)
+    )
+
+    assert [2.0] == heard

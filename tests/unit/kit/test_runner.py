@@ -277,3 +277,19 @@ async def test_what_only_the_journal_holds_is_part_of_the_state_after_a_restart(
 def _reason(entry: Entry) -> str:
     fact = decode(entry.body)
     return f"{fact.model}:{fact.reason}" if hasattr(fact, "reason") else ""  # type: ignore[attr-defined]
+
+
+async def test_a_clock_that_is_set_back_does_not_hold_up_timers(world: World) -> None:
+    ahead_s = 3600.0
+    async with world.running("one", clock=lambda: time.time() + ahead_s) as runner:
+        first = ModelWanted(gateway="g", deployment_id="d", model="a", replica_id="r")
+        await world.bus.publish(signal_subject(first), encode(first))
+        assert ["a:reminded"] == await world.until_facts(1)
+        before_s = runner.now_s()
+
+        ahead_s = 0.0
+
+        assert before_s - 1 < runner.now_s()
+        second = ModelWanted(gateway="g", deployment_id="d", model="b", replica_id="r")
+        await world.bus.publish(signal_subject(second), encode(second))
+        assert ["a:reminded", "b:reminded"] == await world.until_facts(2)

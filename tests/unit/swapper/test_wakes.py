@@ -1,6 +1,7 @@
 """Who comes back and who gives way."""
 
 import pytest
+from msgspec.structs import replace
 
 from kit.outcomes import Timer, Under
 from schemas.orders import WakeOrdered
@@ -335,3 +336,14 @@ def test_a_new_instance_repeats_what_no_fact_has_answered_and_ticks() -> None:
 
     assert ["order wake a", "timer"] == outline(outcomes)
     assert Timer(due_s=swapper.now_s + swapper.state.settings.tick_s, input=Tick()) == outcomes[1]
+
+
+def test_a_failed_engine_is_not_asked_for_before_its_node_tries_it_again() -> None:
+    """Else all its attempts are spent within a second or two, and it is given up for good."""
+    swapper = Swapper()
+    swapper.resident("a", 20)
+    swapper.handle(replace(swapper.failed("a"), retry_s=4.0))
+
+    assert [] == outline(swapper.tick(3.9)) + outline(swapper.handle(swapper.wanted("a")))
+    swapper.now_s += 0.2
+    assert ["order wake a", "wake a"] == outline(swapper.handle(swapper.wanted("a")))
