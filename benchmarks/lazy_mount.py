@@ -9,12 +9,14 @@ Not there, as nobody here needs it: links, extended attributes, preallocation, s
 
 import ctypes
 import errno
+import functools
 import os
 import random
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -39,19 +41,20 @@ _RENAME_NOREPLACE = 1
 _SILENT = {2, 36, 42}  # FORGET, INTERRUPT, BATCH_FORGET: no answer is expected.
 
 
+@functools.cache
 def why_not() -> str | None:
-    """Why it cannot be mounted here, or None."""
+    """Why it cannot be mounted here, or None: found by trying."""
     if not sys.platform.startswith("linux"):
         return "needs Linux"
     if os.geteuid() != 0:
         return "needs root, to mount a file system"
     if not DEVICE.exists():
         return "needs /dev/fuse (modprobe fuse; a container: --device /dev/fuse --cap-add SYS_ADMIN)"
-    with Path("/proc/self/status").open(encoding="ascii") as lines:
-        capabilities = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
-    if not capabilities >> 21 & 1:
-        return "needs the capability SYS_ADMIN, to mount a file system"
-    return None
+    try:
+        with tempfile.TemporaryDirectory(prefix="sublet-mount-") as folder, LazyMount(Path(folder) / "disk"):
+            return None
+    except OSError as error:
+        return f"needs to mount a file system (a container: --device /dev/fuse --cap-add SYS_ADMIN): {error}"
 
 
 # ---- the caller's side ----------------------------------------------------------------------------------------------
@@ -78,7 +81,11 @@ class LazyMount:
             cwd=Path(__file__).resolve().parents[1],
             start_new_session=True,  # Ctrl-C must not end the disk before its users.
         )
-        self._told("mounted")
+        try:
+            self._told("mounted")
+        except OSError:
+            self._process.communicate()
+            raise
         return self
 
     def __exit__(self, *_exc: object) -> None:

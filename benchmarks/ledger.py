@@ -5,10 +5,12 @@ smallest whose state depends on the order of all its facts. What a stream holds 
 """
 
 import hashlib
+import itertools
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
@@ -18,10 +20,16 @@ from kit.commit import Committer, DirectCommitter, JournaledCommitter
 from kit.journal import Journal
 from kit.outcomes import Context, Input
 from kit.processor import CHAIN_START, Delivery, Processor, chain_hash, writer_of
+from kit.rebuild import rebuilt
 from kit.service import Service
+from kit.snapshot_store import SnapshotStore
 from schemas.autoscaler import ReplicasDecided
 
 BATCH_FACTS_MAX = 8
+BATCHES_PER_SNAPSHOT = 10
+NOTHING_FOLDED = "nothing"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -89,6 +97,8 @@ class Account:
         held = set(self.acknowledged)
         if wanted != [entry_id for entry_id in found.ids if entry_id in held]:
             told.append(f"{self.writer}: acknowledged facts are in another order")
+        if found.snapshot_digest not in ("", found.stream_digest):
+            told.append(f"{self.writer}: a start from a snapshot has another state than one from all of history")
         if found.ids and self.sent.get(found.ids[-1]) not in (None, found.digest):
             told.append(f"{self.writer}: the folded state differs from the live one at {found.ids[-1]}")
         return told
@@ -100,6 +110,10 @@ class Found:
 
     ids: list[str] = field(default_factory=list)
     digest: str = ""
+    stream_digest: str = ""
+    """Before the journal's surplus was folded."""
+    snapshot_digest: str = ""
+    """The same of another fresh processor, which began at the newest snapshot; empty where there is none."""
     problem: str = ""
     """Why the journal could not even be read."""
 
@@ -113,6 +127,8 @@ class Writer:
     committer: Committer
     found: Found
     random: random.Random
+    snapshots: SnapshotStore | None = None
+    """Kept by writers without a journal."""
 
     async def take_over(self) -> None:
         batch = self.processor.take_over(now_s=time.time())
@@ -123,8 +139,10 @@ class Writer:
 
     async def work(self, *, pause_s: float = 0.0) -> None:
         """Appends batches of a few facts, one after the other, for ever."""
-        while True:
+        for number in itertools.count(1):
             await self.append(self.random.randint(1, BATCH_FACTS_MAX))
+            if self.snapshots is not None and number % BATCHES_PER_SNAPSHOT == 0:
+                await self.snapshots.save(self.processor.snapshot())
             await anyio.sleep(pause_s)
 
     async def append(self, count: int) -> None:
@@ -146,16 +164,26 @@ class Writer:
 
 @asynccontextmanager
 async def living(
-    account: Account, bus: Bus, instance: str, *, seed: int, journal: Journal | None = None
+    account: Account,
+    bus: Bus,
+    instance: str,
+    *,
+    seed: int,
+    journal: Journal | None = None,
+    keeps_snapshots: bool = False,
 ) -> AsyncIterator[Writer]:
     """A new life: history is read and folded, then the journal's surplus. What it found is not yet judged."""
-    processor = Processor(ledger(), None, writer=account.writer, instance=instance)
-    found = Found()
-    async for stored in read_all(bus, [processor.prefix]):
-        skipped_count = processor.skipped_count
-        processor.replay_one(stored)
-        if processor.skipped_count == skipped_count:
-            found.ids.append(stored.id)
+
+    def new_processor() -> Processor[LedgerState]:
+        return Processor(ledger(), None, writer=account.writer, instance=instance)
+
+    processor, found = new_processor(), Found()
+    await _replay(bus, processor, found)
+    snapshots = SnapshotStore(bus, account.writer) if keeps_snapshots else None
+    if snapshots is not None and await snapshots.found():
+        async with AsyncExitStack() as stack:
+            other, _, _ = await rebuilt(bus, new_processor, snapshots, stack=stack, follow=_ignore, log=log)
+        found.snapshot_digest = other.state.digest or NOTHING_FOLDED
     committer: Committer = DirectCommitter(bus, processor)
     if journal is not None:
         surplus = [entry.id for entry in journal.entries if not processor.knows(entry.id)]
@@ -165,8 +193,25 @@ async def living(
     found.digest = processor.state.digest
     async with anyio.create_task_group() as tg:
         await committer.start(tg)
-        yield Writer(account, processor, committer, found, random.Random(seed))
+        yield Writer(account, processor, committer, found, random.Random(seed), snapshots)
         tg.cancel_scope.cancel()
+
+
+async def _replay(bus: Bus, processor: Processor[LedgerState], found: Found) -> None:
+    async with aclosing(bus.read(Stream.HISTORY, [processor.prefix], after_seq=0)) as reading:
+        async for item in reading:
+            if isinstance(item, CaughtUp):
+                processor.stream_id = item.stream_id
+                break
+            skipped_count = processor.skipped_count
+            processor.replay_one(item)
+            if processor.skipped_count == skipped_count:
+                found.ids.append(item.id)
+    found.stream_digest = processor.state.digest or NOTHING_FOLDED
+
+
+def _ignore(_: Stored) -> None:
+    return None
 
 
 async def _nothing_at_steps(step: object, what: object) -> None:

@@ -60,6 +60,8 @@ class Outcome:
     acknowledged_count: int = 0
     unacknowledged_kept_count: int = 0
     torn_batch_count: int = 0
+    snapshot_start_count: int = 0
+    """Starts that were made from a snapshot too, and compared."""
     sync_count: int = 0
     problems: list[str] = field(default_factory=list)
     restart_s: list[float] = field(default_factory=list)
@@ -201,9 +203,11 @@ class Installation:
                 raise
             stack.callback(_close, journal)
         instance, seed = f"i{self._lives}", self._random.getrandbits(32)
-        writer = await stack.enter_async_context(living(account, bus, instance, seed=seed, journal=journal))
+        life = living(account, bus, instance, seed=seed, journal=journal, keeps_snapshots=journal is None)
+        writer = await stack.enter_async_context(life)
         self._outcome.problems += account.problems(writer.found)
         self._outcome.writer_lives += 1
+        self._outcome.snapshot_start_count += writer.found.snapshot_digest != ""
         self._outcome.torn_batch_count += len(account.torn_batches(writer.found))
         account.batches.clear()
         held = set(account.acknowledged)
@@ -276,6 +280,7 @@ def report(outcome: Outcome, careless: Outcome) -> Report:
         "other_problem_count": len(outcome.problems) - outcome.lost_count - outcome.stream_lost_count,
         "unacknowledged_kept_count": outcome.unacknowledged_kept_count,
         "torn_batch_count": outcome.torn_batch_count,
+        "snapshot_start_count": outcome.snapshot_start_count,
         "sync_count": outcome.sync_count,
         **quantiles("restart_s", outcome.restart_s, (50, 100)),
         "control_acknowledged_count": careless.acknowledged_count,
@@ -286,6 +291,7 @@ def report(outcome: Outcome, careless: Outcome) -> Report:
         ("stream_lost_count", "==", 0),
         ("other_problem_count", "==", 0),
         ("acknowledged_count", ">", 0),
+        ("torn_batch_count", "==", 0),
         ("control_lost_count", ">", 0),
     ]
     about = (
