@@ -18,6 +18,7 @@ board *shared;
 enum { EPOCH_OPERATIONS = 50000, KILL_OPERATIONS = 600, BREAK_OPERATIONS = 3000, LOST_OPERATIONS = 300 };
 #define PATIENCE_NS 60000000000ull
 #define LOST_NS 50000000ull
+#define ALL_LOCKED_NS 300000000ull
 
 static struct {
     pid_t pids[WORKER_MAX];
@@ -261,6 +262,8 @@ static void drive(const fuzz_options *options) {
             progress_ns = clock_ns();
         } else if (clock_ns() > progress_ns + PATIENCE_NS) {
             set_failure("nothing moves any more");
+        } else if (clock_ns() > progress_ns + ALL_LOCKED_NS) {
+            kill_locked(options->workers); /* they locked each other, or their lockers are dead */
         }
         if (done >= options->operations)
             return;
