@@ -22,8 +22,8 @@ class ActiveLease:
         try:
             if await self._bus.acquire_lease(self._writer, self._instance, term_s=LEASE_TERM_S):
                 return ""
-        except BusError:
-            return "waiting for the bus"
+        except BusError as error:
+            return f"waiting for the bus: {error}"
         return "standing by: another instance is active"
 
     async def keep(self) -> None:

@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from msgspec import structs
 
-from kit.bus import Bus, HistoryGone, Received, Stored, Stream
+from kit.bus import Bus, BusError, HistoryGone, Received, Stored, Stream
 from kit.commit import Committer, DirectCommitter, JournaledCommitter
 from kit.errors import InvariantBroken, Superseded
 from kit.inbox import inbox_delivery
@@ -411,9 +411,11 @@ class _Live(Generic[S]):
             body = msgspec.json.encode(
                 {"seq": stored.seq, "subject": stored.subject, "reason": error.reason, "body": stored.body}
             )
-        await self._bus.publish_stored(
-            f"sublet.dead.{self._service.name}", body, id=f"dead:{stored.subject}:{stored.seq}"
-        )
+        subject, dead_id = f"sublet.dead.{self._service.name}", f"dead:{stored.subject}:{stored.seq}"
+        try:
+            await self._bus.publish_stored(subject, body, id=dead_id)
+        except BusError as error:  # It stays in history; a full store must not end the service.
+            self._runner._log.warning("no dead letter", extra={"subject": stored.subject, "reason": str(error)})
 
     async def _send_ahead(self) -> None:
         waiting = self._processor.batch.released

@@ -41,4 +41,4 @@ class Status:
     @property
     def problem(self) -> str:
         """Why it does not serve now; '' when it does."""
-        return "; ".join(self.holds.values()) if self.is_ready else self.why_not
+        return "; ".join(self.holds.values()) or ("" if self.is_ready else self.why_not)

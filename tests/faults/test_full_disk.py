@@ -47,7 +47,7 @@ async def until(is_so: Callable[[], Any], *, within_s: float = 10.0) -> None:
 
 
 @asynccontextmanager
-async def running(bus: Bus, *, writer: str = "w", journal: Journal | None = None) -> AsyncIterator[Runner[LedgerState]]:
+async def starting(bus: Bus, *, writer: str, journal: Journal | None = None) -> AsyncIterator[Runner[LedgerState]]:
     runner = Runner(
         ledger(),
         None,
@@ -60,9 +60,15 @@ async def running(bus: Bus, *, writer: str = "w", journal: Journal | None = None
     )
     async with anyio.create_task_group() as tg:
         tg.start_soon(runner.run)
-        await until(lambda: runner.status.is_ready)
         yield runner
         tg.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def running(bus: Bus, *, writer: str = "w", journal: Journal | None = None) -> AsyncIterator[Runner[LedgerState]]:
+    async with starting(bus, writer=writer, journal=journal) as runner:
+        await until(lambda: runner.status.is_ready)
+        yield runner
 
 
 async def is_history_equal(bus: Bus, runner: Runner[LedgerState]) -> bool:
@@ -107,6 +113,9 @@ async def test_a_full_store_is_told_at_once_and_after_it_has_room_all_goes_on_wi
             assert "raise max_file_store" in status.problem
             stored_count = (await bus.api("STREAM.INFO.SUBLET"))["state"]["messages"]
             assert stored_count < 200
+
+            async with starting(bus, writer="late") as late:
+                await until(lambda: "store is full" in late.status.problem)  # A start says so too.
 
             await bus.api("STREAM.DELETE.FILLER")
             assert runner.processor is not None
