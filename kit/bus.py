@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, Protocol, Self
 
 import msgspec
@@ -35,8 +36,7 @@ STREAM_SUBJECTS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One message on its way into history. The four values beside the body travel in at most three headers."""
 
     subject: str
@@ -217,6 +217,7 @@ class Bus(Protocol):
         ...
 
 
+@lru_cache(maxsize=8192)
 def subject_matches(pattern: str, subject: str) -> bool:
     """NATS wildcards: ``*`` is one token, a final ``>`` is one or more."""
     wanted = pattern.split(".")

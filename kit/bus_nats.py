@@ -15,6 +15,8 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
+from nats.errors import ProtocolError
+from nats.protocol.parser import Parser as NatsPyParser
 
 from kit.bus import (
     APPEND_ENTRIES_MAX,
@@ -32,6 +34,7 @@ from kit.bus import (
 )
 from kit.nats_connection import ASK_TIMEOUT_S, Answer, Connection, Receive, Unanswered
 from kit.nats_lease import Leases
+from kit.nats_parser import Parser, ProtocolViolation
 from kit.nats_reading import NatsReading
 from kit.nats_wire import (
     DEDUPLICATION_HEADER,
@@ -39,7 +42,7 @@ from kit.nats_wire import (
     TRACE_HEADER,
     ApiError,
     append_error,
-    entry_headers,
+    fact_block,
     frame,
     header_block,
     parsed_headers,
@@ -71,16 +74,35 @@ WRITE_BYTES_MAX: Final = 128 * 1024
 log = logging.getLogger(__name__)
 
 
+class _Incoming(Parser):
+    """In the place of nats-py's parser, which keeps all lines that are no messages."""
+
+    def __init__(self, receivers: Mapping[bytes, Receive], others: NatsPyParser) -> None:
+        super().__init__(receivers, others.parse)
+        self._others = others
+
+    def reset(self) -> None:
+        super().reset()
+        self._others.reset()
+
+    async def parse(self, data: bytes) -> None:
+        try:
+            await super().parse(data)
+        except ProtocolViolation as error:
+            raise ProtocolError(str(error)) from error  # The one that makes nats-py connect anew.
+
+
 class _Client(Client):
     """nats-py as a `kit.nats_connection.Transport`.
 
-    Messages of our own subscriptions reach their receiver in the read loop: no queue, no task, no header parsing, half
-    the cost of a message. For that, private names of nats-py are used; `tests/integration/bus` guards the list.
+    Messages reach their receiver in the read loop (`kit.nats_parser`); nats-py's parser gets the other lines. For that,
+    private names of nats-py are used; `tests/integration/bus` guards the list.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._receivers: dict[int, Receive] = {}
+        self._receivers: dict[bytes, Receive] = {}
+        self._ps = _Incoming(self._receivers, self._ps)  # type: ignore[assignment]  # Has all that is used of one.
         self._on_denied: Callable[[str], None] = log.warning
         self._outgoing: list[bytes] = []
         """Sent in this turn of the loop, not yet written: one write costs about as much as twenty messages."""
@@ -179,14 +201,14 @@ class _Client(Client):
 
     def add_subscription(self, subject: str, queue: str, receive: Receive) -> int:
         self._sid += 1
-        self._receivers[self._sid] = receive
+        self._receivers[b"%d" % self._sid] = receive
         self._subs[self._sid] = Subscription(self, self._sid, subject, queue=queue)
         self.send(f"SUB {subject} {queue} {self._sid}\r\n".encode())
         return self._sid
 
     def remove_subscription(self, sid: int) -> None:
         self._subs.pop(sid, None)
-        if self._receivers.pop(sid, None) is not None:
+        if self._receivers.pop(b"%d" % sid, None) is not None:
             self.send(b"UNSUB %d\r\n" % sid)
 
     def ping(self) -> asyncio.Future[bool]:
@@ -209,16 +231,6 @@ class _Client(Client):
                 return  # The read loop sees it too, and reconnects.
 
     # ---- overridden --------------------------------------------------------------------------------------------
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        receive = self._receivers.get(sid)
-        if receive is None:
-            return
-        try:
-            receive(subject, reply, headers, data)
-        except Exception:
-            # A receiver's bug must not end the read loop, which would leave a connection that looks alive.
-            log.exception("a receiver failed", extra={"subject": subject.decode(errors="replace")})
 
     async def _process_err(self, err_msg: str) -> None:
         if "permissions violation" in err_msg:
@@ -287,21 +299,21 @@ class NatsBus:
         ]
         final, earlier = entries[-1], entries[:-1]
         if not earlier:
-            return await self._append(final, header_block([*check, *entry_headers(final)]), before=())
+            return await self._append(final, fact_block(check, final), before=())
         # The check is on the first; all or none are stored. A new attempt is a new batch to the server: what is left of
         # an old one is dropped by it after a while.
         batch_id = secrets.token_hex(8)
         before = []
         for number, entry in enumerate(earlier, start=1):
             batch = [("Nats-Batch-Id", batch_id), ("Nats-Batch-Sequence", str(number))]
-            headers = header_block([*batch, *(check if number == 1 else ()), *entry_headers(entry)])
+            headers = fact_block([*batch, *check] if number == 1 else batch, entry)
             before.append((entry.subject, frame(entry.subject, entry.body, headers=headers)))
         commit = [
             ("Nats-Batch-Id", batch_id),
             ("Nats-Batch-Sequence", str(len(entries))),
             ("Nats-Batch-Commit", "1"),
         ]
-        return await self._append(final, header_block([*commit, *entry_headers(final)]), before=before)
+        return await self._append(final, fact_block(commit, final), before=before)
 
     async def _append(self, entry: Entry, headers: bytes, *, before: Sequence[tuple[str, bytes]]) -> Acknowledged:
         timeout_s = ASK_TIMEOUT_S + BATCH_ENTRY_TIMEOUT_S * len(before)

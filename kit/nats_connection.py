@@ -177,8 +177,8 @@ class Connection:
         return self._is_closed
 
     def new_inbox(self) -> str:
-        """A subject of our own inbox that nobody else uses."""
-        return f"{self._inbox}.{next(self._tokens)}"
+        """A subject that nobody else uses. Answers come elsewhere: the server would send what comes here twice."""
+        return f"{self._inbox}.own.{next(self._tokens)}"
 
     async def until_connected(self) -> None:
         """Returns when the server is here; at once if it is."""
@@ -204,7 +204,7 @@ class Connection:
         if not self.transport.is_connected:
             with anyio.move_on_after(timeout_s):
                 await self.until_connected()
-        reply = self.new_inbox().encode()
+        reply = f"{self._inbox}.{next(self._tokens)}".encode()
         frames = frame(subject, body, reply=reply, headers=headers)
         if before:
             frames = b"".join([*(earlier for _, earlier in before), frames])

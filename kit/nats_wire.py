@@ -5,7 +5,7 @@ looks at it (docs/adr/0010).
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -30,7 +30,7 @@ TRANSIENT_ERRORS: Final = frozenset({10008, 10009, 10074, 10118, 10164, 10176})
 # 503 as well, but waiting does not help: no storage left, no resources left by the configured limits.
 FULL_ERRORS: Final = frozenset({10023, 10028, 10047})
 
-# The headers as `entry_headers` writes them. Everything else is read by name; this is the way of a long replay.
+# The headers as `fact_block` writes them. Everything else is read by name; this is the way of a long replay.
 _OWN_HEADERS = re.compile(
     rb"\r\nSublet-Id: ([^\r\n]*)\r\nSublet-Chain: (\d{1,19}),(\d{1,19}),([^\r\n,]*)\r\n(?:traceparent: ([^\r\n]*)\r\n)?"
 )
@@ -146,25 +146,27 @@ def _union(one: str, other: str) -> str:
     return ".".join(tokens) if len(left) == len(right) else ".".join([*tokens, ">"])
 
 
-def header_block(headers: Iterable[tuple[str, str]]) -> bytes:
-    """The headers as one block; empty bytes when there are none."""
-    lines = [f"{name}: {value}\r\n" for name, value in headers]
-    if not lines:
+def header_block(headers: Sequence[tuple[str, str]]) -> bytes:
+    """The headers as one block; empty bytes when there are none. Raises `ValueError` for a line break in one."""
+    if not headers:
         return b""
-    block = f"NATS/1.0\r\n{''.join(lines)}\r\n"
-    breaks = len(lines) + 2
-    if block.count("\n") != breaks or block.count("\r") != breaks:
-        raise ValueError("a header holds a line break")
-    return block.encode()
+    return _block("".join([f"{name}: {value}\r\n" for name, value in headers]), len(headers))
 
 
-def entry_headers(entry: Entry) -> list[tuple[str, str]]:
-    """Our own headers of a fact; three at most."""
+def fact_block(before: Sequence[tuple[str, str]], entry: Entry) -> bytes:
+    """The headers of a fact: those `before` (of its check or batch), and ours, three at most. Raises `ValueError`."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in before])
     chain = f"{entry.cause_seq},{entry.cursor_seq},{entry.previous_hash}"
-    headers = [(ID_HEADER, entry.id), (CHAIN_HEADER, chain)]
-    if entry.traceparent:
-        headers.append((TRACE_HEADER, entry.traceparent))
-    return headers
+    lines = f"{lines}{ID_HEADER}: {entry.id}\r\n{CHAIN_HEADER}: {chain}\r\n"
+    if not entry.traceparent:
+        return _block(lines, len(before) + 2)
+    return _block(f"{lines}{TRACE_HEADER}: {entry.traceparent}\r\n", len(before) + 3)
+
+
+def _block(lines: str, count: int) -> bytes:
+    if lines.count("\n") != count or lines.count("\r") != count:
+        raise ValueError("a header holds a line break")
+    return f"NATS/1.0\r\n{lines}\r\n".encode()
 
 
 def parsed_headers(block: bytes | None) -> dict[bytes, bytes]:

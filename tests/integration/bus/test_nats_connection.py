@@ -177,19 +177,10 @@ def test_nats_py_has_the_private_names_that_the_transport_uses() -> None:
     """When this fails after an update, read `kit.bus_nats._Client` against the new nats-py before changing the list."""
     client = Client()
     for name in (
-        "_flusher_task", "_ping_interval_task", "_pongs", "_process_op_err", "_reading_task", "_reconnection_task",
-        "_sid", "_status", "_subs", "_transport",
+        "_flusher_task", "_ping_interval_task", "_pongs", "_process_op_err", "_ps", "_reading_task",
+        "_reconnection_task", "_sid", "_status", "_subs", "_transport",
     ):  # fmt: skip
         assert hasattr(client, name), name
-    assert list(inspect.signature(Client._process_msg).parameters) == [
-        "self",
-        "sid",
-        "subject",
-        "reply",
-        "data",
-        "headers",
-    ]
     assert list(inspect.signature(Client._process_err).parameters) == ["self", "err_msg"]
-    assert "self.nc._process_msg(sid, subject, reply, payload, hdr)" in inspect.getsource(
-        inspect.getmodule(type(client._ps)) or object
-    )
+    assert "await self._ps.parse(b)" in inspect.getsource(Client._read_loop)
+    assert "except errors.ProtocolError" in inspect.getsource(Client._read_loop)

@@ -11,7 +11,7 @@ from kit.nats_wire import (
     append_error,
     delivery_of,
     disjoint_filters,
-    entry_headers,
+    fact_block,
     frame,
     header_block,
     status_of,
@@ -51,7 +51,7 @@ def test_an_entrys_headers_are_read_back(id: str, body: bytes, cause: int, curso
         subject="a.b", body=body, id=id, cause_seq=cause, cursor_seq=cursor, previous_hash=previous, traceparent="00-1"
     )
 
-    stored = stored_message(9, 1.5, "a.b", body, header_block(entry_headers(entry)))
+    stored = stored_message(9, 1.5, "a.b", body, fact_block([], entry))
 
     assert (id, cause, cursor, previous, "00-1") == (
         stored.id, stored.cause_seq, stored.cursor_seq, stored.previous_hash, stored.traceparent,
