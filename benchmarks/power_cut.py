@@ -36,9 +36,11 @@ WRITERS = ("w0", "w1", "w2", "w3")
 NODE = "node.n0"
 LIFE_S_MAX = {1: 1.6, 3: 14.0}
 """{servers: the cut comes at a random moment within this time of their start}; one serves in 0.1 s, three in 5-10 s."""
+WORK_S_MAX = 1.5
+"""In every other life the cut comes within this time of the first append, however long the start took."""
 CUTS_PER_INSTALLATION = 20
 """Then a new one begins, so that the first seconds of an installation are cut too, and replays stay short."""
-CONTROL_LIFE_S = 1.5
+CONTROL_WORK_S = 1.0
 
 
 class ForgetfulConfig(ServerConfig):
@@ -123,14 +125,18 @@ class Installation:
         self._random = random.Random(seed)
         self._accounts = {name: Account(name) for name in (*WRITERS, NODE)}
         self._has_streams = False
+        self._works = anyio.Event()
         self._lives = 0
 
     @property
     def acknowledged_count(self) -> int:
         return sum(len(account.acknowledged) for account in self._accounts.values())
 
-    async def live_and_cut(self, *, life_s: float, torn_seed: int | None) -> None:
-        """Start, check what is there, work, and lose the power `life_s` after the server's start began."""
+    async def live_and_cut(self, *, life_s: float, is_at_work: bool, torn_seed: int | None) -> None:
+        """Start, check what is there, work, and lose the power `life_s` after the start began, or the work did."""
+        self._works = anyio.Event()
+        if not is_at_work:
+            self._works.set()
         async with anyio.create_task_group() as tg:
             tg.start_soon(self._lose_power, life_s, tg.cancel_scope)
             with contextlib.suppress(OSError):  # The journal's disk went away under it.
@@ -145,6 +151,7 @@ class Installation:
         return history
 
     async def _lose_power(self, life_s: float, scope: anyio.CancelScope) -> None:
+        await self._works.wait()
         await anyio.sleep(life_s)
         self._servers.kill()
         scope.cancel()
@@ -154,7 +161,7 @@ class Installation:
         try:
             await self._servers.start_async()
         except NatsServerError:
-            if works:  # The power went while it started.
+            if works and self._works.is_set():  # The power went while it started.
                 return []
             raise
         async with AsyncExitStack() as stack:
@@ -168,6 +175,7 @@ class Installation:
             async with anyio.create_task_group() as tg:
                 for writer in writers:
                     tg.start_soon(self._work, writer)
+                self._works.set()
         return []
 
     async def _make_streams(self, bus: NatsBus) -> None:
@@ -250,10 +258,12 @@ async def cut_often(
             if server_count == 1:
                 servers = NatsServer(place / "server", ServerConfig(store_directory=disk.path / "nats"))
             installation = Installation(servers, disk, outcome, replica_count=server_count, seed=chance.getrandbits(32))
-            for _ in range(min(CUTS_PER_INSTALLATION, cut_count - number)):
+            for cut in range(min(CUTS_PER_INSTALLATION, cut_count - number)):
                 # Every other cut leaves a part of what was not synced, as a disk may have got to it by chance.
                 torn_seed = chance.getrandbits(32) if chance.random() < 0.5 else None
-                await installation.live_and_cut(life_s=chance.uniform(0, LIFE_S_MAX[server_count]), torn_seed=torn_seed)
+                is_at_work = cut % 2 == 0
+                life_s = chance.uniform(0, WORK_S_MAX if is_at_work else LIFE_S_MAX[server_count])
+                await installation.live_and_cut(life_s=life_s, is_at_work=is_at_work, torn_seed=torn_seed)
             outcome.problems += oracle(await installation.check())
             outcome.sync_count += disk.sync_count()
     return outcome
@@ -265,7 +275,7 @@ async def control(folder: Path, *, names: Names, seed: int) -> Outcome:
     with LazyMount(folder / "disk", names=names) as disk:
         server = NatsServer(folder / "server", ForgetfulConfig(store_directory=disk.path / "nats"))
         installation = Installation(server, disk, outcome, seed=seed)
-        await installation.live_and_cut(life_s=CONTROL_LIFE_S, torn_seed=None)
+        await installation.live_and_cut(life_s=CONTROL_WORK_S, is_at_work=True, torn_seed=None)
         await installation.check()
     return outcome
 
