@@ -31,6 +31,9 @@ typedef struct {
     unsigned char bytes[64];
 } CUipcMemHandle;
 typedef struct {
+    unsigned char bytes[64];
+} CUipcEventHandle;
+typedef struct {
     int type;
     int id;
 } CUmemLocation;
@@ -99,7 +102,8 @@ enum { CU_MEM_ALLOCATION_PINNED = 1 };
 enum { CU_MEM_HANDLE_POSIX_FD = 1 };
 enum { CU_MEM_ACCESS_NONE = 0, CU_MEM_ACCESS_READ = 1, CU_MEM_ACCESS_READWRITE = 3 };
 enum { CU_MEMORYTYPE_HOST = 1, CU_MEMORYTYPE_DEVICE = 2 };
-enum { CU_STREAM_NON_BLOCKING = 1, CU_EVENT_DISABLE_TIMING = 2 };
+enum { CU_STREAM_NON_BLOCKING = 1, CU_EVENT_DISABLE_TIMING = 2, CU_EVENT_INTERPROCESS = 4 };
+enum { CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1 };
 enum { CU_ENTRY_FOUND = 0, CU_ENTRY_UNKNOWN = 1, CU_ENTRY_TOO_OLD = 2 };
 
 #endif

@@ -68,6 +68,8 @@ typedef struct {
     int access; /* CU_MEM_ACCESS_* */
     unsigned flags;
     uint64_t id;
+    int ipc_count;   /* how often cuIpcOpenMemHandle gave it */
+    uint64_t ipc_id; /* of the chunk behind it */
     CUcontext context;
 } region;
 
@@ -139,6 +141,9 @@ CUresult cuStreamDestroy_v2(CUstream stream);
 void event_complete(CUevent event, uint64_t sequence);
 void event_await(CUevent event, uint64_t sequence);
 void event_let_go(CUevent event);
+
+/* cuda_ipc.c */
+uint64_t ipc_namespace(void); /* tokens are good within one; 0 when it cannot be told */
 
 /* cuda_checkpoint.c, cuda_storage.c: another process as the target of a checkpoint */
 typedef struct {

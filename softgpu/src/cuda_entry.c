@@ -67,6 +67,8 @@
     ROW(cuGetProcAddress, 11030, cuGetProcAddress)                                             \
     ROW(cuInit, 2000, cuInit)                                                                  \
     ROW(cuIpcCloseMemHandle, 4010, cuIpcCloseMemHandle)                                        \
+    ROW(cuIpcGetEventHandle, 4010, cuIpcGetEventHandle)                                        \
+    ROW(cuIpcOpenEventHandle, 4010, cuIpcOpenEventHandle)                                      \
     ROW(cuIpcGetMemHandle, 4010, cuIpcGetMemHandle)                                            \
     ROW(cuIpcOpenMemHandle, 4010, cuIpcOpenMemHandle_v2)                                       \
     ROW(cuLaunchHostFunc, 13020, cuLaunchHostFunc_v2)                                          \

@@ -17,13 +17,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOST_MAGIC 0x3455504754464f53ull /* raise the digit when the layout of host_state changes */
+#define HOST_MAGIC 0x3555504754464f53ull /* raise the digit when the layout of host_state changes */
 
 enum {
     DEVICE_MAX = 16,
     PROCESS_MAX = 256,
-    CHUNK_MAX = 65536, /* an 80 GiB device in 2 MiB chunks is 40,960 */
-    EVENT_MAX = 64,    /* a reader that falls further behind misses the oldest */
+    CHUNK_MAX = 65536,      /* an 80 GiB device in 2 MiB chunks is 40,960 */
+    SHARED_EVENT_MAX = 128, /* events that several processes use (cuIpc) */
+    EVENT_MAX = 64,         /* a reader that falls further behind misses the oldest */
     FAULT_MAX = 16,
     GROUP_MAX = 256,
     GROUP_DEPTH_MAX = 8,  /* a process's cgroup and its ancestors */
@@ -154,6 +155,16 @@ typedef struct {
     uint32_t device;
 } event_record;
 
+/* An event for several processes. It lives as long as one of them has it. */
+typedef struct {
+    uint32_t is_used;
+    int32_t recorder; /* the process that recorded it last */
+    uint64_t id;
+    uint64_t recorded, completed;       /* as in an event of one process */
+    uint32_t passes;                    /* changes with each completion, for those who wait on it */
+    uint64_t holders[PROCESS_MAX / 64]; /* one bit for each process */
+} shared_event;
+
 /* What a faulty call does. Order and names are those of fault_names in host_fault.c. */
 typedef enum {
     FAULT_CODE,    /* returns `value` and does nothing */
@@ -187,7 +198,7 @@ typedef struct {
     uint32_t is_clean;   /* new memory reads as zero instead of as another's leavings */
     uint32_t fault_count, detached_count;
     uint64_t recovery_count; /* how often somebody died inside the lock */
-    uint64_t last_chunk_id, last_serial, last_fault_serial, event_count;
+    uint64_t last_chunk_id, last_shared_event_id, last_serial, last_fault_serial, event_count;
     uint32_t group_end;    /* no used group row at or above this index */
     uint32_t cgroup_count; /* limits set on cgroups; while 0, processes need not look up their own */
     uint32_t chunk_end;    /* no used chunk at or above this index */
@@ -198,6 +209,7 @@ typedef struct {
     process_record processes[PROCESS_MAX];
     group_record groups[GROUP_MAX];
     event_record events[EVENT_MAX];
+    shared_event shared_events[SHARED_EVENT_MAX];
     fault_record faults[FAULT_MAX];
     chunk_record chunks[CHUNK_MAX];
 } host_state;
@@ -288,6 +300,16 @@ int host_check(check_report report,
 extern const char *const fault_names[FAULT_KIND_COUNT];
 int fault_code(const char *function); /* what this call must return instead of doing its work; 0: nothing */
 int fault_strikes(const char *function, fault_kind kind, fault_record *struck); /* for kinds that change it */
+
+/* host_shared_event.c: rows, with the lock held; what happens in a stream, without */
+int shared_event_create(int process);                     /* its row, or -1 */
+int shared_event_join(int row, uint64_t id, int process); /* 0, or -1 when there is none any more */
+void shared_event_leave(int row, int process);
+void shared_event_bury(const uint8_t *is_dead); /* what the dead left of them */
+uint64_t shared_event_record(int row, int process);
+void shared_event_complete(int row, uint64_t sequence);
+void shared_event_await(int row, uint64_t sequence);
+int shared_event_has_passed(int row, uint64_t sequence);
 
 /* host_mps.c (with the lock held) */
 int mps_make_room(process_record *process, int device_index, uint64_t bytes); /* 1: now there is room */

@@ -132,6 +132,8 @@ void host_reap(void) {
         if (host->processes[i].is_used && by != NOBODY && is_dead[by])
             checkpoint_settle(&host->processes[i]);
     }
+    if (dead_count)
+        shared_event_bury(is_dead);
     for (int i = 0; i < PROCESS_MAX; i++)
         if (is_dead[i])
             free_process(&host->processes[i]);

@@ -328,7 +328,13 @@ def streams(primary: int) -> None:
     call("cuStreamQuery", other)
     call("cuEventQuery", second)
     assert ask("cuEventElapsedTime_v2", c.c_float, first, second) >= 0
-    for event in (first, second):
+    shared, token = ask("cuEventCreate", c.c_void_p, 6), IpcToken()
+    call("cuIpcGetEventHandle", c.byref(token), first, gives=INVALID_HANDLE)  # not made to be shared
+    call("cuIpcGetEventHandle", c.byref(token), shared)
+    opened = ask("cuIpcOpenEventHandle", c.c_void_p, token)
+    call("cuEventRecord", opened, plain)
+    call("cuEventSynchronize", shared)
+    for event in (first, second, shared, opened):
         call("cuEventDestroy_v2", event)
     for stream in (plain, other):
         call("cuStreamDestroy_v2", stream)
