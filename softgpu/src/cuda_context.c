@@ -16,6 +16,9 @@ void context_setup(void) {
 }
 
 CUcontext context_current(void) { return depth ? stack[depth - 1] : NULL; }
+int context_is_destroyed(CUcontext context) {
+    return __atomic_load_n(&context->is_destroyed, __ATOMIC_ACQUIRE);
+}
 CUcontext context_primary(int device) { return primaries[device].references > 0 ? &primaries[device] : NULL; }
 
 /* With the driver lock held. */
@@ -157,17 +160,22 @@ CUDA_EXPORT CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsign
     return create(context, flags, index);
 }
 
+/* Its few bytes stay: it may be current in another thread, or stand deeper in a stack, and must be told there. */
 CUDA_EXPORT CUresult cuCtxDestroy_v2(CUcontext context) {
     ENTER();
     if (!context || context->is_primary)
         return CUDA_ERROR_INVALID_CONTEXT;
     streams_finish(1);
     driver_lock();
-    dismantle(context);
+    int was_destroyed = context->is_destroyed;
+    if (!was_destroyed)
+        dismantle(context);
+    __atomic_store_n(&context->is_destroyed, 1, __ATOMIC_RELEASE);
     driver_unlock();
+    if (was_destroyed)
+        return CUDA_ERROR_CONTEXT_IS_DESTROYED;
     if (context_current() == context)
         depth--;
-    free(context);
     return CUDA_SUCCESS;
 }
 
@@ -177,6 +185,8 @@ CUDA_EXPORT CUresult cuCtxSetCurrent(CUcontext context) {
         depth -= depth > 0;
         return CUDA_SUCCESS;
     }
+    if (context_is_destroyed(context))
+        return CUDA_ERROR_CONTEXT_IS_DESTROYED;
     if (!depth)
         depth = 1;
     stack[depth - 1] = context;

@@ -9,7 +9,7 @@
 struct CUctx_st {
     int device;
     int references; /* of a primary context; 0 is not active */
-    int is_primary;
+    int is_primary, is_destroyed;
     unsigned flags;
     uint64_t id;
 };
@@ -39,14 +39,17 @@ int is_device(CUdevice candidate);
     if (entered.result != CUDA_SUCCESS)                                                  \
     return entered.result
 
-#define ENTER_WITH_CONTEXT() \
-    ENTER();                 \
-    if (!context_current())  \
-    return CUDA_ERROR_INVALID_CONTEXT
+#define ENTER_WITH_CONTEXT()                     \
+    ENTER();                                     \
+    if (!context_current())                      \
+        return CUDA_ERROR_INVALID_CONTEXT;       \
+    if (context_is_destroyed(context_current())) \
+    return CUDA_ERROR_CONTEXT_IS_DESTROYED
 
 /* cuda_context.c */
 void context_setup(void);
 CUcontext context_current(void);
+int context_is_destroyed(CUcontext context);
 CUcontext context_primary(int device); /* NULL while nobody in this process retains it */
 
 /* cuda_region.c: ranges of addresses and what stands behind them (with the driver lock held). */

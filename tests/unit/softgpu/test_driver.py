@@ -218,3 +218,26 @@ pinned = core.LegacyPinnedMemoryResource().allocate(8 * MiB, stream=stream)
 ctypes.memset(int(pinned.handle), 7, 8 * MiB); pinned.copy_to(buffer, stream=stream); stream.sync()
 ctypes.memset(int(pinned.handle), 0, 8 * MiB); buffer.copy_to(pinned, stream=stream); stream.sync()
 say(ctypes.string_at(int(pinned.handle), 4).hex(), device.name)""") == ["07070707", "Softgpu Test 1GiB"]
+
+
+def test_a_destroyed_context_is_told_wherever_it_was_current(machine: MakeMachine) -> None:
+    """Popped back to from a stack, destroyed twice, or made current again."""
+    assert (
+        machine().run("""
+context(); made = ok(cu.cuCtxCreate(None, 0, 0)); ok(cu.cuCtxPushCurrent(ok(cu.cuDevicePrimaryCtxRetain(0))))
+ok(cu.cuCtxDestroy(made)); ok(cu.cuCtxPopCurrent())
+say(error(cu.cuMemAlloc(MiB)), error(cu.cuCtxDestroy(made)), error(cu.cuCtxSetCurrent(made)))
+""")
+        == ["CUDA_ERROR_CONTEXT_IS_DESTROYED"] * 3
+    )
+
+
+def test_sizes_that_no_address_space_holds_are_out_of_memory(machine: MakeMachine) -> None:
+    """They must not wrap around to small ones."""
+    assert (
+        machine().run("""
+context(); say(error(cu.cuMemAlloc(2**64 - 1)), error(cu.cuMemAllocPitch(2**40, 2**40, 4)),
+    error(cu.cuMemHostAlloc(2**64 - 1, 0)), error(cu.cuMemAddressReserve(2**64 - 2 * MiB, 4 * MiB, 0, 0)))
+""")
+        == ["CUDA_ERROR_OUT_OF_MEMORY"] * 4
+    )
