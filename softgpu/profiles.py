@@ -17,6 +17,7 @@ class CallCost:
 
     call_ns: int
     gib_ns: int = 0
+    source: str = ""  # where the numbers are from; "estimate" begins what nobody measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

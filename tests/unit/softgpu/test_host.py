@@ -75,6 +75,14 @@ def test_every_profile_makes_a_host(machine: MakeMachine, profile: str) -> None:
     assert one.host.status()["devices"][0]["name"] == softgpu.profiles()[profile].name
 
 
+@pytest.mark.parametrize("profile", sorted(softgpu.profiles()))
+def test_every_cost_names_its_source(profile: str) -> None:
+    costs = softgpu.profiles()[profile].costs
+
+    guide = (Path(softgpu.__file__).parent.parent / "docs" / "softgpu.md").read_text(encoding="utf-8")
+    assert [call for call, cost in costs.items() if not cost.source or cost.source not in guide] == []
+
+
 def test_a_missing_compiler_is_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTGPU_BUILD", str(tmp_path / "build"))
     monkeypatch.setenv("CC", "no-such-compiler")
