@@ -17,7 +17,7 @@ EXAMPLES: Final = """examples:
   python -m services sim --seed 0 --seeds 100      a hundred seeds, until one fails"""
 
 
-def _numbers(text: str) -> frozenset[int]:
+def numbers(text: str) -> frozenset[int]:
     return frozenset() if text == "none" else frozenset(int(part) for part in text.split(","))
 
 
@@ -28,8 +28,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, required=True, help="draws everything that happens")
     made.add_argument("--seeds", type=int, default=1, help="so many, from --seed on")
     made.add_argument("--seconds", type=float, default=3600.0, help="simulated, before everything is healed")
-    made.add_argument("--only", type=_numbers, help="numbers of the steps to take, with commas; 'none' for none")
-    made.add_argument("--without", type=_numbers, help="numbers of the steps to leave out, with commas")
+    made.add_argument("--only", type=numbers, help="numbers of the steps to take, with commas; 'none' for none")
+    made.add_argument("--without", type=numbers, help="numbers of the steps to leave out, with commas")
     made.add_argument("--plan", action="store_true", help="print the plan and do not run it")
     made.add_argument("--no-shrink", action="store_true", help="a failure is printed as it is")
     return made
@@ -45,6 +45,9 @@ def plan_of(options: argparse.Namespace, seed: int) -> Plan:
 def main(arguments: Sequence[str]) -> int:
     """0 when nothing was broken, 1 when something was, 2 when the command cannot be understood."""
     options = parser().parse_args(arguments)
+    if options.seconds <= 0 or options.seeds < 1:
+        sys.stderr.write("error: --seconds must be above 0, and --seeds 1 at least\n")
+        return 2
     sys.stderr.write("simulated, in virtual time\n")
     for seed in range(options.seed, options.seed + options.seeds):
         plan = plan_of(options, seed)

@@ -92,3 +92,12 @@ def test_a_plan_can_be_read_and_taken_in_parts(capsys: pytest.CaptureFixture[str
 
     numbers = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " t=" in line]
     assert ["0", "4"] == numbers
+
+
+def test_what_cannot_be_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert 2 == main(["--seed", "1", "--seconds", "-5"])
+    assert "error: --seconds must be above 0" in capsys.readouterr().err
+
+    with pytest.raises(SystemExit):
+        main(["--seed", "1", "--only", "one"])
+    assert "argument --only: invalid numbers value: 'one'" in capsys.readouterr().err
