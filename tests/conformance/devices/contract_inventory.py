@@ -3,6 +3,7 @@
 import pytest
 
 from devices.api import (
+    ClientEvicted,
     InvalidUse,
     MiB,
     NotFound,
@@ -146,3 +147,24 @@ class LimitsContract:
 
         with pytest.raises(NotFound):
             world.inventory.set_limit(uuid, "/sys/fs/cgroup/no/such/group", soft_bytes=0, hard_bytes=None)
+
+    def test_a_borrower_is_evicted_for_an_owner_inside_its_request(self, world: World, uuid: str) -> None:
+        world.let_evict()
+        total_bytes = world.inventory.memory(uuid).free_bytes
+        namespaces = world.namespace(), world.namespace()
+        half_bytes = total_bytes // 2
+        for namespace, soft_bytes in zip(namespaces, (half_bytes, 0), strict=True):
+            world.inventory.set_limit(
+                uuid, namespace, soft_bytes=soft_bytes, hard_bytes=None if soft_bytes else total_bytes
+            )
+        owner, borrower = (world.start(namespace=namespace) for namespace in namespaces)
+        borrower.device.allocate(total_bytes * 3 // 4)
+
+        owner.device.allocate(total_bytes // 3)
+
+        with pytest.raises(ClientEvicted):
+            borrower.device.allocate(2 * MiB)
+        assert world.inventory.limit(uuid, namespaces[1]).used_bytes == 0
+        for namespace in namespaces:
+            world.inventory.clear_limit(uuid, namespace)
+        borrower.kill()

@@ -36,7 +36,7 @@ def shared_world(host: softgpu.Host) -> Iterator[DriverWorld]:
         name = f"group-{next(numbers)}"
         return name, host.environment(group=name)
 
-    world = DriverWorld(host.environment(), make_namespace)
+    world = DriverWorld(host.environment(), make_namespace, lambda is_on: host.set_mps(is_on=is_on))
     yield world
     world.close()
 

@@ -60,6 +60,9 @@ class World(Protocol):
     def namespace(self) -> str:
         """A fresh group for limits. Skips the test where the driver has none."""
 
+    def let_evict(self) -> None:
+        """From now on the driver ends borrowers for owners. Skips the test where that cannot be had."""
+
     def shared_file(self, size_bytes: int) -> int: ...
 
     def hand_over(self, exported: ExportedMemory, *, to: ProcessUnderTest) -> ExportedMemory:
@@ -111,6 +114,9 @@ class VirtualWorld:
         name = f"group-{self._namespace_count}"
         self.host.add_namespace(name)
         return name
+
+    def let_evict(self) -> None:
+        self.host.evicts = True
 
     def shared_file(self, size_bytes: int) -> int:
         return self.host.create_shared_file(size_bytes)
@@ -221,8 +227,12 @@ class DriverWorld:
     """
 
     def __init__(
-        self, environment: Mapping[str, str], make_namespace: Callable[[], tuple[str, Mapping[str, str]]] | None
+        self,
+        environment: Mapping[str, str],
+        make_namespace: Callable[[], tuple[str, Mapping[str, str]]] | None,
+        set_eviction: Callable[[bool], None] | None = None,
     ) -> None:
+        self._set_eviction = set_eviction
         self._environment = environment
         self._make_namespace = make_namespace
         self._entry: dict[str, Mapping[str, str]] = {}  # how a process gets into each namespace
@@ -235,6 +245,8 @@ class DriverWorld:
 
     def renew(self) -> None:
         """Everything as at first, for the next test."""
+        if self._set_eviction is not None:
+            self._set_eviction(False)
         for worker in self._busy:
             if worker.is_alive and self._is_as_new(worker):
                 self._idle.append(worker)
@@ -301,6 +313,11 @@ class DriverWorld:
             pytest.skip(f"no memory limits here: {support.reason}")
         name, self._entry[name] = self._make_namespace()
         return name
+
+    def let_evict(self) -> None:
+        if self._set_eviction is None:
+            pytest.skip("needs an MPS server that the test can start")
+        self._set_eviction(True)
 
     def shared_file(self, size_bytes: int) -> int:
         descriptor = os.memfd_create("arena")

@@ -447,3 +447,20 @@ def test_a_target_killed_in_custom_storage_is_told_at_completion(machine: MakeMa
     assert acting.ask() == "CUDA_ERROR_ILLEGAL_STATE"
     assert one.used_bytes() == 0
     assert one.chunk_files() == []
+
+
+def test_cuda_core_s_own_checkpoints_run_on_it(machine: MakeMachine) -> None:
+    one = machine(gpus=2)
+    child, address = target(one)
+    first, second = (uuid.removeprefix("GPU-") for uuid in one.host.uuids())
+
+    states = one.run(f"""
+from cuda.core import checkpoint
+process = checkpoint.Process({child.pid}); states = [process.state]
+process.lock(timeout_ms=5000); process.checkpoint(); states.append(process.state)
+process.restore(gpu_mapping={{'{first}': '{second}', '{second}': '{first}'}}); states.append(process.state)
+process.unlock(); say([str(state) for state in [*states, process.state]], process.restore_thread_id == {child.pid})""")
+
+    assert states == [["running", "checkpointed", "locked", "running"], True]
+    assert child.ask() == [address, "weights!", "first"]
+    assert one.used_bytes(1) == 64 * MiB
