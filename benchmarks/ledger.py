@@ -19,7 +19,7 @@ from kit.bus import Bus, CaughtUp, Stored, Stream
 from kit.commit import Committer, DirectCommitter, JournaledCommitter
 from kit.journal import Journal
 from kit.outcomes import Context, Input
-from kit.processor import CHAIN_START, Delivery, Processor, chain_hash, writer_of
+from kit.processor import Delivery, Processor
 from kit.rebuild import rebuilt
 from kit.service import Service
 from kit.snapshot_store import SnapshotStore
@@ -237,12 +237,20 @@ def oracle(history: Sequence[Stored]) -> list[str]:
     last: dict[str, str] = {}
     seen: set[str] = set()
     for stored in history:
-        writer = writer_of(stored.subject)
+        tokens = stored.subject.split(".")
+        writer = ".".join(tokens[2:4]) if tokens[2] == "node" else tokens[2]
         if stored.id in seen:
             told.append(f"{stored.id} is there twice")
-        elif stored.previous_hash != last.get(writer, CHAIN_START):
+        elif stored.previous_hash != last.get(writer, "0"):
             told.append(f"{stored.id} does not continue the facts before it")
         else:
-            last[writer] = chain_hash(stored.previous_hash, id=stored.id, subject=stored.subject, body=stored.body)
+            last[writer] = _hash_after(stored)
         seen.add(stored.id)
     return told
+
+
+def _hash_after(stored: Stored) -> str:
+    """Written anew from the words of `kit.processor.chain_hash`, so that a mistake there is found here."""
+    parts = (stored.id.encode(), stored.subject.encode(), stored.body)
+    text = stored.previous_hash.encode() + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
