@@ -71,7 +71,7 @@ def one_fact_each() -> Service[Total]:
 
 async def measure(setting: Setting) -> Measured:
     """See `benchmarks.sections`."""
-    count, rounds = setting.count(8192, 512), 5
+    count, rounds = setting.count(8192, 512), setting.count(5, 2)
     ours: list[float] = []
     floor: list[float] = []
     async with (

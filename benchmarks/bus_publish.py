@@ -55,7 +55,7 @@ def recording_tracer() -> Tracer:
 
 async def measure(setting: Setting) -> Measured:
     """See `benchmarks.sections`."""
-    count, rounds = setting.count(10_000, 1000), setting.count(7, 2)
+    count, rounds = setting.count(10_000, 600), setting.count(7, 2)
     seconds: dict[str, list[float]] = {}
     tracer = recording_tracer()
     try:

@@ -176,13 +176,16 @@ class _Client(Client):
     def send(self, frames: bytes) -> bool:
         if not self.is_connected or (self._is_stalled and self._still_stalled()):
             return False
+        self._put(frames)
+        return True
+
+    def _put(self, frames: bytes) -> None:
         if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._write_outgoing)
         self._outgoing.append(frames)
         self._outgoing_bytes += len(frames)
         if self._outgoing_bytes > WRITE_BYTES_MAX:
             self._write_outgoing()
-        return True
 
     def _write_outgoing(self) -> None:
         """One write for all that a turn of the loop sent. If the connection went within it, that is dropped."""
@@ -203,13 +206,14 @@ class _Client(Client):
         self._sid += 1
         self._receivers[b"%d" % self._sid] = receive
         self._subs[self._sid] = Subscription(self, self._sid, subject, queue=queue)
-        self.send(f"SUB {subject} {queue} {self._sid}\r\n".encode())
+        # Also to a peer that does not read now: nobody would send it again. A new connection gets it from nats-py.
+        self._put(f"SUB {subject} {queue} {self._sid}\r\n".encode())
         return self._sid
 
     def remove_subscription(self, sid: int) -> None:
         self._subs.pop(sid, None)
         if self._receivers.pop(b"%d" % sid, None) is not None:
-            self.send(b"UNSUB %d\r\n" % sid)
+            self._put(b"UNSUB %d\r\n" % sid)
 
     def ping(self) -> asyncio.Future[bool]:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

@@ -88,8 +88,10 @@ class _Question:
         self.ends_at = ends_at
         self.timeout_s = timeout_s
 
-    def has_subject(self, lower_case: str) -> bool:
-        return self.subject.lower() == lower_case or any(earlier.lower() == lower_case for earlier, _ in self.before)
+    def subject_like(self, lower_case: str) -> str:
+        """That one of its subjects which is this in lower case; empty when none is."""
+        subjects = (self.subject, *(earlier for earlier, _ in self.before))
+        return next((subject for subject in subjects if subject.lower() == lower_case), "")
 
 
 class Follower(Protocol):
@@ -113,9 +115,9 @@ class Connection:
         """{the subject on which the answer will come: the question}"""
         # One timer for all deadlines, at the earliest: a timer for each costs more than the rest of a question.
         self._deadline: asyncio.TimerHandle | None = None
-        self.denied_publishes: dict[str, str] = {}
-        """{subject in lower case: the server's words} of publishes that nobody waits for; the newest ones."""
-        self._denied_subscriptions: dict[str, str] = {}
+        self.denied_publishes: set[str] = set()
+        """Subjects in lower case, as the server tells them; the newest ones."""
+        self._denied_subscriptions: set[str] = set()
         self._connected = asyncio.Event()
         self._is_closed = False
         self.on_back: Callable[[], None] = _nothing
@@ -157,14 +159,18 @@ class Connection:
             return
         verb, subject = match.groups()
         if verb == "subscription":
-            self._denied_subscriptions[subject] = text
+            self._denied_subscriptions.add(subject)
             return
         if len(self.denied_publishes) >= DENIALS_KEPT_MAX:
             self.denied_publishes.clear()
-        self.denied_publishes[subject] = text
+        self.denied_publishes.add(subject)
         for question in list(self._questions.values()):
-            if question.has_subject(subject):
-                _fail(question.future, Forbidden(text))
+            if denied := question.subject_like(subject):
+                _fail(question.future, self.forbidden(f"publish to {denied}"))
+
+    def forbidden(self, what: str) -> Forbidden:
+        """For example ``the NATS user 'swapper' may not publish to sublet.fact.placement.x``."""
+        return Forbidden(f"the NATS user '{self.user}' may not {what}")
 
     def _tell_followers(self) -> None:
         for follower in list(self.followers):
@@ -209,7 +215,7 @@ class Connection:
         if before:
             frames = b"".join([*(earlier for _, earlier in before), frames])
         if self._is_closed or not self.transport.send(frames):
-            raise Unanswered("not connected")
+            raise Unanswered("the NATS server is away, or does not read what it is sent")
         future: asyncio.Future[Answer] = loop.create_future()
         self._questions[reply] = _Question(subject, before, future, ends_at=ends_at, timeout_s=timeout_s)
         if self._deadline is None or ends_at < self._deadline.when():
@@ -249,11 +255,14 @@ class Connection:
 
     async def subscribe(self, subject: str, receive: Receive, *, queue: str = "") -> int:
         """Subscribed, and known to be: the server has handled the SUB. Raises `Forbidden`."""
+        # While it connects anew, nats-py may be past the point where it renews subscriptions.
+        await self.until_connected()
         sid = self.transport.add_subscription(checked_subject(subject), queue and checked_subject(queue), receive)
         try:
             await self.confirm()
-            if text := self._denied_subscriptions.pop(subject.lower(), None):
-                raise Forbidden(text)
+            if subject.lower() in self._denied_subscriptions:
+                self._denied_subscriptions.discard(subject.lower())
+                raise self.forbidden(f"subscribe to {subject}")
         except BaseException:
             self.transport.remove_subscription(sid)
             raise

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 import anyio
 
-from kit.bus import EXPIRING_STREAMS, CaughtUp, Forbidden, HistoryGone, Stored, Stream, subject_matches
+from kit.bus import EXPIRING_STREAMS, CaughtUp, HistoryGone, Stored, Stream, subject_matches
 from kit.nats_connection import Connection, Unanswered
 from kit.nats_wire import (
     STREAM_NOT_FOUND,
@@ -213,8 +213,8 @@ class NatsReading:
             await self._wake.wait()
         if not self._wake.is_set():
             source.check_silence()
-        if text := self._connection.denied_publishes.get(source.pull_subject.lower()):
-            raise Forbidden(text)
+        if source.pull_subject.lower() in self._connection.denied_publishes:
+            raise self._connection.forbidden(f"read the stream {self._stream}")
 
     def _drop_source(self) -> None:
         if self._source is not None:
