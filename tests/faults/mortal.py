@@ -27,12 +27,16 @@ from schemas.messages import prefix_of
 
 SILENT = Tracer(None, None, root_ratio=0.0)
 
+UNSENT = "unsent"
+"""An append is about to leave; effects that were released with it may have begun."""
 IN_FLIGHT = "in flight"
 """An append has left and arrives when the writer's next life has read history."""
 STORED = "stored"
 """An append is in the stream and its acknowledgement is on its way."""
 PUBLISHED = "published"
 """A message is in a stream that is no history: a part of a snapshot, a dead letter."""
+STANDS_STILL_S = 4.0
+"""Twice the term of the lease that tells who is active."""
 SHELL = ShellSettings(snapshot_every_count=40, check_every_count=1)
 """Snapshots so often that most lives begin from one."""
 
@@ -82,6 +86,7 @@ class MortalBus(MemoryBus):
 
     async def append(self, prefix: str, entries: Sequence[Entry], *, last_seq: int) -> Acknowledged:
         await self._breathe()
+        await self._member.pass_step(UNSENT, entries)
         self._member.on_its_way = (entries, last_seq)
         await self._member.pass_step(IN_FLIGHT, entries)
         await anyio.sleep(self._member.append_s / 2)
@@ -165,7 +170,6 @@ class Member:
     """The n-th is where its n-th life ends, at the latest."""
     freezes_at: Point | None = None
     """Where its first life stands still, long enough to be thought dead; then it goes on as if nothing had been."""
-    frozen_s: float = 4.0
     frozen_count: int = 0
     passed: list[list[Point]] = field(default_factory=list)
     """{life: every point that it passed, in order}"""
@@ -245,7 +249,7 @@ class Member:
         self.freezes_at = None
         self.frozen_count += 1
         self._bus.thawed = anyio.Event()
-        await anyio.sleep(self.frozen_s)
+        await anyio.sleep(STANDS_STILL_S)
         self._bus.thawed.set()
 
     def _arrive_late(self) -> None:

@@ -253,6 +253,7 @@ class Fleet:
         self.check_history()
         self.check_commands()
         self.check_consequences()
+        self.check_stale_orders()
         for writer in self.members:
             self.check_replay(self.active(writer))
 
@@ -278,6 +279,20 @@ class Fleet:
         processes = {name for name, r in self.agent.replicas.items() if r.is_started}
         assert set(self.host.engines) == processes, (set(self.host.engines), processes)
         assert set(self.agent.replicas) == set(self.placement.replicas) == set(self.swapper.replicas)
+
+    def check_stale_orders(self) -> None:
+        """An agent that lived through it all refused every order of a swapper older than one that it had heard."""
+        newest = stale_count = 0
+        for _, order in self.orders:
+            newest = max(newest, order.writer_epoch)
+            stale_count += order.writer_epoch < newest
+        agent = self.members[AGENT]
+        if len(agent.passed) > 1:
+            return
+        assert agent.runner is not None
+        assert agent.runner.processor is not None
+        refused_count = agent.runner.processor.refused_order_count
+        assert stale_count <= refused_count, f"{stale_count} stale orders came, {refused_count} were refused"
 
     def check_replay(self, member: Member) -> None:
         assert member.runner is not None
@@ -305,6 +320,7 @@ async def running(
     begin: Callable[[MemoryServer], None] = lambda _: None,
     pieces: Pieces = DEFAULT_PIECES,
     ack_lost_fraction: float = 0.0,
+    down_s: float = 0.2,
     seed: int = 0,
     beside: Callable[[Fleet], Coroutine[Any, Any, None]] | None = None,
 ) -> AsyncIterator[Fleet]:
@@ -312,7 +328,8 @@ async def running(
 
     `services`: others in place of the real ones, by name. `freeze`: the writer that has a second instance, and where
     its first stands still. `begin`: what is in the streams before anybody lives. `ack_lost_fraction`: of appends that
-    are stored although their writer hears nothing. `beside`: what else happens, beginning with the story.
+    are stored although their writer hears nothing. `down_s`: between two lives. `beside`: what else happens, beginning
+    with the story.
     """
     run: dict[str, Service[Any]] = {s.name: s for s in (PLACEMENT, SWAPPER, AUTOSCALER, NODEAGENT)} | (services or {})
     loop = cast(VirtualLoop, asyncio.get_running_loop())
@@ -338,6 +355,7 @@ async def running(
             perform=_performer(host, clock) if writer == AGENT else None,
             journal_path=folder / "journal" if writer == AGENT else None,
             append_s=append_s,
+            down_s=down_s,
             pieces=pieces,
             ack_lost_fraction=ack_lost_fraction,
             draw=random.Random(f"{seed}/{writer}"),  # Reproducible by design.

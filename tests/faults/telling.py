@@ -3,7 +3,10 @@
 import functools
 from typing import Any
 
+import anyio
+
 from tests.faults import virtual_time
+from tests.faults.mortal import STANDS_STILL_S
 from tests.faults.mortal_fleet import Fleet, running
 from tests.faults.stories import everything
 
@@ -14,6 +17,9 @@ def tell(**choices: Any) -> Fleet:
     async def story() -> Fleet:
         async with running(**choices) as fleet:
             await everything(fleet)
+            if fleet.twin is not None:
+                await anyio.sleep(STANDS_STILL_S + 2.0)
+                await fleet.until(lambda: True, what="one of the two is active")
             fleet.check()
             fleet.end = fleet.summary()
             return fleet

@@ -67,6 +67,10 @@ class Contracts:
 
     def hear(self, stored: Stored, fact: Fact) -> None:
         self._follow_chain(stored)
+        self.judge(fact)
+
+    def judge(self, fact: Fact) -> None:
+        """Every rule but that of the chain."""
         match fact:
             case NodeJoined():
                 self.gpus.update({gpu.gpu_uuid: gpu for gpu in fact.gpus})

@@ -1,5 +1,6 @@
 """Faults in decisions: each is a copy of one service that differs in one handler, fold, observer or function."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
 from functools import partial
@@ -7,8 +8,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from kit.bus import subject_matches
 from kit.outcomes import Context, Outcome, Reply
-from kit.service import Service
+from kit.processor import Processor
+from kit.service import Service, digest
+from kit.simulation import Faults
+from schemas.autoscaler import ReplicasDecided
 from schemas.deployments import WorkloadKind
 from schemas.gateways import LoadSampled, ModelLoad
 from schemas.inbox import DeployRequested, ParkRequested, RetireRequested, WakeRequested
@@ -41,7 +46,7 @@ from services.swapper import core as swapper_core
 from services.swapper.core import SERVICE as SWAPPER
 from services.swapper.state import FleetState
 from tests.properties.planted.bug import Bug, with_fold, with_handler, without
-from tests.properties.planted.hard_trial import check_everything
+from tests.properties.planted.hard_trial import HardTrial, check_everything, plan
 
 # --- The node agent ---------------------------------------------------------------------------------------------------
 
@@ -316,6 +321,43 @@ def a_handler_that_changes_the_state_itself() -> Service[Any]:
     return with_handler(PLACEMENT, LeaseGranted, handler)
 
 
+# --- Faults of a shell in virtual time --------------------------------------------------------------------------------
+
+
+def play_a_fold_in_stream_order(seed: int) -> None:
+    """What was read last is not what was handled last: folding by sequence gives another state at some instant."""
+    trial = HardTrial(changed(plan(seed), faults=Faults(latency_s=0.2)))
+    trial.begin()
+    for _ in range(120):
+        trial.system.run_for(0.25)
+        member = trial.system.simulation.members["swapper"]
+        live = member.processor
+        if live is None or not member.is_active or member.in_flight is not None or member.waiting:
+            continue
+        wrong: Processor[Any] = Processor(member.service, member.settings, writer="swapper", instance="replay")
+        newest_seq = 0
+        for stored in trial.system.simulation.stream:
+            if any(subject_matches(pattern, stored.subject) for pattern in (wrong.prefix, *wrong.reads)):
+                wrong.replay_one(stored)
+                newest_seq = newest_seq if wrong.is_own(stored) else stored.seq
+                wrong.fold_foreign_to(stored.seq)
+        if live.cursor_seq == newest_seq:
+            assert digest(wrong.state) == digest(live.state), "replay differs from what was lived"
+
+
+def play_a_decision_by_chance(seed: int) -> None:
+    """Randomness that is not the simulation's own: the same seed must give the same trace."""
+    chance = random.Random()  # Not reproducible, which is the point.
+
+    def handler(state: Any, item: Any, ctx: Context) -> Sequence[Outcome]:
+        outcomes = list(AUTOSCALER.handlers[type(item)](state, item, ctx))
+        return [replace(o, reason=str(chance.random())) if isinstance(o, ReplicasDecided) else o for o in outcomes]
+
+    broken = changed(AUTOSCALER, handlers=dict.fromkeys(AUTOSCALER.handlers, handler))
+    hashes = {HardTrial(plan(seed), {"autoscaler": broken}).run().system.simulation.trace_hash() for _ in range(2)}
+    assert len(hashes) == 1, "two traces of one seed"
+
+
 # --- The list ---------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +431,21 @@ _PLANTED: tuple[tuple[Callable[[], Service[Any]], str, str], ...] = (
 )
 
 BUGS = tuple(
-    Bug(name=plant.__name__, guards=guards, breaks=breaks, play=partial(_play, plant))
+    Bug(name=plant.__name__.replace("_", " "), guards=guards, breaks=breaks, play=partial(_play, plant))
     for plant, guards, breaks in _PLANTED
 )
+BUGS += (
+    Bug(
+        name="a fold in stream order",
+        guards="I5",
+        breaks="history is not folded as it was handled; replay must equal what was lived",
+        play=play_a_fold_in_stream_order,
+    ),
+    Bug(
+        name="a decision by chance",
+        guards="I5",
+        breaks="a seed does not give one run; traces are compared",
+        play=play_a_decision_by_chance,
+    ),
+)
+SOUND = Bug(name="nothing", guards="", breaks="", play=partial(check_everything, services={}))
