@@ -19,7 +19,6 @@ from schemas.gateways import LoadSampled, ModelLoad
 from schemas.inbox import DeployRequested, ParkRequested, RetireRequested, WakeRequested
 from schemas.nodes import (
     LeaseGranted,
-    LeaseRefused,
     NodeJoined,
     ReplicaDraining,
     ReplicaParked,
@@ -29,6 +28,7 @@ from schemas.nodes import (
 from schemas.orders import ParkOrdered, WakeOrdered
 from schemas.placement import PlacementFailed, PlacementProposed
 from schemas.swapper import DecisionClosed, ParkDecided, WakeDecided
+from schemas.units import GiB
 from services.autoscaler.core import SERVICE as AUTOSCALER
 from services.autoscaler.core import Tick as ScalerTick
 from services.nodeagent.core import SERVICE as NODEAGENT
@@ -160,7 +160,13 @@ def an_agent_that_obeys_late_orders() -> Service[Any]:
 
 
 def an_agent_that_refuses_in_silence() -> Service[Any]:
-    return without(NODEAGENT, PlacementProposed, LeaseRefused, LeaseGranted)
+    """Small shares, say, are not worth an answer."""
+
+    def handler(state: NodeState, fact: PlacementProposed, ctx: Context) -> Sequence[Outcome]:
+        is_small = fact.replicas[0].shares[0].request_bytes < 25 * GiB
+        return [] if is_small else NODEAGENT.handlers[PlacementProposed](state, fact, ctx)
+
+    return with_handler(NODEAGENT, PlacementProposed, handler)
 
 
 def an_agent_that_forgets_what_it_had_begun() -> Service[Any]:
