@@ -22,8 +22,8 @@ class Bug:
     breaks: str
     """A sentence: what it does wrong, and what finds it."""
     play: Play
-    seed: int = 0
-    """One that is known to find it."""
+    play_known: Callable[[], None] | None = None
+    """Plays what is known to find it, where a seed that does is rare."""
 
 
 def with_handler(service: Service[Any], kind: type, handler: Callable[..., Any]) -> Service[Any]:

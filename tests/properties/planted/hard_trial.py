@@ -50,7 +50,15 @@ def plan(seed: int) -> Plan:
         fleeting_late_fraction=draw.choice([0.0, 0.4]),
         ack_lost_fraction=0.1,
     )
-    return Plan(seed, 1, 1, models, steps, faults, HostFaults(park_stays_fraction=0.2, wake_fails_fraction=0.2))
+    return Plan(
+        seed,
+        1,
+        1,
+        models,
+        steps,
+        faults,
+        HostFaults(park_stays_fraction=draw.choice([0.2, 0.5]), wake_fails_fraction=0.2),
+    )
 
 
 def _crowded() -> tuple[DeploymentSpec, ...]:

@@ -1,7 +1,8 @@
 """How many seeds it takes until a check finds a planted fault; and the table for people."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from tests.properties.planted.bug import Bug
 
@@ -20,8 +21,17 @@ class Found:
 
 def play(bug: Bug, seed: int) -> str:
     """What was noticed; empty when nothing was."""
+    return _noticed(partial(bug.play, seed))
+
+
+def play_known(bug: Bug) -> str:
+    """Likewise, of the case that is known to find it; empty also when none is named."""
+    return _noticed(bug.play_known) if bug.play_known is not None else ""
+
+
+def _noticed(play: Callable[[], None]) -> str:
     try:
-        bug.play(seed)
+        play()
     except NOTICED as error:
         found: BaseException = error
         while isinstance(found, BaseExceptionGroup):
