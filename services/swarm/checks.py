@@ -142,7 +142,11 @@ def placement_of(system: SimulatedSystem) -> ClusterState:
 
 
 def disagreement(system: SimulatedSystem) -> str:
-    """Where placement, swapper, node agents and engines tell different stories; '' when they tell one."""
+    """Who does not run, or where services and engines tell different stories; empty when they tell one."""
+    down = [writer for writer in system.simulation.holders if not system.simulation.active(writer).is_active]
+    down += [gateway.name for gateway in system.gateways if not gateway.is_alive]
+    if down:
+        return f"not running: {', '.join(down)}"
     placement, swapper = placement_of(system), system.state("swapper")
     assert isinstance(swapper, FleetState), swapper
     truth: dict[str, tuple[str, Any]] = {}
