@@ -9,6 +9,7 @@
 
 #define REAL_PIECE_BYTES (4ull << 20)     /* small enough that several processes share the link evenly */
 #define PHANTOM_PIECE_BYTES (32ull << 20) /* 0.6 ms at 53 GB/s: waking up more often would only burn CPU */
+#define PATTERN_MAX_BYTES (1ull << 20)    /* of a fill: repeated when it is bigger */
 #define RUN_AHEAD_NS 300000ull            /* sleeping for less than this costs more than it paces */
 
 typedef struct {
@@ -183,8 +184,8 @@ static int is_on_host(uint64_t address) {
 /* Filling takes no time: a device fills at terabytes per second. Zero is real in phantom mode too, because it
  * costs nothing and a scrub must be provable; other big fills of a phantom move no bytes. */
 CUresult fill_bytes(uint64_t target, uint32_t value, int width, uint64_t count) {
-    static const uint64_t pattern_bytes = 1ull << 20;
     uint64_t bytes = count * (uint64_t)width;
+    uint64_t pattern_bytes = bytes < PATTERN_MAX_BYTES ? bytes : PATTERN_MAX_BYTES;
     int is_zero = value == 0 && !is_on_host(target);
     if (host->is_phantom && value != 0 && bytes > PHANTOM_MIN_BYTES)
         return CUDA_SUCCESS;

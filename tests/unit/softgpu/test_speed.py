@@ -166,3 +166,16 @@ say(mapped - start, time.perf_counter() - mapped)""")
 
     assert 0.12 <= wake_s < 0.25
     assert 0.02 <= park_s < 0.06
+
+
+def test_a_small_fill_costs_little(machine: MakeMachine) -> None:
+    """It once cost as much as one of a MiB."""
+    small_s, big_s = machine().run("""
+context(); address = ok(cu.cuMemAlloc(4 * MiB))
+def took(size):
+    start = time.perf_counter()
+    for _ in range(5): ok(cu.cuMemsetD8(address, 7, size))
+    return time.perf_counter() - start
+took(64); say(min(took(64) for _ in range(5)), min(took(MiB) for _ in range(5)))""")
+
+    assert small_s < big_s / 5
