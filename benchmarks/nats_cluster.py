@@ -12,7 +12,7 @@ import anyio
 
 from kit.bus import BusError, Stream
 from kit.bus_nats import NatsBus
-from kit.nats_server import ClusterConfig, NatsServer, ServerConfig, ensure_streams_soon
+from kit.nats_server import ClusterConfig, GiB, NatsServer, ServerConfig, ensure_streams_soon
 
 NODE_COUNT = 3
 _LOOK_EVERY_S = 0.1
@@ -25,6 +25,7 @@ class NatsCluster:
     directory: Path
     """For each server's file, log and, unless there is a `store_directory`, store."""
     store_directory: Path | None = None
+    max_file_store_bytes: int = GiB
     servers: dict[str, NatsServer] = field(default_factory=dict)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack, repr=False)
     _bus: NatsBus | None = field(default=None, repr=False)
@@ -41,6 +42,7 @@ class NatsCluster:
             name = f"n{number}"
             config = ServerConfig(
                 store_directory=(self.store_directory or self.directory) / name / "store",
+                max_file_store_bytes=self.max_file_store_bytes,
                 server_name=name,
                 cluster=ClusterConfig(name="sublet", listen=f"127.0.0.1:{port}", routes=routes),
             )

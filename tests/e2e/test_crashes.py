@@ -71,6 +71,7 @@ def test_nobody_but_gateway_and_engines_is_needed_for_a_resident_model(stack: Ru
     assert load.longest_s < 2.0
 
 
+@pytest.mark.slow
 def test_all_who_decide_and_nats_are_away_for_long_and_nothing_is_done_twice_when_they_are_back(
     stack: RunningStack,
 ) -> None:
