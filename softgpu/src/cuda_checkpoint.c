@@ -64,6 +64,18 @@ static const uint8_t *current_map(const process_record *process) {
     return process->device_maps[(process->placement & PLACEMENT_MAP) != 0];
 }
 
+/* With the host lock held: the end of a step that took its time. The target may have died, or been given up.
+ */
+static CUresult finish(const target *aimed, process_state step, process_state reached) {
+    if (!target_is_there(aimed))
+        return CUDA_ERROR_INVALID_VALUE;
+    if (checkpoint_state(aimed->process) != step || aimed->process->checkpointer != own_process)
+        return CUDA_ERROR_ILLEGAL_STATE;
+    checkpoint_reach(aimed->process, reached, 0);
+    checkpoint_release(aimed->process);
+    return CUDA_SUCCESS;
+}
+
 CUDA_EXPORT CUresult cuCheckpointProcessGetState(int pid, int *state) {
     CHECKPOINT_ENTER();
     if (!state)
@@ -102,14 +114,10 @@ CUDA_EXPORT CUresult cuCheckpointProcessLock(int pid, const CUcheckpointLockArgs
         return result;
     int is_quiet = wait_until_quiet(&aimed, arguments ? arguments->timeoutMs : 0);
     host_lock();
-    if (!target_is_there(&aimed)) {
-        result = CUDA_ERROR_INVALID_VALUE;
-    } else {
-        checkpoint_reach(aimed.process, is_quiet ? STATE_LOCKED : STATE_RUNNING, 0);
-        checkpoint_release(aimed.process);
-        result = is_quiet ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
-    }
+    result = finish(&aimed, STATE_RUNNING, is_quiet ? STATE_LOCKED : STATE_RUNNING);
     host_unlock();
+    if (result == CUDA_SUCCESS && !is_quiet)
+        result = CUDA_ERROR_NOT_READY;
     if (result == CUDA_SUCCESS)
         pay(CALL_CHECKPOINT_LOCK, started_ns, 0);
     return result;
@@ -129,12 +137,9 @@ CUDA_EXPORT CUresult cuCheckpointProcessUnlock(int pid, const void *arguments) {
         return result;
     pay(CALL_CHECKPOINT_UNLOCK, started_ns, 0);
     host_lock();
-    if (target_is_there(&aimed)) {
-        checkpoint_reach(aimed.process, STATE_RUNNING, 0);
-        checkpoint_release(aimed.process);
-    }
+    result = finish(&aimed, STATE_LOCKED, STATE_RUNNING);
     host_unlock();
-    return CUDA_SUCCESS;
+    return result;
 }
 
 /* ---- checkpoint ---- */
@@ -180,12 +185,7 @@ CUDA_EXPORT CUresult cuCheckpointProcessCheckpoint(int pid, const CUcheckpointCh
     }
     pay(CALL_CHECKPOINT, started_ns, bytes);
     host_lock();
-    if (target_is_there(&aimed)) {
-        checkpoint_reach(aimed.process, STATE_CHECKPOINTED, 0);
-        checkpoint_release(aimed.process);
-    } else {
-        result = CUDA_ERROR_INVALID_VALUE;
-    }
+    result = finish(&aimed, STATE_CHECKPOINTING, STATE_CHECKPOINTED);
     host_unlock();
     return result;
 }
@@ -294,12 +294,7 @@ CUDA_EXPORT CUresult cuCheckpointProcessRestore(int pid, const CUcheckpointResto
     }
     pay(CALL_RESTORE, started_ns, bytes);
     host_lock();
-    if (target_is_there(&aimed)) {
-        checkpoint_reach(aimed.process, STATE_LOCKED, 0);
-        checkpoint_release(aimed.process);
-    } else {
-        result = CUDA_ERROR_INVALID_VALUE;
-    }
+    result = finish(&aimed, STATE_RESTORING, STATE_LOCKED);
     host_unlock();
     return result;
 }

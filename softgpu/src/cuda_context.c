@@ -160,7 +160,8 @@ CUDA_EXPORT CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsign
     return create(context, flags, index);
 }
 
-/* Its few bytes stay: it may be current in another thread, or stand deeper in a stack, and must be told there. */
+/* Its few bytes stay: it may be current in another thread, or stand deeper in a stack, and must be told
+ * there. */
 CUDA_EXPORT CUresult cuCtxDestroy_v2(CUcontext context) {
     ENTER();
     if (!context || context->is_primary)

@@ -262,6 +262,21 @@ def test_when_the_driving_process_dies_in_a_step_another_takes_it_up(machine: Ma
     assert one.used_bytes() == (72 * MiB if step == "checkpoint" else 0)
 
 
+def test_a_process_given_up_within_a_step_stays_given_up(machine: MakeMachine) -> None:
+    one = machine(costs={"checkpoint": softgpu.CallCost(call_ns=500_000_000)})
+    child, _ = target(one)
+    acting = driver(one)
+    acting.ask(f"lock {child.pid}")
+    acting.tell(f"checkpoint {child.pid}")
+    time.sleep(0.1)
+
+    one.host.fail_checkpoint(child.pid)
+
+    assert acting.hear() == "CUDA_ERROR_ILLEGAL_STATE"
+    assert state(acting, child.pid) == "failed"
+    assert one.used_bytes() == 64 * MiB
+
+
 def test_when_the_locking_process_dies_the_target_goes_on(machine: MakeMachine) -> None:
     one = machine(h2d_bytes_per_s=32 * MiB)
     child = one.start("""
