@@ -10,18 +10,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kit.outcomes import Context, Outcome, Under
+from kit.processor import Delivery, Processor
 from kit.service import Service, digest
 from schemas.catalogue import decode, encode
 from schemas.deployments import GRADE_ORDER, IsolationGrade
 from schemas.messages import Fact
 from schemas.nodes import LeaseGranted, LeaseRefused
-from schemas.orders import WakeOrdered
+from schemas.orders import ParkOrdered, WakeOrdered
 from schemas.placement import PlacementFailed, PlacementProposed
 from schemas.units import GiB
 from services.autoscaler.core import SERVICE as AUTOSCALER
 from services.nodeagent import core as nodeagent_core
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.inputs import NodeProbed
+from services.nodeagent.settings import NodeAgentSettings
 from services.placement.core import SERVICE as PLACEMENT
 from services.placement.packing import Choice, choose
 from services.swapper import policy
@@ -164,17 +166,19 @@ def test_whatever_is_proposed_ordered_or_comes_back_an_agent_never_gives_more_th
 
 
 @many
-@given(newest=st.integers(1, 50), late=st.integers(0, 50), step=st.sampled_from(["wake", "park"]))
-def test_an_order_of_an_older_writer_is_refused_whatever_it_says(newest: int, late: int, step: str) -> None:
-    agent = nodes.Agent()
-    agent.parked("parked", 30)
-    agent.resident("resident", 30)
-    name = "parked" if step == "wake" else "resident"
-    agent.handle(agent.park("resident", wake_epoch=99, writer_epoch=newest + 9))
+@given(newest=st.integers(1, 50), late=st.integers(0, 60), kind=st.sampled_from([WakeOrdered, ParkOrdered]))
+def test_an_order_of_an_older_writer_is_refused_whatever_it_says(
+    newest: int, late: int, kind: type[WakeOrdered] | type[ParkOrdered]
+) -> None:
+    """By the processor, before the core sees it."""
+    processor = Processor(NODEAGENT, NodeAgentSettings(node="n"), writer="node.n", instance="one")
 
-    outcomes = agent.handle(getattr(agent, step)(name, writer_epoch=late))
+    def refusal(epoch: int) -> str:
+        order = kind(node="n", writer_epoch=epoch, deadline_ms=1000, replica_id="r", wake_epoch=1)
+        return processor.receive(Delivery(input=order, now_s=1.0))
 
-    assert (late >= newest + 9) == bool(outcomes)
+    assert "" == refusal(newest)
+    assert (late < newest) == bool(refusal(late))
 
 
 @many
