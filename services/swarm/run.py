@@ -189,6 +189,9 @@ class Run:
                 "append unknown": counters.unknown_count,
                 "append refused": counters.refused_count,
                 "writer superseded": counters.superseded_count,
+                "order refused": sum(
+                    m.processor.refused_order_count for m in simulation.members.values() if m.processor is not None
+                ),
                 **{f"died {point}": count for point, count in counters.tripped.items()},
             }
         )
