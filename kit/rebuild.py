@@ -15,6 +15,8 @@ from schemas.messages import NODE_WRITER
 S = TypeVar("S")
 
 ALL_FACTS: Final = "sublet.fact.>"
+LARGE_COUNT: Final = 50_000
+"""Objects that a start made: from there on a full collection takes some ten milliseconds."""
 
 
 async def rebuilt(
@@ -31,6 +33,19 @@ async def rebuilt(
     Without a snapshot that fits, all of history is folded; the log says why. Raises `HistoryGone` when its start is
     trimmed then, with a sentence for the operator.
     """
+    with _without_collections():
+        return await _rebuilt(bus, new_processor, store, stack=stack, follow=follow, log=log)
+
+
+async def _rebuilt(
+    bus: Bus,
+    new_processor: Callable[[], Processor[S]],
+    store: SnapshotStore | None,
+    *,
+    stack: AsyncExitStack,
+    follow: Callable[[Stored], None],
+    log: logging.Logger,
+) -> tuple[Processor[S], Reading, int]:
     why_not = "there is none"
     async for snapshot in _candidates(store, log):
         processor = new_processor()
@@ -76,20 +91,19 @@ async def _replayed(
     """To the end of history."""
     filters = read_filters(processor)
     count, newest = 0, None
-    with _without_collections():
-        if len(filters) > 1:
-            past, end_seq = await _gathered(bus, processor, filters)
-            processor.replay(past)
-            processor.read_seq = max(processor.read_seq, end_seq)
-            count, newest = len(past), past[-1] if past else None
-        reading = bus.read(Stream.HISTORY, filters, after_seq=processor.read_seq, stream_id=processor.stream_id)
-        await stack.enter_async_context(aclosing(reading))
-        async for item in reading:
-            if isinstance(item, CaughtUp):
-                processor.stream_id = item.stream_id
-                break
-            processor.replay_one(item)
-            count, newest = count + 1, item
+    if len(filters) > 1:
+        past, end_seq = await _gathered(bus, processor, filters)
+        processor.replay(past)
+        processor.read_seq = max(processor.read_seq, end_seq)
+        count, newest = len(past), past[-1] if past else None
+    reading = bus.read(Stream.HISTORY, filters, after_seq=processor.read_seq, stream_id=processor.stream_id)
+    await stack.enter_async_context(aclosing(reading))
+    async for item in reading:
+        if isinstance(item, CaughtUp):
+            processor.stream_id = item.stream_id
+            break
+        processor.replay_one(item)
+        count, newest = count + 1, item
     if newest is not None:
         follow(newest)
     return reading, count
@@ -132,13 +146,19 @@ async def _gathered(bus: Bus, processor: Processor[Any], filters: Sequence[str])
 def _without_collections() -> Iterator[None]:
     """Folding makes no garbage in cycles, and each full collection would look at all of the state again.
 
-    What is there at the end is left out of later collections: it stays for long, and each would be a pause.
+    A large state is left out of later collections too: it stays for long, and each would be a pause. An earlier life's
+    was left out in the same way, and is garbage now.
     """
+    if gc.get_freeze_count() > LARGE_COUNT:
+        gc.unfreeze()
+        gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
+    before_count = gc.get_count()[0]
     try:
         yield
     finally:
         if was_enabled:
+            if gc.get_count()[0] - before_count > LARGE_COUNT:
+                gc.freeze()
             gc.enable()
-            gc.freeze()

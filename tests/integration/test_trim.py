@@ -1,6 +1,8 @@
 """History is trimmed below every reader's snapshot and not before; everybody goes on as if nothing had gone."""
 
+import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ from kit.snapshot_store import SnapshotStore
 from kit.telemetry import Tracer
 from services.autoscaler.core import SERVICE as AUTOSCALER
 from services.autoscaler.settings import AutoscalerSettings
+from services.gateway.runtime import Runtime
+from services.gateway.settings import GatewaySettings
+from services.gateway.signals import Signals
 from services.gateway.snapshots import newest
-from services.gateway.view import FILTERS, ChainedTable
+from services.gateway.view import FILTERS, ChainedTable, HistoryView
 from services.nodeagent import leases, residency
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings
@@ -87,12 +92,17 @@ class Fleet:
     async def history(self) -> list[Stored]:
         async with self.bus("admin") as bus:
             info = await bus.api(f"STREAM.INFO.{Stream.HISTORY}")
-            found = []
-            async for item in bus.read(Stream.HISTORY, FILTERS, after_seq=info["state"]["first_seq"] - 1):
-                if isinstance(item, CaughtUp):
-                    break
-                found.append(item)
-        return found
+            return await read_from(bus, info["state"]["first_seq"] - 1)
+
+
+async def read_from(bus: NatsBus, after_seq: int) -> list[Stored]:
+    found = []
+    async with aclosing(bus.read(Stream.HISTORY, FILTERS, after_seq=after_seq)) as reading:
+        async for item in reading:
+            if isinstance(item, CaughtUp):
+                break
+            found.append(item)
+    return found
 
 
 @pytest.fixture
@@ -160,14 +170,37 @@ async def test_everybody_goes_on_after_a_trim_as_if_nothing_had_gone(fleet: Flee
         assert found is not None
         table = ChainedTable()
         table.begin(*found)
-        async for item in bus.read(Stream.HISTORY, FILTERS, after_seq=table.seq):
-            if isinstance(item, CaughtUp):
-                break
+        for item in await read_from(bus, table.seq):
             table.fold(item)
     assert table.skipped_count == 0
     assert table.routes.image() == whole.routes.image()
     assert table.routes.models == whole.routes.models
     assert table.routes.replicas == whole.routes.replicas
+
+
+async def test_a_gateway_that_starts_after_a_trim_knows_every_route(fleet: Fleet) -> None:
+    for writer in SERVICES:
+        await fleet.live(writer)
+    whole = ChainedTable()
+    for stored in await fleet.history():
+        whole.fold(stored)
+    async with fleet.bus("admin") as bus:
+        await make_cut(bus, await find_cut(bus))
+
+    settings = GatewaySettings()
+    async with fleet.bus("gateway") as bus, anyio.create_task_group() as tg:
+        signals = Signals(bus, queue_max=10, timeout_s=1.0, clock=time.time)
+        runtime = Runtime(settings, gateway_id="g", signals=signals, clock=time.time)
+        view = HistoryView(bus, runtime)
+        tg.start_soon(view.run)
+        with anyio.fail_after(10):
+            while not view.is_usable:
+                await anyio.sleep(0.01)
+        tg.cancel_scope.cancel()
+    runtime.close()
+
+    assert view.skipped_count == 0
+    assert runtime.core.routes.image() == whole.routes.image()
 
 
 async def test_the_log_of_events_goes_on_behind_the_start_of_a_trimmed_history(fleet: Fleet) -> None:
