@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import re
 import secrets
 import weakref
@@ -115,6 +116,7 @@ class Connection:
         """{the subject on which the answer will come: the question}"""
         # One timer for all deadlines, at the earliest: a timer for each costs more than the rest of a question.
         self._deadline: asyncio.TimerHandle | None = None
+        self._deadline_at = math.inf
         self.denied_publishes: set[str] = set()
         """Subjects in lower case, as the server tells them; the newest ones."""
         self._denied_subscriptions: set[str] = set()
@@ -218,7 +220,7 @@ class Connection:
             raise Unanswered("the NATS server is away, or does not read what it is sent")
         future: asyncio.Future[Answer] = loop.create_future()
         self._questions[reply] = _Question(subject, before, future, ends_at=ends_at, timeout_s=timeout_s)
-        if self._deadline is None or ends_at < self._deadline.when():
+        if ends_at < self._deadline_at:
             self._watch_deadlines(loop, ends_at)
         try:
             return await future
@@ -228,11 +230,12 @@ class Connection:
     def _watch_deadlines(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+        self._deadline_at = at
         self._deadline = loop.call_at(at, self._fail_overdue, loop)
 
     def _fail_overdue(self, loop: asyncio.AbstractEventLoop) -> None:
         """Fails the questions whose time is over, and looks again when the next one's is."""
-        self._deadline = None
+        self._deadline, self._deadline_at = None, math.inf
         waiting = [question for question in self._questions.values() if not question.future.done()]
         now = loop.time() + _TIMER_PRECISION_S
         for question in waiting:

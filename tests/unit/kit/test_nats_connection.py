@@ -97,6 +97,21 @@ async def test_each_question_has_its_own_deadline() -> None:
     assert all(float(name) - 0.01 <= at_s < float(name) + 0.2 for name, at_s in ended), ended
 
 
+async def test_a_deadline_that_is_over_before_the_question_is_asked_is_one() -> None:
+    """A busy loop comes late to its calls; uvloop then has another kind of timer."""
+    connection, _ = connected()
+
+    async def ask(timeout_s: float) -> None:
+        with pytest.raises(Unanswered):
+            await connection.ask("s", b"", timeout_s=timeout_s)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(ask, -1.0)
+        tg.start_soon(ask, -2.0)
+
+    assert not connection._questions
+
+
 async def test_a_question_that_is_asked_while_the_server_is_away_is_not_kept_for_later() -> None:
     connection, transport = connected()
     connection.lost()
