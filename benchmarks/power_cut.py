@@ -352,6 +352,8 @@ def main(arguments: Sequence[str]) -> int:
         options.cuts = 5
     if options.cuts < 1:
         parser.error("--cuts must be at least 1")
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"{options.json} cannot be written: there is no folder {options.json.resolve().parent}")
     if reason := why_not():
         print(f"error: power-cut {reason}", file=sys.stderr)
         return 2
