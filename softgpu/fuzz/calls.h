@@ -57,6 +57,7 @@ CUresult cuMemExportToShareableHandle(void *shareable, CUmemGenericAllocationHan
 CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *value, void *shareable, int type);
 CUresult cuIpcGetMemHandle(CUipcMemHandle *exported, CUdeviceptr address);
 CUresult cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle exported, unsigned flags);
+CUresult cuIpcGetEventHandle(CUipcEventHandle *exported, CUevent event);
 CUresult cuIpcCloseMemHandle(CUdeviceptr address);
 CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice index);
 CUresult cuMemPoolCreate(CUmemoryPool *pool, const CUmemPoolProps *properties);

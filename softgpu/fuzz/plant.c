@@ -53,6 +53,13 @@ static void add_group(const char *name, uint64_t soft_bytes, uint64_t hard_bytes
     group_set(group_key_of_name(name), name, 0, soft_bytes, hard_bytes);
 }
 
+static void add_shared_event(uint32_t holder, uint64_t id) {
+    shared_event *event = &host->shared_events[7];
+    *event = (shared_event){.is_used = 1, .id = id};
+    event->holders[holder / 64] = 1ull << holder % 64;
+    host->last_shared_event_id = 5;
+}
+
 #define KINDS(ROW)                                                                                \
     ROW("used", host->devices[0].used_bytes += 4096)                                              \
     ROW("capacity", host->devices[0].total_bytes = host->devices[0].used_bytes - 1)               \
@@ -78,6 +85,9 @@ static void add_group(const char *name, uint64_t soft_bytes, uint64_t hard_bytes
     ROW("group-twice", (add_group("a", 1, 2), add_group("b", 1, 2), host->groups[1].key = host->groups[0].key)) \
     ROW("group-order", (add_group("a", 1, 2), host->groups[0].soft_bytes[0] = 3))                 \
     ROW("cgroups", host->cgroup_count++)                                                          \
+    ROW("event-holder", add_shared_event(PROCESS_MAX - 1, 5))                                     \
+    ROW("event-alone", (add_shared_event(0, 5), host->shared_events[7].holders[0] = 0))           \
+    ROW("event-id", add_shared_event(0, 6))                                                       \
     ROW("faults", host->fault_count++)                                                            \
     ROW("file-gone", remove_file(chunk))                                                          \
     ROW("file-left", add_file())

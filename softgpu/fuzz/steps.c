@@ -23,6 +23,7 @@ enum { SMALL = 3000, WITNESS_BYTES = 4 << 20, SUBJECT_BYTES = 64 << 10 };
 
 static struct {
     CUcontext context;
+    CUevent event;
     CUdeviceptr address, base, opened;
     CUmemGenericAllocationHandle value;
     int imported_descriptor; /* of the witness's chunk; inherited */
@@ -132,6 +133,16 @@ static void read_memory(void) {
     need(nvmlDeviceGetMemoryInfo_v2(gpu, &now) == NVML_SUCCESS);
 }
 
+static void make_event(void) {
+    CUipcEventHandle handle;
+    need(cuEventCreate(&scene.event, 4 | CU_EVENT_DISABLE_TIMING) == CUDA_SUCCESS); /* CU_EVENT_INTERPROCESS */
+    need(cuIpcGetEventHandle(&handle, scene.event) == CUDA_SUCCESS);
+}
+static void begin_with_event(void) {
+    begin();
+    make_event();
+}
+static void end_event(void) { need(cuEventDestroy_v2(scene.event) == CUDA_SUCCESS); }
 static void lock(void) { need(cuCheckpointProcessLock(scene.subject, NULL) == CUDA_SUCCESS); }
 static void unlock(void) { need(cuCheckpointProcessUnlock(scene.subject, NULL) == CUDA_SUCCESS); }
 static void checkpoint(void) { need(cuCheckpointProcessCheckpoint(scene.subject, NULL) == CUDA_SUCCESS); }
@@ -192,6 +203,8 @@ static const scenario scenarios[] = {
     {"raise a limit", begin_with_limit, raise_limit, NO_CORPSE},
     {"lower a limit", begin_with_limit, lower_limit, NO_CORPSE},
     {"clear a limit", begin_with_limit, clear_limit, NO_CORPSE},
+    {"share an event", begin, make_event, NO_CORPSE},
+    {"destroy a shared event", begin_with_event, end_event, NO_CORPSE},
     {"lock a process", begin, lock, NO_CORPSE},
     {"unlock a process", begin_with_lock, unlock, NO_CORPSE},
     {"checkpoint a process", begin_with_lock, checkpoint, NO_CORPSE},

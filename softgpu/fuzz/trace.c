@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { HOT_CHUNKS = 32, HOT_PROCESSES = 8, HOT_GROUPS = 8 };
+enum { HOT_CHUNKS = 32, HOT_PROCESSES = 8, HOT_GROUPS = 8, HOT_EVENTS = 4 };
 
 static uint64_t add_words(uint64_t hash, const void *start, const void *end) {
     for (const uint64_t *word = start; word < (const uint64_t *)end; word++)
@@ -26,6 +26,7 @@ static uint64_t hash_of_state(void) {
     uint64_t hash = add_words(1, host, &host->devices[host->device_count]);
     hash = add_words(hash, host->processes, &host->processes[HOT_PROCESSES]);
     hash = add_words(hash, host->groups, &host->groups[HOT_GROUPS]);
+    hash = add_words(hash, host->shared_events, &host->shared_events[HOT_EVENTS]);
     return add_words(hash, host->chunks, &host->chunks[HOT_CHUNKS]);
 }
 

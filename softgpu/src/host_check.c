@@ -166,6 +166,32 @@ static void check_groups(void) {
     equal("cgroup_count", 0, host->cgroup_count, cgroup_count);
 }
 
+static void check_shared_event(uint32_t i) {
+    const shared_event *event = &host->shared_events[i];
+    int holder_count = 0;
+    for (int p = 0; p < PROCESS_MAX; p++) {
+        if (!(event->holders[p / 64] >> p % 64 & 1))
+            continue;
+        holder_count++;
+        if (!is_owner(p))
+            found("shared event %u: its holder %d is no process", i, p);
+    }
+    if (!holder_count)
+        found("shared event %u: nobody holds it", i);
+    if (!event->id || event->id > host->last_shared_event_id || event->completed > event->recorded)
+        found("shared event %u: id %llu, %llu of %llu records passed", i, (unsigned long long)event->id,
+              (unsigned long long)event->completed, (unsigned long long)event->recorded);
+    for (uint32_t other = 0; other < i; other++)
+        if (host->shared_events[other].is_used && host->shared_events[other].id == event->id)
+            found("shared events %u and %u are the same", other, i);
+}
+
+static void check_shared_events(void) {
+    for (uint32_t i = 0; i < SHARED_EVENT_MAX; i++)
+        if (host->shared_events[i].is_used)
+            check_shared_event(i);
+}
+
 static void check_faults(void) {
     uint32_t count = 0;
     for (int i = 0; i < FAULT_MAX; i++)
@@ -280,6 +306,7 @@ int host_check(check_report report, int is_quiet) {
         return finding_count;
     host_reap();
     check_records();
+    check_shared_events(); /* whoever dies while it leaves one leaves it to the next reaper */
     check_files();
     check_living(is_quiet);
     return finding_count;

@@ -38,14 +38,18 @@ int shared_event_join(int row, uint64_t id, int process) {
     return 0;
 }
 
-void shared_event_leave(int row, int process) {
-    shared_event *event = &host->shared_events[row];
+static void free_when_alone(shared_event *event) {
     uint64_t left = 0;
-    event->holders[process / 64] &= ~bit(process);
     for (int i = 0; i < PROCESS_MAX / 64; i++)
         left |= event->holders[i];
     if (!left)
         __atomic_store_n(&event->is_used, 0, __ATOMIC_RELEASE);
+}
+
+void shared_event_leave(int row, int process) {
+    shared_event *event = &host->shared_events[row];
+    event->holders[process / 64] &= ~bit(process);
+    free_when_alone(event);
 }
 
 static void pass(shared_event *event, uint64_t sequence) {
@@ -65,6 +69,8 @@ void shared_event_bury(const uint8_t *is_dead) {
         for (int p = 0; p < PROCESS_MAX && event->is_used; p++)
             if (is_dead[p] && event->holders[p / 64] & bit(p))
                 shared_event_leave(i, p);
+        if (event->is_used) /* the last holder may have died while it left */
+            free_when_alone(event);
     }
 }
 
