@@ -301,14 +301,14 @@ class NatsBus:
             ("Nats-Expected-Last-Subject-Sequence", str(last_seq)),
             ("Nats-Expected-Last-Subject-Sequence-Subject", prefix),
         ]
-        final, earlier = entries[-1], entries[:-1]
-        if not earlier:
+        final = entries[-1]
+        if len(entries) == 1:
             return await self._append(final, fact_block(check, final), before=())
         # The check is on the first; all or none are stored. A new attempt is a new batch to the server: what is left of
         # an old one is dropped by it after a while.
         batch_id = secrets.token_hex(8)
         before = []
-        for number, entry in enumerate(earlier, start=1):
+        for number, entry in enumerate(entries[:-1], start=1):
             batch = [("Nats-Batch-Id", batch_id), ("Nats-Batch-Sequence", str(number))]
             headers = fact_block([*batch, *check] if number == 1 else batch, entry)
             before.append((entry.subject, frame(entry.subject, entry.body, headers=headers)))

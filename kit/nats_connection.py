@@ -64,7 +64,7 @@ class Transport(Protocol):
         ...
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """The reply to a question, raw."""
 
     headers: bytes | None
