@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
+
 from schemas.inbox import CommandAnswered
 from schemas.messages import Fact, Order, Signal
 
@@ -45,8 +47,7 @@ class Under:
 Outcome = Fact | Order | Signal | Effect | Timer | Reply | Under
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
+class Context(Struct, frozen=True, kw_only=True):
     """What a handler may know besides state and input."""
 
     now_s: float

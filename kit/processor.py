@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Generic, TypeVar, cast
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from kit.bus import Entry, Stored, subject_matches
 from kit.outcomes import Context, Effect, Input, Outcome, Reply, Timer, Under
@@ -58,9 +58,8 @@ def chain_hash(previous_hash: str, *, id: str, subject: str, body: bytes) -> str
     return hashlib.blake2b(hashed, digest_size=16).hexdigest()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
-    """One input on its way to the core."""
+class Delivery(Struct, frozen=True, kw_only=True):
+    """One input on its way to the core. A Struct: one is made for every input, at a tenth of the cost."""
 
     input: Any
     now_s: float

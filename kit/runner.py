@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
 from typing import Any, Final, Generic, TypeVar
 
 import anyio
@@ -488,6 +487,4 @@ def _under(item: D, traceparent: str) -> D:
     """The same input, continuing the given trace."""
     if traceparent == item.traceparent:
         return item
-    if isinstance(item, Stored):
-        return structs.replace(item, traceparent=traceparent)
-    return replace(item, traceparent=traceparent)
+    return structs.replace(item, traceparent=traceparent)
