@@ -79,7 +79,7 @@ async def measure(setting: Setting) -> Measured:
                     seconds.setdefault(name, []).append(time.perf_counter() - began_s)
     finally:
         tracer.shutdown()
-    return Measured(figures=_figures(count, seconds))
+    return Measured(figures={**_figures(count, seconds), "publish_dropped_spans_count": tracer.dropped_count})
 
 
 def in_memory() -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ from kit.telemetry import EndedSpan
 
 EXPORT_EVERY_S: Final = 0.5
 BATCH_SPANS_MAX: Final = 512
+WAKE_AT_SPANS: Final = 2048
+"""So many waiting are exported at once."""
 WAITING_SPANS_MAX: Final = 16_384
 """More are dropped and counted: an exporter that is down must not fill the memory."""
 SHUTDOWN_TIMEOUT_S: Final = 5.0
@@ -39,7 +41,8 @@ class SpanBatches:
         self._exporter = exporter
         self._resource = resource
         self._waiting: deque[EndedSpan] = deque()
-        self._stop = threading.Event()
+        self._is_over = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="span-export", daemon=True)
         self._thread.start()
 
@@ -48,17 +51,22 @@ class SpanBatches:
             self.dropped_count += 1
             return
         self._waiting.append(span)
+        if len(self._waiting) == WAKE_AT_SPANS:
+            self._wake.set()
 
     def shutdown(self) -> None:
         """Exports what is left, within `SHUTDOWN_TIMEOUT_S`."""
-        self._stop.set()
+        self._is_over = True
+        self._wake.set()
         self._thread.join(SHUTDOWN_TIMEOUT_S)
         self._exporter.shutdown()
 
     def _run(self) -> None:
         is_over = False
         while not is_over:
-            is_over = self._stop.wait(EXPORT_EVERY_S)
+            self._wake.wait(EXPORT_EVERY_S)
+            self._wake.clear()
+            is_over = self._is_over
             while self._waiting:
                 batch = list(islice(self._waiting, BATCH_SPANS_MAX))
                 self._export(batch)
