@@ -57,8 +57,8 @@ BARS: Final = (
     Wanted(figure="swapper_start_s", op="<=", bar=1.0),
     Wanted(figure="autoscaler_start_s", op="<=", bar=1.0),
     # On the way of a wake; placement's and the autoscaler's are not.
-    Wanted(figure="swapper_encode_s", op="<=", bar=0.02),
-    Wanted(figure="nodeagent_encode_s", op="<=", bar=0.02),
+    Wanted(figure="swapper_encode_s", op="<=", bar=0.05),
+    Wanted(figure="nodeagent_encode_s", op="<=", bar=0.05),
 )
 SILENT: Final = Tracer(None, None, root_ratio=0.0)
 SHELL: Final = ShellSettings(snapshot_every_count=1_000_000)
