@@ -311,9 +311,12 @@ class Run:
         harm.cut(self.system.simulation, party, lasts_s=step.lasts_s, way=way)
 
     def _clock(self, step: Step) -> None:
+        """What is on its way to a swapper while its clock jumps is news by the new time."""
         by_s = (1 if step.which % 2 else -1) * (0.5 + 3600 * step.size**4)
         member = self._member(step)
         harm.jump_clock(member, by_s=by_s)
+        if member.writer == "swapper":
+            self._heard()
 
     def _be_silent(self, step: Step) -> None:
         """No signal and no order arrives for a while."""

@@ -26,7 +26,7 @@ def test_no_seed_breaks_anything(seed: int) -> None:
     assert failure is None, f"{failure.message}\npython -m services sim --seed {seed} --seconds {SHORT_S:g}"
 
 
-@pytest.mark.parametrize("seed", [1000, 1001])
+@pytest.mark.parametrize("seed", [1000, 1001, 1114])
 def test_no_hour_breaks_anything(seed: int) -> None:
     outcome = carry_out(draw_plan(seed))
 
