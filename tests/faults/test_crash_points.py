@@ -116,7 +116,16 @@ def test_one_that_only_stood_still_gives_way_to_its_successor(writer: str) -> No
         assert 1 <= first.runner.status.rebuilt_count, "it never noticed"
         expect_calm(fleet)
 
-    try_each(points(writer)[::4] if EXTENT == "sample" else points(writer), attempt)
+    tried = chosen(before_farewell(calm().members[writer].passed[0]))
+    try_each(tried[::4] if EXTENT == "sample" else tried, attempt)
+
+
+def before_farewell(passed: Sequence[Point]) -> list[Point]:
+    """Without the snapshot at the clean end of the story: who is stopped in it ends anyway, and nobody succeeds it."""
+    tried = list(passed)
+    while tried and tried[-1].kind.startswith("sublet snapshot "):
+        tried.pop()
+    return tried
 
 
 RETIREMENT = DeploymentRetired(at_s=0.0, inbox_seq=1, command_id="x", tenant=TENANT, deployment_id="d1", model="a")
