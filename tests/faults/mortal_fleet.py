@@ -43,10 +43,10 @@ from services.simulated import SimulatedClients
 from services.swapper.core import SERVICE as SWAPPER
 from services.swapper.settings import SwapperSettings
 from services.swapper.state import FleetState
+from services.swarm.checks import Books
 from tests.faults.mortal import DEFAULT_PIECES, Member, Pieces, Point
 from tests.faults.virtual_time import VirtualLoop
 from tests.properties.contracts import Contracts
-from tests.properties.test_invariants_system import Books
 
 EPOCH_S = 1_700_000_000.0
 TENANT = "default"
@@ -222,7 +222,7 @@ class Fleet:
                     fact = decode(item.body)
                     assert isinstance(fact, Fact), fact
                     self.facts.append((item, fact))
-                    self.books.hear(item, fact)
+                    self.books.hear(fact)
                     self.contracts.hear(item, fact)
                     self.host.check()
                     self._judge_wake(item, fact)

@@ -22,18 +22,10 @@ from schemas.deployments import DeploymentSpec, SwapSpec, WorkloadKind
 from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
 from schemas.messages import Fact
 from schemas.nodes import (
-    GpuOffer,
     LeaseGranted,
-    LeaseReleased,
-    NodeJoined,
     ParkAbandoned,
-    ReplicaFailed,
-    ReplicaParked,
     ReplicaReady,
     ReplicaResident,
-    ReplicaStarting,
-    ReplicaWaking,
-    WakeRefused,
 )
 from schemas.placement import CommandFact, DeploymentAdmitted, DeploymentRetired
 from schemas.swapper import ParkDecided, WakeDecided
@@ -42,6 +34,7 @@ from services.nodeagent.state import NodeState, Residency
 from services.placement.state import ClusterState
 from services.simulated import SimulatedSystem
 from services.swapper.state import FleetState
+from services.swarm.checks import Books
 from tests.simulation.swarm import inference, training
 
 RUN_S = 30.0
@@ -146,42 +139,6 @@ def plans() -> st.SearchStrategy[Plan]:
 
 
 @dataclass(slots=True)
-class Books:
-    """An account of every GPU from facts alone, by rules of its own: what the node agent believes does not count."""
-
-    gpus: dict[str, GpuOffer] = field(default_factory=dict)
-    gpu_of: dict[str, str] = field(default_factory=dict)
-    share: dict[str, int] = field(default_factory=dict)
-    residue: dict[str, int] = field(default_factory=dict)
-    held: dict[str, int] = field(default_factory=dict)
-
-    def hear(self, stored: Stored, fact: Fact) -> None:
-        match fact:
-            case NodeJoined():
-                self.gpus.update({gpu.gpu_uuid: gpu for gpu in fact.gpus})
-            case LeaseGranted():
-                for lease in fact.leases:
-                    name = lease.replica_id
-                    self.gpu_of[name], self.share[name] = lease.gpu_uuid, lease.granted_bytes
-                    self.residue[name], self.held[name] = lease.residue_bytes, 0
-            case ReplicaStarting() | ReplicaResident() | ParkAbandoned():
-                self.held[fact.replica_id] = self.share[fact.replica_id]
-            case ReplicaWaking(is_reserved=True):
-                self.held[fact.replica_id] = self.share[fact.replica_id]
-            case ReplicaParked():
-                self.residue[fact.replica_id] = self.held[fact.replica_id] = fact.residue_bytes
-            case WakeRefused() if self.held[fact.replica_id]:
-                self.held[fact.replica_id] = self.residue[fact.replica_id]
-            case ReplicaFailed():
-                self.held[fact.replica_id] = 0
-            case LeaseReleased():
-                self.held.pop(fact.replica_id, None)
-        for gpu in self.gpus.values():
-            held = sum(size for name, size in self.held.items() if self.gpu_of[name] == gpu.gpu_uuid)
-            assert held + gpu.reserve_bytes <= gpu.capacity_bytes, f"{gpu.gpu_uuid}: leases exceed it after {fact}"
-
-
-@dataclass(slots=True)
 class Conduct:
     """Rules about decisions, from facts alone: a decision is judged by what its writer had read."""
 
@@ -267,7 +224,7 @@ class Trial:
         return self
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
-        self.books.hear(stored, fact)
+        self.books.hear(fact)
         self.conduct.hear(stored, fact)
         for host in self.system.hosts.values():
             host.check()
