@@ -73,6 +73,50 @@ class ShareSpec(Struct, frozen=True, kw_only=True):
     limit_bytes: Bytes | None = None
     minimum_grade: IsolationGrade | None = None
     """A node that cannot enforce the share at least this strongly is never chosen."""
+    gpu_count: Annotated[int, Meta(ge=1, le=64)] = 1
+    """GPUs that one replica spans, all on one node; request and limit are of each of them."""
+
+
+class HostSpec(Struct, frozen=True, kw_only=True):
+    """What one replica asks of its host beside GPUs. Weights of parked replicas have a budget of their own."""
+
+    cpu_millicores: Count = 0
+    memory_bytes: Bytes = 0
+
+
+class Strategy(StrEnum):
+    """Whether replicas fill what is partly used, or keep apart."""
+
+    BINPACK = "binpack"
+    SPREAD = "spread"
+
+
+class AntiAffinity(StrEnum):
+    """Which place two replicas of one deployment never share."""
+
+    NONE = "none"
+    GPU = "gpu"
+    NODE = "node"
+
+
+class PlacementSpec(Struct, frozen=True, kw_only=True):
+    """Where replicas may go, how they group, and what they put up with."""
+
+    gpu_models: tuple[str, ...] = ()
+    """Names of GPUs as NVML tells them, any of which will do; a part of the name is enough. Empty: any."""
+    node_labels: dict[str, str] = {}
+    """A node that lacks one of these labels is never chosen."""
+    node_strategy: Strategy = Strategy.BINPACK
+    gpu_strategy: Strategy = Strategy.BINPACK
+    anti_affinity: AntiAffinity = AntiAffinity.NONE
+    is_gang: bool = False
+    """All replicas start together or none does."""
+    is_movable: bool = True
+    """False: never moved to defragment."""
+    minimum_runtime_s: Seconds = 0.0
+    """Once running, it is not preempted sooner."""
+    preemption_delay_s: Seconds = 0.0
+    """So long it waits for free room before it displaces others."""
 
 
 class SwapSpec(Struct, frozen=True, kw_only=True):
@@ -103,10 +147,17 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
     """None: by priority."""
     swap: SwapSpec = SwapSpec()
     replica_count: Count = 1
+    host: HostSpec = HostSpec()
+    placement: PlacementSpec = PlacementSpec()
 
     @property
     def priority_number(self) -> int:
         return PRIORITIES[self.priority or DEFAULT_PRIORITY[self.kind]]
+
+    @property
+    def may_be_preempted(self) -> bool:
+        """Its place may be taken by a workload of higher priority; said outright, or else by its own priority."""
+        return self.priority_number < PREEMPTIBLE_BELOW if self.is_preemptible is None else self.is_preemptible
 
 
 def problems_of(spec: DeploymentSpec) -> list[str]:

@@ -1,10 +1,13 @@
 """Commands of outsiders, and the answer that each one gets. Published to ``sublet.in.<tenant>.>``."""
 
 from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta
 
 from schemas.deployments import DeploymentSpec
 from schemas.messages import Command, Message
-from schemas.units import Identifier, ModelName, Sequence
+from schemas.units import Count, Identifier, ModelName, Name, Sequence
 
 
 class DeployRequested(Command, frozen=True, tag="inbox.deploy_requested.v1"):
@@ -29,6 +32,21 @@ class WakeRequested(Command, frozen=True, tag="inbox.wake_requested.v1"):
     """Bring the model back to its GPU now."""
 
     model: ModelName
+
+
+class RepackRequested(Command, frozen=True, tag="inbox.repack_requested.v1"):
+    """Free whole GPUs now by moving what may be moved. For the operator's tenant only."""
+
+    move_count_max: Count = 8
+
+
+class QuotaRequested(Command, frozen=True, tag="inbox.quota_requested.v1"):
+    """Set what a tenant is guaranteed, and its part of what others leave. For the operator's tenant only."""
+
+    quota_tenant: Name
+    gpu_quota: Annotated[float, Meta(ge=0)] | None = None
+    """GPUs; None: no limit."""
+    over_quota_weight: Annotated[float, Meta(ge=0)] = 1.0
 
 
 class KeyCreateRequested(Command, frozen=True, tag="inbox.key_create_requested.v1"):

@@ -3,12 +3,12 @@
 from enum import StrEnum
 from typing import ClassVar
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from schemas.deployments import IsolationGrade
-from schemas.messages import NODE_WRITER, Fact
+from schemas.messages import NODE_WRITER, Fact, Signal
 from schemas.placement import ReplicaProposal
-from schemas.units import Bytes, Epoch, Fraction, Identifier, ModelName, Name, Seconds, UnixSeconds
+from schemas.units import Bytes, Count, Epoch, Fraction, Identifier, ModelName, Name, Seconds, UnixSeconds
 
 
 class NodeFact(Fact, frozen=True):
@@ -33,6 +33,8 @@ class GpuOffer(Struct, frozen=True, kw_only=True):
     grade_reason: str
     link_bytes_per_s: float
     is_software: bool
+    peer_bytes_per_s: dict[str, float] = {}
+    """{gpu_uuid: rate of the direct link to that GPU of the same node}; one that is not named has no direct link."""
 
     @property
     def allocatable_bytes(self) -> int:
@@ -50,6 +52,12 @@ class NodeJoined(NodeFact, frozen=True, tag="nodes.joined.v1"):
     """Where gateways get their route leases."""
     label: str
     """``software GPU`` or ``real GPU``; shown beside every figure."""
+    cpu_millicores: Count | None = None
+    """What replicas may ask of the host's CPU; None: the node did not tell, so nothing that asks for it goes there."""
+    memory_bytes: Bytes | None = None
+    """What replicas may ask of the host's memory, the budget for parked weights not included; None: not told."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Set by the operator; deployments select by them."""
 
 
 class Lease(Struct, frozen=True, kw_only=True):
@@ -70,9 +78,19 @@ class LeaseGranted(NodeFact, frozen=True, tag="nodes.lease_granted.v1"):
 
     proposal_id: Identifier
     leases: tuple[Lease, ...]
-    """One per replica, in the same order."""
+    """One per share: those of the first replica first, by shard."""
     replicas: tuple[ReplicaProposal, ...]
     """What was granted, whole, so that this node's part of history explains itself."""
+    gang_id: str = ""
+    """Not empty: the leases are held for a gang, and end by themselves unless `GangCommitted` comes in time."""
+
+
+class NodeAlive(Signal, frozen=True, tag="nodes.alive.v1"):
+    """The node's agent is there; every few seconds. A node that is silent for long is lost."""
+
+    node: Name
+    machine_id: str
+    writer_epoch: Epoch
 
 
 class RefusalReason(StrEnum):

@@ -17,6 +17,8 @@ KINDS: Final = ("inference", "training")
 GRADES: Final = ("hardware", "driver", "broker", "cooperative", "watched")
 """How a share is enforced, strongest first."""
 PRIORITIES: Final = ("very-low", "low", "medium-low", "medium", "medium-high", "high", "very-high")
+STRATEGIES: Final = ("binpack", "spread")
+ANTI_AFFINITIES: Final = ("none", "gpu", "node")
 DEFAULT_PRIORITIES: Final = {"inference": "very-high", "training": "low"}
 VERDICTS: Final = ("admitted", "rejected", "duplicate")
 
@@ -50,6 +52,24 @@ class ShareSpec(Struct, frozen=True, kw_only=True):
     limit_portion: float | None = None
     limit_bytes: int | None = None
     minimum_grade: str | None = None
+    gpu_count: int = 1
+
+
+class HostSpec(Struct, frozen=True, kw_only=True):
+    cpu_millicores: int = 0
+    memory_bytes: int = 0
+
+
+class PlacementSpec(Struct, frozen=True, kw_only=True):
+    gpu_models: tuple[str, ...] = ()
+    node_labels: dict[str, str] = {}
+    node_strategy: str = "binpack"
+    gpu_strategy: str = "binpack"
+    anti_affinity: str = "none"
+    is_gang: bool = False
+    is_movable: bool = True
+    minimum_runtime_s: float = 0.0
+    preemption_delay_s: float = 0.0
 
 
 class SwapSpec(Struct, frozen=True, kw_only=True):
@@ -71,6 +91,8 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
     is_preemptible: bool | None = None
     swap: SwapSpec = SwapSpec()
     replica_count: int = 1
+    host: HostSpec = HostSpec()
+    placement: PlacementSpec = PlacementSpec()
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
@@ -90,6 +112,16 @@ class ParkRequested(Command, frozen=True, tag="inbox.park_requested.v1"):
 
 class WakeRequested(Command, frozen=True, tag="inbox.wake_requested.v1"):
     model: str
+
+
+class RepackRequested(Command, frozen=True, tag="inbox.repack_requested.v1"):
+    move_count_max: int = 8
+
+
+class QuotaRequested(Command, frozen=True, tag="inbox.quota_requested.v1"):
+    quota_tenant: str
+    gpu_quota: float | None = None
+    over_quota_weight: float = 1.0
 
 
 class KeyCreateRequested(Command, frozen=True, tag="inbox.key_create_requested.v1"):
@@ -206,6 +238,7 @@ class Alternative(Struct, frozen=True, kw_only=True):
     gpu_uuid: str
     reason: str
     short_by_bytes: int = 0
+    code: str = "no_gpu_room"
 
 
 class Explanation(Struct, frozen=True, kw_only=True):
@@ -269,7 +302,8 @@ EVENT_LIMIT_MAX: Final = 1000
 LOG_TAIL_MAX: Final = 10_000
 
 COMMANDS: Final = (
-    DeployRequested, RetireRequested, ParkRequested, WakeRequested, KeyCreateRequested, KeyRevokeRequested,
+    DeployRequested, RetireRequested, ParkRequested, WakeRequested, RepackRequested, QuotaRequested,
+    KeyCreateRequested, KeyRevokeRequested,
 )  # fmt: skip
 ANSWER_OF: Final[dict[type[Query], type[Struct]]] = {
     ListDeployments: DeploymentList,

@@ -152,6 +152,24 @@ class Client:
         """Stop accepting a key."""
         return await self._command(contract.KeyRevokeRequested(command_id=_command_id(), key_id=key_id))
 
+    # ---- for the operator ----------------------------------------------------------------------------------------
+
+    async def repack(self, *, move_count_max: int = 8) -> contract.CommandAnswered:
+        """Free whole GPUs now by moving what may be moved, at most so many replicas."""
+        return await self._command(contract.RepackRequested(command_id=_command_id(), move_count_max=move_count_max))
+
+    async def set_quota(
+        self, tenant: str, *, gpu_quota: float | None, over_quota_weight: float = 1.0
+    ) -> contract.CommandAnswered:
+        """What the tenant is guaranteed, in GPUs (None: no limit), and its part of what others leave."""
+        command = contract.QuotaRequested(
+            command_id=_command_id(),
+            quota_tenant=tenant,
+            gpu_quota=gpu_quota,
+            over_quota_weight=over_quota_weight,
+        )
+        return await self._command(command)
+
     # ---- queries -----------------------------------------------------------------------------------------------
 
     async def deployments(self) -> contract.DeploymentList:

@@ -45,6 +45,14 @@ class SyncClient:
     def revoke_key(self, key_id: str) -> contract.CommandAnswered:
         return self._wait(self._client.revoke_key(key_id))
 
+    def repack(self, *, move_count_max: int = 8) -> contract.CommandAnswered:
+        return self._wait(self._client.repack(move_count_max=move_count_max))
+
+    def set_quota(
+        self, tenant: str, *, gpu_quota: float | None, over_quota_weight: float = 1.0
+    ) -> contract.CommandAnswered:
+        return self._wait(self._client.set_quota(tenant, gpu_quota=gpu_quota, over_quota_weight=over_quota_weight))
+
     def deployments(self) -> contract.DeploymentList:
         return self._wait(self._client.deployments())
 

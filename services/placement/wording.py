@@ -27,12 +27,22 @@ from schemas.placement import (
     CommandRejected,
     DeploymentAdmitted,
     DeploymentRetired,
+    GangAbandoned,
+    GangCommitted,
     KeyAdded,
     KeyRevoked,
+    MoveDecided,
+    MoveEnded,
+    NodeLost,
+    NodeReturned,
     ParkAsked,
     PlacementFailed,
     PlacementProposed,
+    PreemptionDecided,
+    PreemptionEnded,
+    QuotaSet,
     ReleaseProposed,
+    RepackAsked,
     WakeAsked,
 )
 from schemas.swapper import DecisionClosed, ParkDecided, WakeDecided
@@ -63,6 +73,23 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     PlacementProposed: lambda f: f"-> {f.node}, {gib(sum(r.shares[0].request_bytes for r in f.replicas))}; {f.reason}",
     PlacementFailed: lambda f: f"not placed: {f.message}; {f.remedy}",
     ReleaseProposed: lambda f: f"{f.replica_id} to be released: {f.reason}",
+    GangCommitted: lambda f: f"gang complete: {len(f.replica_ids)} start on {f.node}",
+    GangAbandoned: lambda f: f"gang given up: {len(f.replica_ids)} leases of {f.node} go back, {f.reason}",
+    PreemptionDecided: lambda f: (
+        f"room for {f.model} on {f.node}: {', '.join(v.model for v in f.victims)} give way; {f.reason}"
+    ),
+    PreemptionEnded: lambda f: f"claim on room ended: {f.reason}",
+    MoveDecided: lambda f: f"{f.replica_id} moves from {f.from_node} to {f.to_node}: {f.reason}",
+    MoveEnded: lambda f: f"move {'done' if f.is_done else 'given up'}: {f.reason}",
+    RepackAsked: lambda f: f"an operator asked for whole GPUs: {f.gpus_freed} can be freed",
+    QuotaSet: lambda f: (
+        f"{f.quota_tenant} is guaranteed {'all it asks for' if f.gpu_quota is None else f'{f.gpu_quota:g} GPUs'}"
+    ),
+    NodeLost: lambda f: f"{f.node} is silent for {f.silent_s:.0f} s: {len(f.replica_ids)} replicas need another place",
+    NodeReturned: lambda f: (
+        f"{f.node} is back after {f.away_s:.0f} s"
+        + (f"; nothing new for {f.quarantine_s:.0f} s, loss {f.loss_count}" if f.quarantine_s else "")
+    ),
     NodeJoined: lambda f: f"{f.node} offers {len(f.gpus)} GPUs ({f.label})",
     GpuObserved: lambda f: f"{gib(f.foreign_bytes)} foreign on {f.gpu_uuid}",
     LeaseGranted: lambda f: f"{gib(sum(lease.granted_bytes for lease in f.leases))} granted by {f.node}",

@@ -21,6 +21,8 @@ UNITLESS = {
     "port": "the kernel's name for a socket",
     "index": "a position counted from 0",
     "code": "an exit or status code",
+    "quota": "GPUs or parts of them, said by the name before it",
+    "weight": "compared with the weights of other tenants only",
     "seed": "the start of a random sequence",
 }
 

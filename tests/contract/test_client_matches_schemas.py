@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import sublet
-from schemas import catalogue, deployments, inbox, messages, queries
+from schemas import catalogue, deployments, inbox, messages, placement, queries
 from schemas.generators.asyncapi import STREAMS
 from schemas.generators.message_schema import ANSWER_OF, STAND_INS
 from schemas.messages import answer_subject, command_subject, query_subject, tag_of
@@ -36,6 +36,8 @@ SENT: dict[str, Callable[[Client], Awaitable[Any]]] = {
     "inbox.retire_requested.v1": lambda client: client.retire("chat"),
     "inbox.park_requested.v1": lambda client: client.park("chat"),
     "inbox.wake_requested.v1": lambda client: client.wake("chat"),
+    "inbox.repack_requested.v1": lambda client: client.repack(move_count_max=3),
+    "inbox.quota_requested.v1": lambda client: client.set_quota("acme", gpu_quota=2.5, over_quota_weight=2.0),
     "inbox.key_create_requested.v1": lambda client: client.create_key("laptop"),
     "inbox.key_revoke_requested.v1": lambda client: client.revoke_key("key-1"),
 }  # fmt: skip
@@ -69,8 +71,11 @@ def loosened(schema: Any) -> Any:
 
 ENUMERATIONS = {
     f"#/$defs/{kind.__name__}"
-    for kind in (deployments.EngineKind, deployments.WorkloadKind, deployments.IsolationGrade, inbox.Verdict)
-}
+    for kind in (
+        deployments.EngineKind, deployments.WorkloadKind, deployments.IsolationGrade, deployments.Strategy,
+        deployments.AntiAffinity, inbox.Verdict, placement.ReasonCode,
+    )
+}  # fmt: skip
 
 
 def mirrored() -> list[tuple[type[Any], type[Any]]]:
@@ -99,6 +104,8 @@ def test_the_client_knows_every_command_and_query() -> None:
 def test_the_clients_words_are_the_vocabularys() -> None:
     assert contract.ENGINES == tuple(deployments.EngineKind)
     assert contract.KINDS == tuple(deployments.WorkloadKind)
+    assert contract.STRATEGIES == tuple(deployments.Strategy)
+    assert contract.ANTI_AFFINITIES == tuple(deployments.AntiAffinity)
     assert contract.GRADES == deployments.GRADE_ORDER
     assert contract.PRIORITIES == tuple(deployments.PRIORITIES)
     assert contract.DEFAULT_PRIORITIES == deployments.DEFAULT_PRIORITY

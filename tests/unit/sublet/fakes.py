@@ -89,7 +89,7 @@ class FakeControlPlane:
         if self.is_silent:
             return None
         body = msgspec.json.decode(outgoing.body)
-        model = body.get("model") or body.get("key_id") or body["deployment"]["name"]
+        model = body.get("model") or body.get("key_id") or body.get("deployment", {}).get("name", "the command")
         verdict, code = self.verdicts.get(model, ("admitted", ""))
         answer = contract.CommandAnswered(
             command_id=outgoing.id,
