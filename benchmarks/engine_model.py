@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, get_args
 
 from benchmarks import engine_article, engine_fit, engine_reference, engine_sharing
-from benchmarks.engine_page import FamilyRun, Fit, picture, text
-from benchmarks.engine_rows import Family
+from benchmarks.engine_page import FamilyRun, Fit, GroupRun, picture, text
+from benchmarks.engine_rows import Family, Group
 from benchmarks.progress import Progress
 from benchmarks.report import WIDTH, Bar, Report, Value, commit
 
@@ -31,12 +31,26 @@ class Outcome:
     families: tuple[FamilyRun, ...]
     fit: Fit
 
+    @property
+    def groups(self) -> tuple[GroupRun, ...]:
+        """All judged rows, in the families that the bar is for."""
+        return tuple(
+            GroupRun(group=group, runs=tuple(run for run in self.families if run.family.group == group))
+            for group in get_args(Group)
+        )
+
     def report(self) -> Report:
         figures: dict[str, Value] = {
             "fit_rows_count": len(self.fit.rows),
             "fit_median_error_percent": round(100 * self.fit.median_error, 2),
         }
         bars = []
+        for group in self.groups:
+            name = f"family_{group.group}_median_error_percent"
+            figures[f"family_{group.group}_rows_count"] = len(group.rows)
+            figures[name] = round(100 * group.median_error, 2)
+            figures[f"family_{group.group}_worst_error_percent"] = round(100 * group.worst.error, 2)
+            bars.append(Bar(name=name, value=figures[name], op="<=", bar=MEDIAN_ERROR_PERCENT_MAX))
         for run in self.families:
             name = f"{run.family.name}_median_error_percent"
             figures[f"{run.family.name}_rows_count"] = len(run.rows)
@@ -115,6 +129,6 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         report.write(options.json)
     if options.docs:
-        PAGE.write_text(text(outcome.families, outcome.fit), encoding="utf-8")
+        PAGE.write_text(text(outcome.groups, outcome.families, outcome.fit), encoding="utf-8")
         PAGE.with_suffix(".svg").write_text(picture(outcome.families), encoding="utf-8")
     return 1 if options.check and report.missed else 0

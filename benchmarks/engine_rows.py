@@ -5,9 +5,11 @@ A row's inputs that its source does not give are in `assumed`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import cache
+from typing import Final, Literal
 
-from benchmarks.engine_fit import known_gpu
+from benchmarks.engine_fit import FAMILIES as FIT_FAMILIES
+from benchmarks.engine_fit import fitted_request_s, known_gpu
 from engines.model.batching import BatchLimits
 from engines.model.catalogue import known_model, model_parameters
 from engines.model.simulation import EngineSetup, Served, Wanted
@@ -17,9 +19,16 @@ GB: Final = 10**9
 GiB: Final = 1 << 30
 MiB: Final = 1 << 20
 
-REQUEST_S: Final = 0.0065
-"""Of a request outside the steps: vLLM 0.21's median TTFT for short prompts on an H100 (13.98 ms) less one step of
-that run (7.5 ms). github.com/yobitelcomm/bench, recipe "concurrency sweep"."""
+Group = Literal["article", "sharing", "references", "dedicated"]
+"""What the bar of 15 % is for: the article; two models on one of 8 A100; what llm-d and Dynamo say of engines. And one
+more of our own, dedicated GPUs that are not in the fit."""
+
+
+@cache
+def request_s(gpu: str) -> float:
+    """Of a request outside the steps (HTTP, tokenizer, host), as fitted for the GPU's family."""
+    [family] = [name for name, gpus in FIT_FAMILIES.items() if gpu in gpus]
+    return fitted_request_s(family)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,7 @@ class Family:
     """Rows of one source. `is_wrong_because` says where the model is off and why."""
 
     name: str
+    group: Group
     title: str
     source: str
     rows: Callable[[float], Iterator[Row]]
@@ -73,5 +83,5 @@ def closed_loop(
         requests=tuple(Wanted(prompt_tokens=prompt, output_tokens=output) for _ in range(requests)),
         limits=limits,
         clients=clients,
-        request_s=REQUEST_S,
+        request_s=request_s(timing.gpu.name),
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Final, Literal
 
-from benchmarks.engine_rows import REQUEST_S, Family, MiB, Row, closed_loop, timing_of, tokens_per_s
+from benchmarks.engine_rows import Family, MiB, Row, closed_loop, request_s, timing_of, tokens_per_s
 from engines.model.batching import BatchLimits
 from engines.model.sharing import Sharing
 from engines.model.simulation import simulate
@@ -69,7 +69,7 @@ HITS_ASSUMED: Final = "prefix cache hits, from the order of the sweep"
 
 @cache
 def shared_point(
-    configuration: Configuration, clients: int, part: float, request_s: float = REQUEST_S
+    configuration: Configuration, clients: int, part: float, outside_s: float = request_s(SHARED_GPU)
 ) -> tuple[float, float, float]:
     """(tokens/s of a GPU, TTFT p50 in ms, inter-token p50 in ms) as modelled."""
     timing = timing_of(SHARED_MODEL, SHARED_GPU)
@@ -86,7 +86,7 @@ def shared_point(
         kv_bytes=int(pool_bytes),
         limits=BatchLimits(sequences_max=32, step_tokens_max=2048, prefix_hit_fraction=hit),
     )
-    setup = replace(setup, request_s=request_s)
+    setup = replace(setup, request_s=outside_s)
     sharing = {
         "dedicated": Sharing(),
         "time-sliced": Sharing(switch_s=timing.gpu.switch_s),
@@ -128,13 +128,13 @@ def seen_request_s(part: float) -> float:
     """Time of a request outside the steps as the two dedicated points with cached prompts show it."""
     waits_s = []
     for clients in CACHED:
-        step_s = shared_point("dedicated", clients, part)[1] / 1000 - REQUEST_S
+        step_s = shared_point("dedicated", clients, part)[1] / 1000 - request_s(SHARED_GPU)
         waits_s.append(SHARED_SEEN["dedicated"][clients][1] / 1000 - step_s)
     return statistics.mean(waits_s)
 
 
 def sharing_first_token_again(part: float) -> Iterator[Row]:
-    request_s = seen_request_s(part)
+    outside_s = seen_request_s(part)
     for configuration, points in SHARED_SEEN.items():
         for clients, seen in points.items():
             if configuration == "dedicated" and clients in CACHED:
@@ -143,8 +143,8 @@ def sharing_first_token_again(part: float) -> Iterator[Row]:
                 what=f"{configuration}, {clients} clients of each model",
                 unit="ms",
                 measured=seen[1],
-                modelled=shared_point(configuration, clients, part, request_s)[1],
-                assumed=f"{1000 * request_s:.0f} ms of each request outside the steps",
+                modelled=shared_point(configuration, clients, part, outside_s)[1],
+                assumed=f"{1000 * outside_s:.0f} ms of each request outside the steps",
             )
 
 
@@ -170,6 +170,7 @@ def sharing_kept(part: float) -> Iterator[Row]:
 FAMILIES: Final = (
     Family(
         name="sharing_kept",
+        group="sharing",
         title="Two models on one GPU: throughput kept",
         source=SOURCE,
         rows=sharing_kept,
@@ -180,6 +181,7 @@ FAMILIES: Final = (
     ),
     Family(
         name="sharing_throughput",
+        group="sharing",
         title="Two models on one GPU: throughput",
         source=SOURCE,
         rows=sharing_throughput,
@@ -191,6 +193,7 @@ FAMILIES: Final = (
     ),
     Family(
         name="sharing_inter_token",
+        group="sharing",
         title="Two models on one GPU: time between tokens",
         source=SOURCE,
         rows=sharing_inter_token,
@@ -201,6 +204,7 @@ FAMILIES: Final = (
     ),
     Family(
         name="sharing_first_token",
+        group="sharing",
         title="Two models on one GPU: time to the first token",
         source=SOURCE,
         rows=sharing_first_token,
@@ -214,6 +218,7 @@ FAMILIES: Final = (
     ),
     Family(
         name="sharing_first_token_again",
+        group="sharing",
         title="The same, with a request's time outside the engine read off the table",
         source=SOURCE,
         rows=sharing_first_token_again,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engine_fit, engine_model, engine_sharing
+from benchmarks import engine_article, engine_fit, engine_model, engine_sharing
 from benchmarks.engine_page import fingerprint
 from benchmarks.engine_rows import Row
 
@@ -35,6 +35,29 @@ def test_no_figure_of_a_comparison_is_in_the_fit() -> None:
     assert engine_sharing.SHARED_MODEL not in {row.model for row in engine_fit.fit_set().rows}
 
 
+def test_no_first_token_of_a_comparison_is_in_the_fit_of_a_requests_time() -> None:
+    fitted = {round(1000 * row.measured_s, 2) for row in engine_fit.fit_set().first_tokens}
+    compared = {
+        round(row.measured, 2) for family in engine_model.FAMILIES for row in family.rows(0.01) if row.unit == "ms"
+    }
+
+    assert not fitted & compared
+    assert engine_sharing.SHARED_MODEL not in {row.model for row in engine_fit.fit_set().first_tokens}
+
+
+@pytest.mark.parametrize("family", engine_fit.FAMILIES)
+def test_a_requests_time_outside_the_engine_is_within_what_was_seen(family: str) -> None:
+    seen_s = [
+        engine_fit.outside_s(row) for row in engine_fit.fit_set().first_tokens if row.gpu in engine_fit.FAMILIES[family]
+    ]
+
+    assert min(seen_s) <= engine_fit.fitted_request_s(family) <= max(seen_s)
+
+
+def test_a_swaps_own_time_is_less_than_the_published_whole() -> None:
+    assert 0 < engine_article.runtime_s() < engine_article.SWAPPED_S[1]
+
+
 def test_every_family_names_its_source_and_where_it_is_wrong() -> None:
     names = [family.name for family in engine_model.FAMILIES]
 
@@ -61,7 +84,10 @@ def test_a_quick_run_writes_all_families_as_figures_and_bars(
     written = json.loads(out.read_text(encoding="utf-8"))
     met = {bar["name"]: bar["ok"] for bar in written["bars"]}
     assert written["label"] == "simulated"
-    assert len(met) == sum(family.is_judged for family in engine_model.FAMILIES)
+    groups = {family.group for family in engine_model.FAMILIES}
+    assert len(met) == len(groups) + sum(family.is_judged for family in engine_model.FAMILIES)
+    assert met["family_article_median_error_percent"]
+    assert met["family_sharing_median_error_percent"]
     # The families that the model is good at; those that it is not are told on the page.
     assert met["sharing_kept_median_error_percent"]
     assert met["sharing_throughput_median_error_percent"]
