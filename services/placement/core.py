@@ -38,7 +38,7 @@ from schemas.placement import (
     WakeAsked,
 )
 from services.placement import state as fold
-from services.placement.packing import Choice, choose
+from services.placement.choosing import Choice, choose
 from services.placement.state import ClusterState, Deployment, Replica
 
 

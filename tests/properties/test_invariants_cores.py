@@ -24,8 +24,8 @@ from services.nodeagent import core as nodeagent_core
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.inputs import NodeProbed
 from services.nodeagent.settings import NodeAgentSettings
+from services.placement.choosing import Choice, choose
 from services.placement.core import SERVICE as PLACEMENT
-from services.placement.packing import Choice, choose
 from services.swapper import policy
 from services.swapper.core import SERVICE as SWAPPER
 from services.swapper.core import Tick

@@ -3,7 +3,7 @@
 import pytest
 
 from schemas.units import GiB
-from services.placement.packing import Choice, NoChoice, choose, limit_bytes_on, request_bytes_on
+from services.placement.choosing import Choice, NoChoice, choose, limit_bytes_on, request_bytes_on
 from tests.unit.placement.builders import Placement, gpu, spec
 
 
