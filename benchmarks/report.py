@@ -93,7 +93,7 @@ def shown(name: str, value: Value) -> str:
         return f"{value / 1024**3:.2f} GiB" if value >= 1024**3 else f"{value / 1024**2:.1f} MiB"
     if isinstance(value, int):
         return f"{value:,}"
-    unit = " s" if name.endswith("_s") or "_s_" in name else ""
+    unit = " s" if (name.endswith("_s") or "_s_" in name) and "_per_s" not in name else ""
     return f"{value:,.3f}{unit}"
 
 

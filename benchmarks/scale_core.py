@@ -1,0 +1,121 @@
+"""The decisions alone: the fill's commands and the nodes' answers go straight into placement's log processor.
+
+What is timed is what its process does for each input beside the bus: decode, decide, encode, hash, fold. Stand-ins make
+the answers outside the measured time.
+"""
+
+import time
+from typing import Final
+
+from benchmarks.report import Value
+from benchmarks.scale_agents import StandIn
+from benchmarks.scale_stage import GPUS_PER_NODE, NODE_COUNT, NODE_COUNT_QUICK, TENANT, training
+from benchmarks.sections import Measured, Setting, Wanted
+from kit.bus import Entry, Stored
+from kit.inbox import inbox_delivery
+from kit.processor import Processor
+from kit.runner import INPUTS_PER_BATCH_MAX
+from schemas.catalogue import decode, encode
+from schemas.inbox import DeployRequested
+from schemas.messages import command_subject
+from schemas.placement import PlacementProposed
+from services.placement.core import SERVICE
+from services.placement.main import HANDLERS
+from services.placement.settings import PlacementSettings
+from services.placement.state import ClusterState
+
+BARS: Final[tuple[Wanted, ...]] = ()
+
+
+class CoreAlone:
+    """Placement's processor, and a stand-in for each node, in virtual order: no bus, no clock of its own."""
+
+    def __init__(self, node_count: int) -> None:
+        assert HANDLERS
+        self.processor: Processor[ClusterState] = Processor(
+            SERVICE, PlacementSettings(), writer="placement", instance="core"
+        )
+        self.nodes = {node.name: node for node in (StandIn(number) for number in range(node_count))}
+        self.busy_s = 0.0
+        self.proposed_count = 0
+        self._seq = 0
+        self._now_s = time.time()
+        self._commit(self.processor.take_over(now_s=self._now_s).entries)
+        self.processor.started(writer_epoch=self._seq)
+        for node in self.nodes.values():
+            node.join()
+            self._hand_in(node)
+
+    def deploy(self, count: int) -> None:
+        """So many deployments of one GPU, in batches as the runner makes them."""
+        for first in range(0, count, INPUTS_PER_BATCH_MAX):
+            commands = [self._command(number) for number in range(first, min(first + INPUTS_PER_BATCH_MAX, count))]
+            began_s = time.perf_counter()
+            for command in commands:
+                self.processor.receive(inbox_delivery(command, now_s=self._now_s))
+            self.busy_s += time.perf_counter() - began_s
+            self._settle()
+
+    def _settle(self) -> None:
+        """Facts to their nodes, their answers back, until nobody has anything to say."""
+        while entries := self.processor.take_batch().entries:
+            touched: dict[str, StandIn] = {}
+            for stored in self._commit(entries):
+                fact = decode(stored.body)
+                if isinstance(fact, PlacementProposed):
+                    self.proposed_count += len(fact.replicas)
+                    touched[fact.node] = self.nodes[fact.node]
+                    touched[fact.node].receive(fact, stored.seq)
+            for node in touched.values():
+                self._hand_in(node)
+
+    def _hand_in(self, node: StandIn) -> None:
+        answers = self._stored(node.take()[0])
+        began_s = time.perf_counter()
+        for stored in answers:
+            self.processor.receive_stored(stored)
+        self.busy_s += time.perf_counter() - began_s
+
+    def _commit(self, entries: list[Entry]) -> list[Stored]:
+        stored = self._stored(entries)
+        self.processor.last_seq = self._seq
+        return stored
+
+    def _stored(self, entries: list[Entry]) -> list[Stored]:
+        result = []
+        for entry in entries:
+            self._seq += 1
+            result.append(
+                Stored(
+                    seq=self._seq,
+                    time_s=self._now_s,
+                    subject=entry.subject,
+                    body=entry.body,
+                    id=entry.id,
+                    cause_seq=entry.cause_seq,
+                    cursor_seq=entry.cursor_seq,
+                    previous_hash=entry.previous_hash,
+                )
+            )
+        return result
+
+    def _command(self, number: int) -> Stored:
+        command = DeployRequested(command_id=f"core-{number}", deployment=training(f"job-{number}"))
+        return Stored(
+            seq=number + 1, time_s=self._now_s, subject=command_subject(TENANT, command), body=encode(command)
+        )
+
+
+async def measure(setting: Setting) -> Measured:
+    """See `benchmarks.sections`."""
+    node_count = setting.count(NODE_COUNT, NODE_COUNT_QUICK)
+    core = CoreAlone(node_count)
+    core.busy_s = 0.0
+    count = GPUS_PER_NODE * node_count
+    core.deploy(count)
+    assert core.proposed_count == count, (core.proposed_count, count)
+    figures: dict[str, Value] = {
+        "core_decisions_per_s": round(count / core.busy_s, 1),
+        "core_us_per_replica": round(1e6 * core.busy_s / count, 1),
+    }
+    return Measured(figures=figures)
