@@ -8,7 +8,18 @@ from msgspec import Struct, field
 from schemas.deployments import IsolationGrade
 from schemas.messages import NODE_WRITER, Fact, Signal
 from schemas.placement import ReplicaProposal
-from schemas.units import Bytes, Count, Epoch, Fraction, Identifier, ModelName, Name, Seconds, UnixSeconds
+from schemas.units import (
+    Bytes,
+    Count,
+    Epoch,
+    Fraction,
+    Identifier,
+    ModelName,
+    Name,
+    Seconds,
+    UnixSeconds,
+    spread_evenly,
+)
 
 
 class NodeFact(Fact, frozen=True):
@@ -83,6 +94,8 @@ class LeaseGranted(NodeFact, frozen=True, tag="nodes.lease_granted.v1"):
     """What was granted, whole, so that this node's part of history explains itself."""
     gang_id: str = ""
     """Not empty: the leases are held for a gang, and end by themselves unless `GangCommitted` comes in time."""
+    gang_hold_s: Seconds = 0.0
+    """That time, counted from this fact."""
 
 
 class NodeAlive(Signal, frozen=True, tag="nodes.alive.v1"):
@@ -163,11 +176,18 @@ class ReplicaParked(ReplicaFact, frozen=True, tag="nodes.replica_parked.v1"):
     wake_epoch: Epoch
     """Raised at each park; all gateways name it when they want the model back."""
     residue_bytes: Bytes
+    """Of all its shards together."""
     host_bytes: Bytes
     copied_bytes: Bytes
     park_s: Seconds
     drain_s: Seconds
     reason: str
+    shard_residue_bytes: tuple[Bytes, ...] = ()
+    """Of each shard, as measured on its GPU; empty: only the sum is known."""
+
+    def residues(self, shard_count: int) -> tuple[int, ...]:
+        """What each shard keeps on its GPU, by shard; a sum alone is spread evenly."""
+        return self.shard_residue_bytes or spread_evenly(self.residue_bytes, shard_count)
 
 
 class ReplicaWaking(ReplicaFact, frozen=True, tag="nodes.replica_waking.v1"):
@@ -207,6 +227,7 @@ class WakeRefused(ReplicaFact, frozen=True, tag="nodes.wake_refused.v1"):
     wake_epoch: Epoch
     reason: str
     short_by_bytes: Bytes
+    """On the GPU that lacks most."""
 
 
 class ReplicaFailed(ReplicaFact, frozen=True, tag="nodes.replica_failed.v1"):

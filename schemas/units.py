@@ -21,6 +21,13 @@ ModelName = Annotated[
 ]
 Identifier = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/-]+$")]
 
+
+def spread_evenly(total: int, count: int) -> tuple[int, ...]:
+    """Whole numbers that differ by at most 1 and sum up to `total`; the larger ones first."""
+    each, more = divmod(total, count)
+    return (each + 1,) * more + (each,) * (count - more)
+
+
 KiB: Final = 1024
 MiB: Final = 1024**2
 GiB: Final = 1024**3

@@ -347,12 +347,13 @@ class Conversation:
             state = self._live.state(f"node.{node}")
             assert isinstance(state, NodeState), state
             for gpu in sorted(self._live.hosts[node].gpus, key=lambda gpu: gpu.index):
-                here = [r for r in state.replicas.values() if r.gpu_uuid == gpu.gpu_uuid]
+                here = [r for r in state.replicas.values() if gpu.gpu_uuid in r.share_bytes]
                 parts = []
                 for replica in here:
                     model = replica.proposal.deployment.name
                     where = "" if replica.residency is Residency.RESIDENT else f" {replica.residency}"
-                    held = f" {_gib(replica.held_bytes)}" if replica.held_bytes else ""
+                    held_bytes = replica.held_on(gpu.gpu_uuid)
+                    held = f" {_gib(held_bytes)}" if held_bytes else ""
                     parts.append(f"{model}{where}{held}")
                 free_bytes = gpu.allocatable_bytes - state.held_bytes(gpu.gpu_uuid)
                 self.lines.append(f"{node} gpu-{gpu.index} [{' | '.join([*parts, f'free {_gib(free_bytes)}'])}]")

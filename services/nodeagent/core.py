@@ -7,7 +7,7 @@ free. Effects are idempotent, so a restarted agent simply issues them again (`re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-from kit.outcomes import Context, Outcome
+from kit.outcomes import Context, Outcome, Timer
 from kit.service import Service
 from schemas.messages import fact_filter, started_filter
 from schemas.nodes import (
@@ -24,12 +24,13 @@ from schemas.nodes import (
     ReplicaWaking,
     WakeRefused,
 )
-from schemas.placement import PlacementProposed, ReleaseProposed, ReplicaProposal
+from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed, ReleaseProposed, ReplicaProposal
 from services.nodeagent import state as fold
 from services.nodeagent.inputs import (
     AdoptEngine,
     EngineEffect,
     EngineInput,
+    GangHoldOver,
     NodeProbed,
     ParkEngine,
     ProbeNode,
@@ -46,13 +47,14 @@ GPU_IS_GONE: Final = "its GPU is gone"
 
 def reads(node: str) -> Sequence[str]:
     """Only what placement has for this node's shard, and who the swapper is: orders of an older one are refused."""
-    return [fact_filter(PlacementProposed, node), fact_filter(ReleaseProposed, node), started_filter("swapper")]
+    kinds = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned)
+    return [*(fact_filter(kind, node) for kind in kinds), started_filter("swapper")]
 
 
 def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
     """Look at the node before anything is taken up; what is begun meanwhile is not begun a second time."""
     state.observed.left = {replica_id: replica.step for replica_id, replica in state.replicas.items()}
-    return [ProbeNode()]
+    return [ProbeNode(), *hold_timers(state)]
 
 
 def check_invariants(state: NodeState) -> None:
@@ -61,7 +63,9 @@ def check_invariants(state: NodeState) -> None:
         assert held_bytes + gpu.reserve_bytes <= gpu.capacity_bytes, (gpu_uuid, held_bytes, gpu.capacity_bytes)
     for replica in state.replicas.values():
         is_leaving = replica.residency is Residency.RELEASING
-        assert replica.gpu_uuid in state.gpus or is_leaving, replica.gpu_uuid
+        assert replica.share_bytes.keys() <= state.gpus.keys() or is_leaving, replica.share_bytes
+        if replica.held_for:
+            assert not replica.has_process, f"{replica.proposal.replica_id} runs before its gang is committed"
         if replica.residency in (Residency.PARKED, Residency.WAKING):
             assert replica.is_started, replica.proposal.replica_id
 
@@ -86,8 +90,9 @@ for _kind, _fold in (
     (ReplicaResident, fold.fold_resident),
     (WakeRefused, fold.fold_wake_refused),
     (ReplicaFailed, fold.fold_failed),
+    (GangCommitted, fold.fold_committed),
 ):
-    SERVICE.folding(_kind)(_fold)  # type: ignore[arg-type]  # One table instead of twelve decorators.
+    SERVICE.folding(_kind)(_fold)  # type: ignore[arg-type]  # One table instead of as many decorators.
 
 
 # --- The node and its return ------------------------------------------------------------------------------------------
@@ -106,7 +111,7 @@ def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[
         label=probed.label,
     )
     here = {gpu.gpu_uuid for gpu in probed.gpus}
-    gone = [replica for replica in state.replicas.values() if replica.gpu_uuid not in here]
+    gone = [replica for replica in state.replicas.values() if not replica.share_bytes.keys() <= here]
     return [joined, *_given_up(state, gone, ctx), *resume(state, here)]
 
 
@@ -128,7 +133,8 @@ def resume(state: NodeState, gpu_uuids: Collection[str]) -> Iterator[Outcome]:
     Only for replicas that are where an earlier life left them: the others' effects are on their way in this one.
     """
     for replica_id, replica in state.replicas.items():
-        if state.observed.left.get(replica_id) != replica.step or replica.gpu_uuid not in gpu_uuids:
+        is_here = all(gpu_uuid in gpu_uuids for gpu_uuid in replica.share_bytes)
+        if state.observed.left.get(replica_id) != replica.step or not is_here:
             continue
         match replica.residency:
             case Residency.STARTING:
@@ -143,6 +149,13 @@ def resume(state: NodeState, gpu_uuids: Collection[str]) -> Iterator[Outcome]:
                 yield effect(AdoptEngine, replica, should_be_parked=replica.residency is Residency.PARKED)
             case _:
                 continue
+
+
+def hold_timers(state: NodeState) -> Iterator[Timer]:
+    """One for each gang whose leases are held here: when their hold ends, counted from the grant, not from now."""
+    ends_s = {replica.held_for: replica.hold_ends_s for replica in state.replicas.values() if replica.held_for}
+    for gang_id, due_s in ends_s.items():
+        yield Timer(due_s=due_s, input=GangHoldOver(gang_id=gang_id))
 
 
 # --- Small parts ------------------------------------------------------------------------------------------------------

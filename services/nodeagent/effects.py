@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,7 @@ from kit.machine import kept_machine_id
 from kit.outcomes import Effect, Input
 from kit.telemetry import Tracer
 from schemas.holders import EngineView
+from schemas.placement import ReplicaProposal
 from schemas.units import MiB
 from services.nodeagent.engine_client import EngineClient, EngineProblem
 from services.nodeagent.guard import Guard, NotEnforced
@@ -137,11 +138,8 @@ class NodeEffects:
         )
         await self._end_older(effect)
         engine = await self._holder.start(wish)
-        share = replica.shares[0]
         try:
-            enforced_bytes = await self._guard.limit(
-                share.gpu_uuid, engine.namespace, granted_bytes=share.request_bytes
-            )
+            enforced_bytes = await self._limit(replica, engine, _requests(replica))
         except (NotEnforced, DeviceError) as error:
             raise Gone(f"its share cannot be enforced: {error}") from error
         if engine.is_gated:
@@ -220,13 +218,12 @@ class NodeEffects:
                 slept = await self._engines.sleep(endpoint, timeout_s=self._settings.wake_deadline_s)
             except EngineProblem as error:
                 raise Gone(f"it did not go to sleep: {error}") from error
-            residue_bytes = await self._proven_residue(effect, engine)
-        share = effect.replica.shares[0]
-        await self._guard.limit(share.gpu_uuid, engine.namespace, granted_bytes=residue_bytes)
+            residues = await self._proven_residues(effect, engine)
+        await self._limit(effect.replica, engine, residues)
         return EngineParked(
             replica_id=replica_id,
             lease_epoch=effect.lease_epoch,
-            residue_bytes=residue_bytes,
+            residues=residues,
             host_bytes=effect.replica.deployment.engine.weights_bytes,
             copied_bytes=slept.copied_bytes,
             park_s=time.monotonic() - drained_s,
@@ -242,33 +239,47 @@ class NodeEffects:
         except EngineProblem as error:
             raise Gone(str(error)) from error
 
-    async def _proven_residue(self, effect: EngineEffect, engine: EngineView) -> int:
-        """What the driver says is left, once that is no more than a parked engine may keep.
+    async def _limit(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> int:
+        """Allow it so much on each of its GPUs, by shard, and give the sum as read back; see `Guard.limit`."""
+        enforced = [
+            await self._guard.limit(share.gpu_uuid, engine.namespace, granted_bytes=size)
+            for share, size in zip(replica.shares, sizes, strict=True)
+        ]
+        return sum(enforced)
 
-        That is what the engine says it holds, or half of its share when it does not say. Raises `Gone` when more stays.
+    async def _proven_residues(self, effect: EngineEffect, engine: EngineView) -> tuple[int, ...]:
+        """What the driver says is left on each of its GPUs, once that is no more than a parked engine may keep there.
+
+        That is what the engine says it holds, which is one number for all its GPUs and is taken as spread evenly, or
+        half of its share when it does not say. Raises `Gone` when more stays.
         """
-        share = effect.replica.shares[0]
+        shares = effect.replica.shares
         try:
             told_bytes = (await self._engines.state(self._endpoint(engine))).held_bytes
         except EngineProblem as error:
             raise Gone(str(error)) from error
-        allowed_bytes = told_bytes + RESIDUE_SLACK_BYTES if told_bytes else share.request_bytes // 2
+        used: list[int] = []
         used_bytes: int | None = None
         with anyio.move_on_after(FREED_DEADLINE_S):
-            while True:
-                used_bytes = await self._guard.used_bytes(share.gpu_uuid, engine.namespace, engine.pid)
-                if used_bytes is not None and used_bytes <= allowed_bytes:
-                    return max(used_bytes, MiB)
-                await anyio.sleep(FREED_POLL_S)
-        raise Gone(f"its bytes are not proven free after its park ({used_bytes} used)")
+            for share in shares:
+                allowed_bytes = -(-told_bytes // len(shares)) + RESIDUE_SLACK_BYTES
+                if not told_bytes:
+                    allowed_bytes = share.request_bytes // 2
+                while True:
+                    used_bytes = await self._guard.used_bytes(share.gpu_uuid, engine.namespace, engine.pid)
+                    if used_bytes is not None and used_bytes <= allowed_bytes:
+                        used.append(max(used_bytes, MiB))
+                        break
+                    await anyio.sleep(FREED_POLL_S)
+            return tuple(used)
+        raise Gone(f"its bytes on {shares[len(used)].gpu_uuid} are not proven free after its park ({used_bytes} used)")
 
     async def _wake(self, effect: WakeEngine, traceparent: str) -> Input:
         engine = await self._running(effect)
         endpoint = self._endpoint(engine)
-        share = effect.replica.shares[0]
         replica_id = effect.replica.replica_id
         began_s = time.monotonic()
-        await self._guard.limit(share.gpu_uuid, engine.namespace, granted_bytes=share.request_bytes)
+        await self._limit(effect.replica, engine, _requests(effect.replica))
         with self._tracer.span("restore", parent=traceparent) as span:
             try:
                 woke = await self._engines.wake(endpoint, timeout_s=self._settings.wake_deadline_s)
@@ -296,9 +307,7 @@ class NodeEffects:
             raise Gone(str(error)) from error
         if state.state != "asleep":
             raise Gone(f"{error}; it is {state.state} now") from error
-        residue_bytes = await self._proven_residue(effect, engine)
-        share = effect.replica.shares[0]
-        await self._guard.limit(share.gpu_uuid, engine.namespace, granted_bytes=residue_bytes)
+        await self._limit(effect.replica, engine, await self._proven_residues(effect, engine))
         return EngineNotWoken(
             replica_id=effect.replica.replica_id,
             lease_epoch=effect.lease_epoch,
@@ -365,7 +374,8 @@ class NodeEffects:
     async def _end(self, effect: EngineEffect, engine: EngineView) -> None:
         grace_s = self._settings.stop_grace_s
         await self._holder.stop(engine.replica_id, lease_epoch=engine.lease_epoch, grace_s=grace_s)
-        await self._guard.clear(effect.replica.shares[0].gpu_uuid, engine.namespace)
+        for share in effect.replica.shares:
+            await self._guard.clear(share.gpu_uuid, engine.namespace)
         await self._holder.forget(engine.replica_id, lease_epoch=engine.lease_epoch)
 
     def _watch(self, effect: EngineEffect) -> None:
@@ -398,6 +408,10 @@ class NodeEffects:
                     break
                 await anyio.sleep(HOLDER_RETRY_S)
         self._watched.discard((replica_id, lease_epoch))
+
+
+def _requests(replica: ReplicaProposal) -> tuple[int, ...]:
+    return tuple(share.request_bytes for share in replica.shares)
 
 
 def log_line(engine: EngineView) -> str:

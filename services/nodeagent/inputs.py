@@ -82,7 +82,8 @@ class EngineStarted(EngineInput):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParked(EngineInput):
-    residue_bytes: int
+    residues: tuple[int, ...]
+    """Bytes that each shard keeps on its GPU, by shard."""
     host_bytes: int
     copied_bytes: int
     park_s: float
@@ -128,3 +129,10 @@ class EngineLost(EngineInput):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartDue(EngineInput):
     """Time to try a failed start again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GangHoldOver(Input):
+    """Leases that are held for this gang have been held long enough."""
+
+    gang_id: str

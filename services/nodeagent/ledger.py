@@ -1,34 +1,48 @@
 """Bytes of each GPU while one decision is being made: what is held, what is claimed by waiting wakes, what is free."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from schemas.placement import ReplicaProposal
-from services.nodeagent.state import NodeState, Replica, Residency
+from services.nodeagent.state import NodeState, Replica, Residency, expected_residue
+
+
+class Shortage(NamedTuple):
+    """The GPU that lacks most, and how much; 0 or less when nothing is missing on any."""
+
+    short_bytes: int
+    gpu_uuid: str
 
 
 class Ledger:
-    """A working copy of the node's account; a handler books what it decides, so that no byte is promised twice."""
+    """A working copy of the node's account; a handler books what it decides, so that no byte is promised twice.
+
+    Amounts are {gpu_uuid: bytes}: a replica that spans several GPUs takes and gives on all of them at once.
+    """
 
     def __init__(self, state: NodeState, *, settled: Replica | None = None) -> None:
         """`settled`: its drain has just ended one way or the other, so it promises nothing any more."""
-        self._offered = {replica.gpu_uuid: 0 for replica in state.replicas.values()}  # Of a GPU that is gone: nothing.
+        self._settings = state.settings
+        # Of a GPU that is gone: nothing.
+        self._offered = {uuid: 0 for replica in state.replicas.values() for uuid in replica.share_bytes}
         self._offered.update({uuid: gpu.allocatable_bytes for uuid, gpu in state.gpus.items()})
         self._held = {uuid: state.held_bytes(uuid) for uuid in self._offered}
         self._claimed = dict.fromkeys(self._offered, 0)
         self._giving = dict.fromkeys(self._offered, 0)
-        self._resting: dict[str, int] = dict.fromkeys(self._offered, 0)
-        self._fixed: dict[str, int] = dict.fromkeys(self._offered, 0)
-        self._largest: dict[str, int] = dict.fromkeys(self._offered, 0)
+        self._resting = dict.fromkeys(self._offered, 0)
+        self._fixed = dict.fromkeys(self._offered, 0)
+        self._largest = dict.fromkeys(self._offered, 0)
         for replica in state.replicas.values():
-            gpu = replica.gpu_uuid
             if replica.residency is Residency.WAITING:
-                self._claimed[gpu] += replica.share_bytes - replica.held_bytes
+                _add(self._claimed, replica.wanted_bytes)
             elif replica.residency is Residency.DRAINING and replica is not settled:
-                self._giving[gpu] += replica.share_bytes - replica.residue_bytes
+                _add(self._giving, replica.yielding_bytes)
             if replica.residency is not Residency.FAILED:
-                self.lease(replica.proposal, replica.residue_bytes)
+                self._live(replica.share_bytes, replica.residue_bytes, is_parkable=_is_parkable(replica.proposal))
 
-    def hold(self, gpu_uuid: str, extra_bytes: int) -> None:
+    def hold(self, amounts: Mapping[str, int]) -> None:
         """Book bytes (negative: give back)."""
-        self._held[gpu_uuid] += extra_bytes
+        _add(self._held, amounts)
 
     def free_bytes(self, gpu_uuid: str) -> int:
         """Held by no lease now."""
@@ -38,41 +52,71 @@ class Ledger:
         """Free, and not claimed by a wake that waits for more."""
         return self.free_bytes(gpu_uuid) - self._claimed[gpu_uuid]
 
-    def drop_claim(self, gpu_uuid: str, claimed_bytes: int) -> None:
+    def has_unclaimed(self, wanted: Mapping[str, int]) -> bool:
+        """Whether every GPU has what is wanted there, free and claimed by nobody."""
+        return all(self.unclaimed_bytes(gpu_uuid) >= size for gpu_uuid, size in wanted.items())
+
+    def drop_claim(self, claimed: Mapping[str, int]) -> None:
         """A waiting wake was begun or refused."""
-        self._claimed[gpu_uuid] -= claimed_bytes
+        _add(self._claimed, {gpu_uuid: -size for gpu_uuid, size in claimed.items()})
 
     def promised_free_bytes(self, gpu_uuid: str) -> int:
         """Unclaimed once every replica that is draining now has parked. May be negative."""
         return self.unclaimed_bytes(gpu_uuid) + self._giving[gpu_uuid]
 
-    def lease(self, replica: ReplicaProposal, residue_bytes: int) -> None:
-        """Count a replica among those that must be able to live on its GPU together."""
-        share = replica.shares[0]
-        gpu = share.gpu_uuid
-        if gpu not in self._resting:
-            return
-        if replica.deployment.swap.is_parkable:
-            residue_bytes = min(residue_bytes, share.request_bytes)
-            self._resting[gpu] += residue_bytes
-            self._largest[gpu] = max(self._largest[gpu], share.request_bytes - residue_bytes)
-        else:
-            self._fixed[gpu] += share.request_bytes
+    def short_of(self, wanted: Mapping[str, int]) -> Shortage:
+        """What is missing beyond all that is promised, on the GPU that lacks most; the first of equals."""
+        return _worst({gpu_uuid: size - self.promised_free_bytes(gpu_uuid) for gpu_uuid, size in wanted.items()})
 
-    def short_for_lease(self, replica: ReplicaProposal, residue_bytes: int) -> int:
-        """Bytes that are missing to take this replica too; 0 or less when it can live here.
+    def lease(self, replica: ReplicaProposal) -> None:
+        """Count a proposed replica among those that must be able to live on their GPUs together."""
+        self._live(*self._asked(replica), is_parkable=_is_parkable(replica))
 
-        All that are always resident, the residues of all that park, and the largest share among those must fit
-        together. Nothing needs to be free now: a lease without a process holds nothing, and its first start waits for
-        its share like any wake.
+    def short_for_lease(self, replica: ReplicaProposal) -> Shortage:
+        """What is missing to take this replica too; 0 or less when it can live on all its GPUs.
+
+        On each of them all that are always resident, the residues of all that park, and the largest share among those
+        must fit together: then every one of them, also one that spans several GPUs, is resident when all others that
+        park are parked. Nothing needs to be free now: a lease without a process holds nothing, and its first start
+        waits for its share like any wake.
         """
-        share = replica.shares[0]
-        gpu = share.gpu_uuid
-        fixed, resting, largest = self._fixed[gpu], self._resting[gpu], self._largest[gpu]
-        residue_bytes = min(residue_bytes, share.request_bytes)
-        if replica.deployment.swap.is_parkable:
-            resting += residue_bytes
-            largest = max(largest, share.request_bytes - residue_bytes)
-        else:
-            fixed += share.request_bytes
-        return fixed + resting + largest - self._offered[gpu]
+        short: dict[str, int] = {}
+        shares, residues = self._asked(replica)
+        for gpu, share_bytes in shares.items():
+            fixed, resting, largest = self._fixed[gpu], self._resting[gpu], self._largest[gpu]
+            if _is_parkable(replica):
+                resting += residues[gpu]
+                largest = max(largest, share_bytes - residues[gpu])
+            else:
+                fixed += share_bytes
+            short[gpu] = fixed + resting + largest - self._offered[gpu]
+        return _worst(short)
+
+    def _asked(self, replica: ReplicaProposal) -> tuple[dict[str, int], dict[str, int]]:
+        shares = {share.gpu_uuid: share.request_bytes for share in replica.shares}
+        return shares, {share.gpu_uuid: expected_residue(share, self._settings) for share in replica.shares}
+
+    def _live(self, shares: Mapping[str, int], residues: Mapping[str, int], *, is_parkable: bool) -> None:
+        for gpu, share_bytes in shares.items():
+            if gpu not in self._offered:
+                continue
+            if is_parkable:
+                residue_bytes = min(residues[gpu], share_bytes)
+                self._resting[gpu] += residue_bytes
+                self._largest[gpu] = max(self._largest[gpu], share_bytes - residue_bytes)
+            else:
+                self._fixed[gpu] += share_bytes
+
+
+def _is_parkable(replica: ReplicaProposal) -> bool:
+    return replica.deployment.swap.is_parkable
+
+
+def _add(account: dict[str, int], amounts: Mapping[str, int]) -> None:
+    for gpu_uuid, size in amounts.items():
+        account[gpu_uuid] += size
+
+
+def _worst(short: Mapping[str, int]) -> Shortage:
+    gpu_uuid = max(short, key=lambda uuid: short[uuid])
+    return Shortage(short[gpu_uuid], gpu_uuid)

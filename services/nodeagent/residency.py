@@ -1,6 +1,7 @@
 """The residency machine: starts, parks and wakes, and in which order bytes change hands."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from kit.outcomes import Context, Outcome, Timer
 from schemas.nodes import (
@@ -82,7 +83,7 @@ def restart_due(state: NodeState, due: RestartDue, ctx: Context) -> Sequence[Out
     replica = current(state, due)
     if replica is None or replica.residency is not Residency.GRANTED:
         return []
-    if Ledger(state).unclaimed_bytes(replica.gpu_uuid) < replica.share_bytes - replica.held_bytes:
+    if not Ledger(state).has_unclaimed(replica.wanted_bytes):
         return []
     return _start(state, replica, ctx)
 
@@ -115,14 +116,16 @@ def engine_parked(state: NodeState, parked: EngineParked, ctx: Context) -> Seque
     fact = ReplicaParked(
         **names(state, replica, ctx),
         wake_epoch=replica.wake_epoch + 1,
-        residue_bytes=parked.residue_bytes,
+        residue_bytes=sum(parked.residues),
         host_bytes=parked.host_bytes,
         copied_bytes=parked.copied_bytes,
         park_s=parked.park_s,
         drain_s=parked.drain_s,
         reason=parked.reason,
+        shard_residue_bytes=parked.residues,
     )
-    return [fact, *next_wakes(state, ctx, freed=replica, residue_bytes=parked.residue_bytes)]
+    residues = dict(zip(replica.share_bytes, parked.residues, strict=True))
+    return [fact, *next_wakes(state, ctx, freed=replica, residues=residues)]
 
 
 @SERVICE.on(EngineStayed)
@@ -134,7 +137,7 @@ def engine_stayed(state: NodeState, stayed: EngineStayed, ctx: Context) -> Seque
     stays = ParkAbandoned(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, reason=stayed.reason)
     ledger = Ledger(state, settled=replica)
     reason = f"{replica.proposal.deployment.name} did not park: {stayed.reason}"
-    return [stays, *_refuse_uncovered(state, ledger, replica.gpu_uuid, waiting(state, replica.gpu_uuid), reason, ctx)]
+    return [stays, *_refuse_uncovered(state, ledger, waiting(state), reason, ctx)]
 
 
 # --- Waking -----------------------------------------------------------------------------------------------------------
@@ -144,27 +147,30 @@ def engine_stayed(state: NodeState, stayed: EngineStayed, ctx: Context) -> Seque
 def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence[Outcome]:
     """Accept a wake whose bytes are free or will be freed by the named victims; else refuse with what is missing.
 
-    A repeat finds the replica on its way already and changes nothing: the standing plan goes on.
+    On all of its GPUs: a victim on any of them may be named, and one that spans several gives on all of these. A repeat
+    finds the replica on its way already and changes nothing: the standing plan goes on.
     """
     replica = state.replicas.get(order.replica_id)
     if replica is None:
         return []
     if replica.residency not in (Residency.PARKED, Residency.GRANTED) or replica.wake_epoch != order.wake_epoch:
         return []
+    if replica.held_for:
+        return [wake_refused(state, replica, f"its gang {replica.held_for} is not committed", 0, ctx)]
     ledger = Ledger(state)
-    wanted_bytes = replica.share_bytes - replica.held_bytes
-    if ledger.unclaimed_bytes(replica.gpu_uuid) >= wanted_bytes:
+    wanted = replica.wanted_bytes
+    if ledger.has_unclaimed(wanted):
         return _begin(state, replica, ctx)
     victims = [
         victim
         for victim_id in order.victim_ids
         if (victim := state.replicas.get(victim_id)) is not None
-        and victim.gpu_uuid == replica.gpu_uuid
+        and victim.share_bytes.keys() & wanted.keys()
         and victim.proposal.deployment.swap.is_parkable
     ]
     parkable = [victim for victim in victims if victim.residency is Residency.RESIDENT]
-    freed_bytes = sum(victim.share_bytes - victim.residue_bytes for victim in parkable)
-    short_bytes = wanted_bytes - ledger.promised_free_bytes(replica.gpu_uuid) - freed_bytes
+    yields = {uuid: sum(victim.yielding_bytes.get(uuid, 0) for victim in parkable) for uuid in wanted}
+    short_bytes = ledger.short_of({uuid: size - yields[uuid] for uuid, size in wanted.items()}).short_bytes
     if short_bytes > 0:
         return [wake_refused(state, replica, "the named victims do not free enough", short_bytes, ctx)]
     giving = [victim for victim in victims if victim.residency in (Residency.RESIDENT, Residency.DRAINING)]
@@ -194,44 +200,53 @@ def _start(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
     return [starting(state, replica.proposal, wake_epoch=replica.wake_epoch, ctx=ctx), effect(StartEngine, replica)]
 
 
-def next_wakes(state: NodeState, ctx: Context, *, freed: Replica, residue_bytes: int = 0) -> list[Outcome]:
+def next_wakes(
+    state: NodeState, ctx: Context, *, freed: Replica, residues: Mapping[str, int] | None = None
+) -> list[Outcome]:
     """Begin waiting wakes, oldest first, with the bytes that `freed` gives back in the fact that precedes this.
 
+    `residues`: what it keeps on each GPU; nothing by default. A wake begins when all its GPUs have what it wants beyond
+    what older ones still wait for there: the oldest of all waits for nobody but its victims, so none waits for ever.
     Wakes for which too little is promised now are refused, so that none waits for bytes that nobody will give.
     """
-    gpu_uuid = freed.gpu_uuid
     ledger = Ledger(state, settled=freed)
-    ledger.hold(gpu_uuid, residue_bytes - freed.held_bytes)
-    outcomes: list[Outcome] = []
-    queue = [replica for replica in waiting(state, gpu_uuid) if replica is not freed]
+    kept = residues or {}
+    ledger.hold({uuid: kept.get(uuid, 0) - size for uuid, size in freed.held_bytes.items()})
     if freed.residency is Residency.WAITING:
-        ledger.drop_claim(gpu_uuid, freed.share_bytes - freed.held_bytes)
-    while queue and ledger.free_bytes(gpu_uuid) >= queue[0].share_bytes - queue[0].held_bytes:
-        replica = queue.pop(0)
-        wanted_bytes = replica.share_bytes - replica.held_bytes
-        ledger.hold(gpu_uuid, wanted_bytes)
-        ledger.drop_claim(gpu_uuid, wanted_bytes)
-        outcomes += _begin(state, replica, ctx)
-    return [*outcomes, *_refuse_uncovered(state, ledger, gpu_uuid, queue, "its victims freed too little", ctx)]
+        ledger.drop_claim(freed.wanted_bytes)
+    outcomes: list[Outcome] = []
+    queue: list[Replica] = []
+    ahead: Counter[str] = Counter()
+    for replica in waiting(state):
+        wanted = replica.wanted_bytes
+        if replica is freed:
+            continue
+        if all(ledger.free_bytes(uuid) - ahead[uuid] >= size for uuid, size in wanted.items()):
+            ledger.hold(wanted)
+            ledger.drop_claim(wanted)
+            outcomes += _begin(state, replica, ctx)
+        else:
+            queue.append(replica)
+            ahead.update(wanted)
+    return [*outcomes, *_refuse_uncovered(state, ledger, queue, "its victims freed too little", ctx)]
 
 
 def _refuse_uncovered(
-    state: NodeState, ledger: Ledger, gpu_uuid: str, queue: list[Replica], reason: str, ctx: Context
+    state: NodeState, ledger: Ledger, queue: list[Replica], reason: str, ctx: Context
 ) -> list[Outcome]:
-    """Refuse the newest waiting wakes until what is promised covers the rest."""
+    """Refuse the newest waiting wakes until what is promised covers the rest, on every GPU."""
     outcomes: list[Outcome] = []
     for replica in reversed(queue):
-        short_bytes = -ledger.promised_free_bytes(gpu_uuid)
-        if short_bytes <= 0:
-            break
-        ledger.drop_claim(gpu_uuid, replica.share_bytes - replica.held_bytes)
-        outcomes.append(wake_refused(state, replica, reason, short_bytes, ctx))
+        short_bytes = max(-ledger.promised_free_bytes(gpu_uuid) for gpu_uuid in replica.share_bytes)
+        if short_bytes > 0:
+            ledger.drop_claim(replica.wanted_bytes)
+            outcomes.append(wake_refused(state, replica, reason, short_bytes, ctx))
     return outcomes
 
 
-def waiting(state: NodeState, gpu_uuid: str) -> list[Replica]:
-    """Accepted wakes on this GPU that wait for bytes, in the order of their orders; ties by replica id."""
-    found = [r for r in state.replicas.values() if r.gpu_uuid == gpu_uuid and r.residency is Residency.WAITING]
+def waiting(state: NodeState) -> list[Replica]:
+    """Accepted wakes that wait for bytes, in the order of their orders; ties by replica id."""
+    found = [replica for replica in state.replicas.values() if replica.residency is Residency.WAITING]
     return sorted(found, key=lambda replica: (replica.ordered_at_s, replica.proposal.replica_id))
 
 
@@ -261,4 +276,4 @@ def engine_not_woken(state: NodeState, failed: EngineNotWoken, ctx: Context) -> 
     if replica is None or replica.residency is not Residency.WAKING:
         return []
     refused = wake_refused(state, replica, failed.reason, failed.short_by_bytes, ctx)
-    return [refused, *next_wakes(state, ctx, freed=replica, residue_bytes=replica.residue_bytes)]
+    return [refused, *next_wakes(state, ctx, freed=replica, residues=replica.residue_bytes)]

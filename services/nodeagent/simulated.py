@@ -32,7 +32,7 @@ from services.nodeagent.inputs import (
     StopEngine,
     WakeEngine,
 )
-from services.nodeagent.simulated_engine import CONTEXT_BYTES, Caller, Clock, Engine, Phase, Routes
+from services.nodeagent.simulated_engine import Caller, Clock, Engine, Phase, Routes
 
 LINK_BYTES_PER_S: Final = 53 * GB
 NO_ANSWER_S: Final = 30.0
@@ -166,7 +166,7 @@ class SimulatedHost:
             return []
         lost = self.gpus[index % len(self.gpus)]
         self.gpus = tuple(gpu for gpu in self.gpus if gpu is not lost)
-        here = [replica_id for replica_id, e in self.engines.items() if e.gpu_uuid == lost.gpu_uuid]
+        here = [replica_id for replica_id, e in self.engines.items() if lost.gpu_uuid in e.share_bytes]
         return [told for replica_id in here if (told := self.kill_engine(replica_id)) is not None]
 
     def find_gpus(self) -> bool:
@@ -178,7 +178,7 @@ class SimulatedHost:
     def take_foreign(self, index: int, size_bytes: int) -> str:
         """A process that is not ours takes what is free, up to so much; the GPU's name."""
         gpu = self.gpus[index % len(self.gpus)]
-        used_bytes = sum(e.used_bytes for e in self.engines.values() if e.gpu_uuid == gpu.gpu_uuid)
+        used_bytes = sum(engine.used_on(gpu.gpu_uuid) for engine in self.engines.values())
         free_bytes = gpu.allocatable_bytes - used_bytes - self.foreign_bytes.get(gpu.gpu_uuid, 0)
         taken_bytes = max(0, min(size_bytes, free_bytes))
         self.foreign_bytes[gpu.gpu_uuid] = self.foreign_bytes.get(gpu.gpu_uuid, 0) + taken_bytes
@@ -194,7 +194,7 @@ class SimulatedHost:
     def check(self) -> None:
         """Engines never use more of a GPU than it offers."""
         for gpu in self._all_gpus:
-            used_bytes = sum(e.used_bytes for e in self.engines.values() if e.gpu_uuid == gpu.gpu_uuid)
+            used_bytes = sum(engine.used_on(gpu.gpu_uuid) for engine in self.engines.values())
             assert used_bytes <= gpu.allocatable_bytes, f"{self.node}/{gpu.gpu_uuid} oversubscribed: {used_bytes}"
 
     # --- Effects ------------------------------------------------------------------------------------------------------
@@ -238,12 +238,13 @@ class SimulatedHost:
         self._clock.after(engine.busy_until_s - self._clock.now_s, action)
 
     def _has_room(self, engine: Engine) -> bool:
-        """Whether the bytes that it wants now are there, whatever the leases say."""
-        gpu = next((gpu for gpu in self.gpus if gpu.gpu_uuid == engine.gpu_uuid), None)
-        if gpu is None:
-            return False
-        used_bytes = sum(e.used_bytes for e in self.engines.values() if e.gpu_uuid == gpu.gpu_uuid and e is not engine)
-        return used_bytes + engine.share_bytes + self.foreign_bytes.get(gpu.gpu_uuid, 0) <= gpu.allocatable_bytes
+        """Whether the bytes that it wants now are there, on each of its GPUs, whatever the leases say."""
+        offered = {gpu.gpu_uuid: gpu.allocatable_bytes for gpu in self.gpus}
+        for gpu_uuid, share_bytes in engine.share_bytes.items():
+            used_bytes = sum(other.used_on(gpu_uuid) for other in self.engines.values() if other is not engine)
+            if used_bytes + share_bytes + self.foreign_bytes.get(gpu_uuid, 0) > offered.get(gpu_uuid, 0):
+                return False
+        return True
 
     def _answers_not(self, engine: Engine, effect: EngineEffect, done: Done) -> bool:
         """True for an engine that hangs: it is given up when it has not answered for long."""
@@ -302,8 +303,8 @@ class SimulatedHost:
 
     def _is_harmed(self, engine: Engine) -> bool:
         """Whether somebody else than our leases is to blame for missing room: a lost GPU, a foreign process."""
-        is_here = any(gpu.gpu_uuid == engine.gpu_uuid for gpu in self.gpus)
-        return not is_here or self.foreign_bytes.get(engine.gpu_uuid, 0) > 0
+        here = {gpu.gpu_uuid for gpu in self.gpus}
+        return any(uuid not in here or self.foreign_bytes.get(uuid, 0) > 0 for uuid in engine.share_bytes)
 
     def _endpoint(self, effect: EngineEffect) -> str:
         return f"http://{self.node}/{effect.replica.replica_id}/{effect.lease_epoch}"
@@ -377,7 +378,7 @@ class SimulatedHost:
         assert not engine.in_flight or self.routes is None, f"{effect.replica.replica_id} sleeps with requests"
         engine.phase = Phase.ASLEEP
         if self._clock.now_s >= self.silent_until_s:
-            done(0.0, self._parked(effect, drain_s=max(0.0, self._clock.now_s - began_s - 0.02)))
+            done(0.0, self._parked(effect, engine, drain_s=max(0.0, self._clock.now_s - began_s - 0.02)))
             return
 
         def give_up() -> None:
@@ -386,11 +387,11 @@ class SimulatedHost:
 
         self._clock.after(UNPROVEN_S, give_up)
 
-    def _parked(self, effect: ParkEngine, *, drain_s: float) -> EngineParked:
+    def _parked(self, effect: ParkEngine, engine: Engine, *, drain_s: float) -> EngineParked:
         return EngineParked(
             replica_id=effect.replica.replica_id,
             lease_epoch=effect.lease_epoch,
-            residue_bytes=CONTEXT_BYTES,
+            residues=tuple(engine.used_on(gpu_uuid) for gpu_uuid in engine.share_bytes),
             host_bytes=effect.replica.deployment.engine.weights_bytes,
             copied_bytes=0,
             park_s=0.02,
@@ -420,7 +421,7 @@ class SimulatedHost:
                     replica_id=effect.replica.replica_id,
                     lease_epoch=effect.lease_epoch,
                     reason="out of memory" if is_short else "restore failed",
-                    short_by_bytes=engine.share_bytes if is_short else 0,
+                    short_by_bytes=max(engine.share_bytes.values()) if is_short else 0,
                 )
                 done(0.0, refused)
                 return

@@ -75,16 +75,14 @@ class Engine:
     on_idle: list[Callable[[], None]] = field(default_factory=list)
 
     @property
-    def used_bytes(self) -> int:
-        return CONTEXT_BYTES if self.phase is Phase.ASLEEP else self.share_bytes
+    def share_bytes(self) -> dict[str, int]:
+        """By GPU: what its shard there uses while it is awake."""
+        return {share.gpu_uuid: share.request_bytes for share in self.replica.shares}
 
-    @property
-    def share_bytes(self) -> int:
-        return self.replica.shares[0].request_bytes
-
-    @property
-    def gpu_uuid(self) -> str:
-        return self.replica.shares[0].gpu_uuid
+    def used_on(self, gpu_uuid: str) -> int:
+        """What it uses of this GPU now; asleep, a context on each of its GPUs."""
+        share_bytes = self.share_bytes.get(gpu_uuid, 0)
+        return min(CONTEXT_BYTES, share_bytes) if self.phase is Phase.ASLEEP else share_bytes
 
     def serve(self, caller: Caller, *, takes_s: float, clock: Clock) -> None:
         """Answer it, unless the engine dies before."""

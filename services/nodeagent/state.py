@@ -18,7 +18,7 @@ from schemas.nodes import (
     ReplicaWaking,
     WakeRefused,
 )
-from schemas.placement import ReplicaProposal
+from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
 from services.nodeagent.settings import NodeAgentSettings
 
 
@@ -48,8 +48,14 @@ class Replica:
     """Raised whenever the engine is given up; results that name an older one are ignored."""
     residency: Residency
     since_s: float
-    residue_bytes: int
-    """Expected at first, measured from the first park on."""
+    share_bytes: dict[str, int]
+    """{gpu_uuid: what its shard there holds while it is resident}, in the order of its shards."""
+    residue_bytes: dict[str, int]
+    """{gpu_uuid: what its shard there keeps while it is parked}; expected at first, measured from the first park on."""
+    held_for: str = ""
+    """The gang for which its lease is held: it does not start before that gang is committed."""
+    hold_ends_s: float = 0.0
+    """When a held lease ends by itself."""
     wake_epoch: int = 1
     """Raised at each park."""
     endpoint: str = ""
@@ -59,8 +65,8 @@ class Replica:
     """Failed starts in a row."""
     victim_ids: tuple[str, ...] = ()
     """While waiting: whose bytes it waits for."""
-    releasing_bytes: int = 0
-    """While it is being released: what it holds."""
+    releasing_bytes: dict[str, int] = field(default_factory=dict)
+    """While it is being released: {gpu_uuid: what it holds there}."""
     ordered_at_s: float = 0.0
     reserved_at_s: float = 0.0
 
@@ -70,25 +76,31 @@ class Replica:
         return self.residency, self.lease_epoch, self.wake_epoch
 
     @property
-    def share_bytes(self) -> int:
-        return self.proposal.shares[0].request_bytes
-
-    @property
-    def gpu_uuid(self) -> str:
-        return self.proposal.shares[0].gpu_uuid
-
-    @property
     def has_process(self) -> bool:
         return self.residency in HOLDING_SHARE or self.residency is Residency.RELEASING or self.is_started
 
-    @property
-    def held_bytes(self) -> int:
-        """What its lease holds on its GPU now."""
+    def held_on(self, gpu_uuid: str) -> int:
+        """What its lease holds on this GPU now."""
         if self.residency in HOLDING_SHARE:
-            return self.share_bytes
+            return self.share_bytes.get(gpu_uuid, 0)
         if self.residency is Residency.RELEASING:
-            return self.releasing_bytes
-        return self.residue_bytes if self.is_started else 0
+            return self.releasing_bytes.get(gpu_uuid, 0)
+        return self.residue_bytes.get(gpu_uuid, 0) if self.is_started else 0
+
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """By GPU: what its lease holds there now."""
+        return {gpu_uuid: self.held_on(gpu_uuid) for gpu_uuid in self.share_bytes}
+
+    @property
+    def wanted_bytes(self) -> dict[str, int]:
+        """By GPU: what it must get there beyond what it holds, to be resident."""
+        return {gpu_uuid: size - self.held_on(gpu_uuid) for gpu_uuid, size in self.share_bytes.items()}
+
+    @property
+    def yielding_bytes(self) -> dict[str, int]:
+        """By GPU: what its park gives there."""
+        return {gpu_uuid: size - self.residue_bytes[gpu_uuid] for gpu_uuid, size in self.share_bytes.items()}
 
 
 @dataclass(slots=True)
@@ -114,7 +126,7 @@ class NodeState:
 
     def held_bytes(self, gpu_uuid: str) -> int:
         """Sum over all leases on the GPU; never above what it offers."""
-        return sum(r.held_bytes for r in self.replicas.values() if r.gpu_uuid == gpu_uuid)
+        return sum(replica.held_on(gpu_uuid) for replica in self.replicas.values())
 
     def host_bytes(self) -> int:
         """Host memory that the sealed weights of all parkable replicas take."""
@@ -135,15 +147,31 @@ def fold_joined(state: NodeState, fact: NodeJoined) -> None:
     state.machine_id = fact.machine_id
 
 
+def expected_residue(share: ShareProposal, settings: NodeAgentSettings) -> int:
+    """What this shard is expected to keep on its GPU while parked, until the first park measures it."""
+    return min(settings.residue_bytes, share.request_bytes)
+
+
 def fold_granted(state: NodeState, fact: LeaseGranted) -> None:
-    for proposal, lease in zip(fact.replicas, fact.leases, strict=True):
-        state.replicas[lease.replica_id] = Replica(
+    for proposal in fact.replicas:
+        leases = [lease for lease in fact.leases if lease.replica_id == proposal.replica_id]
+        state.replicas[proposal.replica_id] = Replica(
             proposal=proposal,
-            lease_epoch=lease.lease_epoch,
+            lease_epoch=leases[0].lease_epoch,
             residency=Residency.GRANTED,
             since_s=fact.at_s,
-            residue_bytes=lease.residue_bytes,
+            share_bytes={lease.gpu_uuid: lease.granted_bytes for lease in leases},
+            residue_bytes={lease.gpu_uuid: lease.residue_bytes for lease in leases},
+            held_for=fact.gang_id,
+            hold_ends_s=fact.at_s + fact.gang_hold_s,
         )
+
+
+def fold_committed(state: NodeState, fact: GangCommitted) -> None:
+    """Its replicas here may start from now on."""
+    for replica in state.replicas.values() if fact.node == state.settings.node else ():
+        if replica.held_for == fact.gang_id:
+            replica.held_for = ""
 
 
 def fold_released(state: NodeState, fact: LeaseReleased) -> None:
@@ -188,7 +216,7 @@ def fold_parked(state: NodeState, fact: ReplicaParked) -> None:
     replica = _move(state, fact.replica_id, Residency.PARKED, fact.at_s)
     if replica is not None:
         replica.wake_epoch = fact.wake_epoch
-        replica.residue_bytes = fact.residue_bytes
+        replica.residue_bytes = dict(zip(replica.share_bytes, fact.residues(len(replica.share_bytes)), strict=True))
 
 
 def fold_waking(state: NodeState, fact: ReplicaWaking) -> None:

@@ -37,43 +37,52 @@ from services.swapper.state import FleetState
 SETTLED: Final = {Residency.GRANTED, Residency.RESIDENT, Residency.PARKED, Residency.FAILED}
 
 
+Amounts = dict[str, int]
+"""{gpu_uuid: bytes}"""
+
+
 @dataclass(slots=True)
 class Books:
     """An account of every GPU; after each fact the sum of its GPU is compared with what the GPU has."""
 
     gpus: dict[str, GpuOffer] = field(default_factory=dict)
-    gpu_of: dict[str, str] = field(default_factory=dict)
-    share: dict[str, int] = field(default_factory=dict)
-    residue: dict[str, int] = field(default_factory=dict)
-    held: dict[str, int] = field(default_factory=dict)
+    share: dict[str, Amounts] = field(default_factory=dict)
+    """{replica_id: what it holds on each of its GPUs while it is resident}, by shard; so for the next two."""
+    residue: dict[str, Amounts] = field(default_factory=dict)
+    held: dict[str, Amounts] = field(default_factory=dict)
     sums: dict[str, int] = field(default_factory=dict)
+    """{gpu_uuid: bytes}"""
 
     def hear(self, fact: Fact) -> None:
         match fact:
             case NodeJoined():
                 self.gpus.update({gpu.gpu_uuid: gpu for gpu in fact.gpus})
             case LeaseGranted():
-                for lease in fact.leases:
-                    name = lease.replica_id
-                    self.gpu_of[name], self.share[name] = lease.gpu_uuid, lease.granted_bytes
-                    self.residue[name] = lease.residue_bytes
-                    self._hold(name, 0, fact)
+                for replica in fact.replicas:
+                    name = replica.replica_id
+                    leases = [lease for lease in fact.leases if lease.replica_id == name]
+                    self.share[name] = {lease.gpu_uuid: lease.granted_bytes for lease in leases}
+                    self.residue[name] = {lease.gpu_uuid: lease.residue_bytes for lease in leases}
+                    self._hold(name, {}, fact)
             case ReplicaStarting() | ReplicaResident() | ParkAbandoned() | ReplicaWaking(is_reserved=True):
                 self._hold(fact.replica_id, self.share[fact.replica_id], fact)
             case ReplicaParked():
-                self.residue[fact.replica_id] = fact.residue_bytes
-                self._hold(fact.replica_id, fact.residue_bytes, fact)
+                gpu_uuids = list(self.share[fact.replica_id])
+                self.residue[fact.replica_id] = dict(zip(gpu_uuids, fact.residues(len(gpu_uuids)), strict=True))
+                self._hold(fact.replica_id, self.residue[fact.replica_id], fact)
             case WakeRefused() if self.held[fact.replica_id]:
                 self._hold(fact.replica_id, self.residue[fact.replica_id], fact)
             case ReplicaFailed() | LeaseReleased():
-                self._hold(fact.replica_id, 0, fact)
+                self._hold(fact.replica_id, {}, fact)
 
-    def _hold(self, name: str, size_bytes: int, fact: Fact) -> None:
-        gpu_uuid = self.gpu_of[name]
-        self.sums[gpu_uuid] = held = self.sums.get(gpu_uuid, 0) - self.held.get(name, 0) + size_bytes
-        self.held[name] = size_bytes
-        gpu = self.gpus[gpu_uuid]
-        assert held + gpu.reserve_bytes <= gpu.capacity_bytes, f"{gpu_uuid}: leases exceed it after {fact}"
+    def _hold(self, name: str, amounts: Amounts, fact: Fact) -> None:
+        before = self.held.get(name, {})
+        self.held[name] = amounts
+        for gpu_uuid in self.share[name]:
+            change_bytes = amounts.get(gpu_uuid, 0) - before.get(gpu_uuid, 0)
+            self.sums[gpu_uuid] = held_bytes = self.sums.get(gpu_uuid, 0) + change_bytes
+            gpu = self.gpus[gpu_uuid]
+            assert held_bytes + gpu.reserve_bytes <= gpu.capacity_bytes, f"{gpu_uuid}: leases exceed it after {fact}"
 
 
 @dataclass(slots=True)
@@ -166,7 +175,7 @@ def disagreement(system: SimulatedSystem) -> str:
         epochs = (placement.replicas[name].wake_epoch, swapper.replicas[name].wake_epoch)
         if epochs != (replica.wake_epoch, replica.wake_epoch):
             return f"{name} has wake epoch {replica.wake_epoch}; placement and swapper say {epochs}"
-        if replica.residue_bytes != swapper.replicas[name].residue_bytes:
+        if sum(replica.residue_bytes.values()) != swapper.replicas[name].residue_bytes:
             return f"{name} keeps {replica.residue_bytes} bytes; the swapper says otherwise"
         if replica.is_started != (name in system.hosts[node].engines):
             return f"{name} has an engine: {not replica.is_started}; its agent says otherwise"

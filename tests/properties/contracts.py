@@ -107,17 +107,16 @@ class Contracts:
     def _judge_grant(self, fact: LeaseGranted) -> None:
         """All of what was proposed, no share less than its request, and in the grade that was asked for, or nothing."""
         proposal = self.proposed[fact.proposal_id]
-        asked = {r.replica_id: r for r in proposal.replicas}
+        asked = [(replica, share) for replica in proposal.replicas for share in replica.shares]
+        places = [(share.replica_id, share.shard_index, share.gpu_uuid) for _, share in asked]
+        given = [(lease.replica_id, lease.shard_index, lease.gpu_uuid) for lease in fact.leases]
         assert 1 == self.answered[fact.proposal_id], f"{fact.proposal_id} was answered twice"
-        assert list(asked) == [lease.replica_id for lease in fact.leases], f"{fact} is not all of {proposal}"
-        for lease in fact.leases:
-            replica = asked[lease.replica_id]
-            share = replica.shares[0]
+        assert places == given, f"{fact} is not all of {proposal}, where it was proposed"
+        for (replica, share), lease in zip(asked, fact.leases, strict=True):
             assert share.request_bytes <= lease.granted_bytes, f"{lease} is less than its request"
-            assert share.gpu_uuid == lease.gpu_uuid, f"{lease} is on another GPU than proposed"
-            minimum, given = replica.deployment.share.minimum_grade, self.gpus[lease.gpu_uuid].grade
-            is_enforced = minimum is None or GRADE_ORDER.index(given) <= GRADE_ORDER.index(minimum)
-            assert is_enforced, f"{lease.replica_id} was promised '{minimum}' and has '{given}'"
+            minimum, grade = replica.deployment.share.minimum_grade, self.gpus[lease.gpu_uuid].grade
+            is_enforced = minimum is None or GRADE_ORDER.index(grade) <= GRADE_ORDER.index(minimum)
+            assert is_enforced, f"{lease.replica_id} was promised '{minimum}' and has '{grade}'"
 
     def _judge_command(self, fact: CommandFact) -> None:
         """The fact is about the command that it names, of the tenant who sent it; a repetition has no second effect."""

@@ -53,7 +53,7 @@ from tests.properties.planted.hard_trial import HardTrial, check_everything, pla
 
 def a_ledger_that_forgets_residues() -> Service[Any]:
     def fold(state: NodeState, fact: ReplicaParked) -> None:
-        NODEAGENT.folds[ReplicaParked](state, replace(fact, residue_bytes=0))
+        NODEAGENT.folds[ReplicaParked](state, replace(fact, residue_bytes=0, shard_residue_bytes=()))
 
     return with_fold(NODEAGENT, ReplicaParked, fold)
 
@@ -71,8 +71,8 @@ class _Optimist(NodeState):
 
     def held_bytes(self, gpu_uuid: str) -> int:
         moving = (Residency.DRAINING, Residency.WAKING)
-        here = [r for r in self.replicas.values() if r.gpu_uuid == gpu_uuid]
-        return sum(r.residue_bytes if r.residency in moving else r.held_bytes for r in here)
+        here = [r for r in self.replicas.values() if gpu_uuid in r.share_bytes]
+        return sum(r.residue_bytes[gpu_uuid] if r.residency in moving else r.held_on(gpu_uuid) for r in here)
 
 
 def a_transition_counted_as_its_smaller_side() -> Service[Any]:
@@ -81,11 +81,8 @@ def a_transition_counted_as_its_smaller_side() -> Service[Any]:
 
 def an_agent_that_grants_twice_what_it_books() -> Service[Any]:
     def fold(state: NodeState, fact: LeaseGranted) -> None:
-        halved = tuple(
-            replace(r, shares=tuple(replace(s, request_bytes=s.request_bytes // 2) for s in r.shares))
-            for r in fact.replicas
-        )
-        NODEAGENT.folds[LeaseGranted](state, replace(fact, replicas=halved))
+        halved = tuple(replace(lease, granted_bytes=lease.granted_bytes // 2) for lease in fact.leases)
+        NODEAGENT.folds[LeaseGranted](state, replace(fact, leases=halved))
 
     return with_fold(NODEAGENT, LeaseGranted, fold)
 
@@ -127,7 +124,8 @@ def a_park_that_is_told_before_it_has_happened() -> Service[Any]:
             parked = ReplicaParked(
                 **names(state, replica, ctx),
                 wake_epoch=replica.wake_epoch + 1,
-                residue_bytes=replica.residue_bytes,
+                residue_bytes=sum(replica.residue_bytes.values()),
+                shard_residue_bytes=tuple(replica.residue_bytes.values()),
                 host_bytes=0,
                 copied_bytes=0,
                 park_s=0.0,

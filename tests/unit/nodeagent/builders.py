@@ -52,10 +52,12 @@ def replica(
     gib: int,
     *,
     gpu_uuid: str = "gpu-0",
+    gpu_uuids: tuple[str, ...] = (),
     weights_gib: int = 10,
     is_parkable: bool = True,
     minimum_grade: IsolationGrade | None = None,
 ) -> ReplicaProposal:
+    """`gib` is of each of its GPUs: `gpu_uuids`, or the one."""
     return ReplicaProposal(
         replica_id=name,
         deployment_id=f"d-{name}",
@@ -63,13 +65,14 @@ def replica(
         deployment=DeploymentSpec(
             name=name,
             engine=EngineSpec(weights_bytes=weights_gib * GiB),
-            share=ShareSpec(request_bytes=gib * GiB, minimum_grade=minimum_grade),
+            share=ShareSpec(request_bytes=gib * GiB, minimum_grade=minimum_grade, gpu_count=max(1, len(gpu_uuids))),
             swap=SwapSpec(is_parkable=is_parkable),
         ),
-        shares=(
+        shares=tuple(
             ShareProposal(
-                replica_id=name, shard_index=0, gpu_uuid=gpu_uuid, request_bytes=gib * GiB, limit_bytes=gib * GiB
-            ),
+                replica_id=name, shard_index=index, gpu_uuid=uuid, request_bytes=gib * GiB, limit_bytes=gib * GiB
+            )
+            for index, uuid in enumerate(gpu_uuids or (gpu_uuid,))
         ),
     )
 
@@ -105,6 +108,8 @@ class Agent:
         """What the core decides; its facts are folded as the shell folds them, and the invariants hold after it."""
         self.seq += 1
         self.now_s += 1.0
+        if isinstance(item, Fact):
+            SERVICE.evolve(self.state, item)
         observe = SERVICE.observers.get(type(item))
         if observe is not None:
             observe(self.state, item, self.now_s)
@@ -171,7 +176,7 @@ class Agent:
     def has_parked(self, name: str, *, residue_gib: int = RESIDUE_GIB) -> EngineParked:
         return EngineParked(
             **self._of(name),
-            residue_bytes=residue_gib * GiB,
+            residues=(residue_gib * GiB,) * len(self.lease(name).share_bytes),
             host_bytes=10 * GiB,
             copied_bytes=0,
             park_s=0.1,

@@ -40,9 +40,9 @@ def test_a_drain_that_has_ended_promises_nothing_any_more() -> None:
 
 def test_what_is_booked_in_one_decision_counts_in_its_next_step() -> None:
     ledger = Ledger(Agent().state)
-    ledger.hold("gpu-0", 50 * GiB)
-    ledger.hold("gpu-0", -20 * GiB)
-    ledger.drop_claim("gpu-0", -5 * GiB)
+    ledger.hold({"gpu-0": 50 * GiB})
+    ledger.hold({"gpu-0": -20 * GiB})
+    ledger.drop_claim({"gpu-0": -5 * GiB})
 
     assert (50 * GiB, 45 * GiB) == (ledger.free_bytes("gpu-0"), ledger.unclaimed_bytes("gpu-0"))
 
@@ -50,23 +50,23 @@ def test_what_is_booked_in_one_decision_counts_in_its_next_step() -> None:
 def test_those_that_take_turns_need_room_for_all_residues_and_the_largest_share() -> None:
     """40 fixed, residues 1 + 1, largest 30 - 1: 71 of 80. One more of 39 would need 40 + 3 + 38 = 81."""
     ledger = Ledger(Agent().state)
-    ledger.lease(replica("fixed", 40, is_parkable=False), GiB)
-    ledger.lease(replica("a", 30), GiB)
-    ledger.lease(replica("b", 20), GiB)
+    ledger.lease(replica("fixed", 40, is_parkable=False))
+    ledger.lease(replica("a", 30))
+    ledger.lease(replica("b", 20))
 
-    assert GiB == ledger.short_for_lease(replica("c", 39), GiB)
-    assert 0 == ledger.short_for_lease(replica("c", 38), GiB)
+    assert GiB == ledger.short_for_lease(replica("c", 39)).short_bytes
+    assert 0 == ledger.short_for_lease(replica("c", 38)).short_bytes
 
 
 def test_a_residue_is_never_counted_larger_than_the_share() -> None:
     ledger = Ledger(Agent().state)
-    ledger.lease(replica("a", 1), 5 * GiB)
+    ledger.lease(replica("a", 1))
 
-    assert 0 == ledger.short_for_lease(replica("b", 79), GiB)
+    assert 0 == ledger.short_for_lease(replica("b", 79)).short_bytes
 
 
 def test_a_lease_on_another_gpu_does_not_count_here() -> None:
     ledger = Ledger(Agent().state)
-    ledger.lease(replica("elsewhere", 80, gpu_uuid="gpu-9", is_parkable=False), GiB)
+    ledger.lease(replica("elsewhere", 80, gpu_uuid="gpu-9", is_parkable=False))
 
-    assert 0 == ledger.short_for_lease(replica("a", 80), GiB)
+    assert 0 == ledger.short_for_lease(replica("a", 80)).short_bytes

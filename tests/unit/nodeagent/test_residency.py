@@ -346,4 +346,4 @@ def test_a_failed_engine_is_expected_to_leave_what_it_left_when_it_was_measured(
 
     agent.handle(agent.lost("a"))
 
-    assert 0 == agent.lease("a").residue_bytes
+    assert {"gpu-0": 0} == agent.lease("a").residue_bytes
