@@ -13,8 +13,8 @@ S = TypeVar("S")
 E = TypeVar("E")
 Q = TypeVar("Q", bound=Query)
 
-NOT_DURABLE: Final = frozenset({"observed", "settings"})
-"""Fields of a state that are no part of history: no digest and no snapshot holds them."""
+NOT_DURABLE: Final = frozenset({"derived", "observed", "settings"})
+"""Fields of a state that are no part of history, or follow from the other fields: no digest and no snapshot holds them."""
 
 Handler = Callable[[S, E, Context], Sequence[Outcome]]
 Fold = Callable[[S, E], None]

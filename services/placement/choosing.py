@@ -149,18 +149,19 @@ def _account(state: ClusterState, gpu_uuid: str) -> tuple[int, int, int, int]:
     """(always resident, residues of those that park, largest share above its residue among them, all requests)."""
     fixed = resting = largest = promised = 0
     for replica in state.on_gpu(gpu_uuid):
-        promised += replica.request_bytes
+        request_bytes = replica.request_on(gpu_uuid)
+        promised += request_bytes
         if replica.is_parkable:
-            residue_bytes = min(replica.residue_bytes, replica.request_bytes)
+            residue_bytes = replica.residue_on(gpu_uuid)
             resting += residue_bytes
-            largest = max(largest, replica.request_bytes - residue_bytes)
+            largest = max(largest, request_bytes - residue_bytes)
         else:
-            fixed += replica.request_bytes
+            fixed += request_bytes
     return fixed, resting, largest, promised
 
 
 def _host_bytes(state: ClusterState, node: str) -> int:
-    return sum(r.weights_bytes for r in state.replicas.values() if r.node == node and r.is_parkable)
+    return sum(r.weights_bytes for r in state.on_node(node) if r.is_parkable)
 
 
 def _no_choice(state: ClusterState, spec: DeploymentSpec, alternatives: list[Alternative]) -> NoChoice:

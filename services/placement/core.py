@@ -37,9 +37,9 @@ from schemas.placement import (
     ShareProposal,
     WakeAsked,
 )
-from services.placement import state as fold
+from services.placement import folds as fold
 from services.placement.choosing import Choice, choose
-from services.placement.state import ClusterState, Deployment, Replica
+from services.placement.state import ClusterState, Deployment, Replica, new_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,19 +58,19 @@ def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
 def check_invariants(state: ClusterState) -> None:
     """Every admitted deployment is placed, or it is known why not, or it comes after one that was just proposed."""
     is_going_on = any(replica.state == "proposed" for replica in state.replicas.values())
-    placed_counts = state.replica_counts()
     for deployment in state.deployments.values():
-        placed = placed_counts[deployment.deployment_id]
+        placed = state.placed_count(deployment.deployment_id)
         explained = bool(deployment.problem) or placed >= deployment.replica_count or is_going_on
         assert explained, f"{deployment.spec.name} is neither placed nor explained"
 
 
 SERVICE: Service[ClusterState] = Service(
     name="placement",
-    new_state=fold.new_state,
+    new_state=new_state,
     reads=reads,
     on_start=on_start,
     check_invariants=check_invariants,
+    state_version=2,
     inbox_cursor=lambda state: state.inbox_seq,
 )
 _FOLDS: tuple[tuple[type, Any], ...] = (
@@ -113,8 +113,8 @@ def place_missing(state: ClusterState, ctx: Context) -> Iterator[Outcome]:
     One proposal per input, because it changes the account that the next decision needs. The others follow at once, not
     when the node answers: it may be away for long.
     """
-    counts = state.replica_counts()
-    missing = [d for d in state.deployments.values() if counts[d.deployment_id] < d.replica_count]
+    wishes = [state.deployments[deployment_id] for deployment_id in state.waiting]
+    missing = sorted(wishes, key=lambda d: (d.admitted_at_s, d.deployment_id))
     for deployment in missing:
         outcomes = place(state, deployment, ctx)
         yield from outcomes

@@ -1,38 +1,12 @@
-"""What placement knows: the fleet, the wishes, and where each replica is."""
+"""What placement knows: the fleet, the wishes, where each replica is. `folds` changes it, `index` answers from it."""
 
-from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from schemas.autoscaler import ReplicasDecided
 from schemas.deployments import DeploymentSpec
-from schemas.nodes import (
-    GpuOffer,
-    LeaseGranted,
-    LeaseRefused,
-    LeaseReleased,
-    NodeJoined,
-    ParkAbandoned,
-    ReplicaDraining,
-    ReplicaFact,
-    ReplicaFailed,
-    ReplicaParked,
-    ReplicaReady,
-    ReplicaResident,
-    ReplicaStarting,
-    ReplicaWaking,
-    WakeRefused,
-)
-from schemas.placement import (
-    Alternative,
-    CommandFact,
-    DeploymentAdmitted,
-    DeploymentRetired,
-    KeyAdded,
-    KeyRevoked,
-    PlacementFailed,
-    PlacementProposed,
-    ReleaseProposed,
-)
+from schemas.nodes import GpuOffer
+from schemas.placement import Alternative, Constraint, ReasonCode, ReplicaProposal, ShareProposal
+from services.placement.index import Index
 from services.placement.settings import PlacementSettings
 
 
@@ -43,6 +17,20 @@ class Node:
     joined_at_s: float
     gpus: dict[str, GpuOffer]
     host_budget_bytes: int
+    """For the weights of parked replicas."""
+    cpu_millicores: int | None = None
+    """None: not told, so that nothing that asks for it goes there."""
+    memory_bytes: int | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    machine_id: str = ""
+    lost_at_s: float | None = None
+    """Since when it is taken for lost; its replicas do not count as placed."""
+    quarantine_until_s: float = 0.0
+    """Until then nothing new goes there."""
+
+    def is_open(self, now_s: float) -> bool:
+        """Whether anything new may go there."""
+        return self.lost_at_s is None and self.quarantine_until_s <= now_s
 
 
 @dataclass(slots=True)
@@ -51,24 +39,97 @@ class Replica:
 
     replica_id: str
     deployment_id: str
+    tenant: str
     node: str
-    gpu_uuid: str
-    request_bytes: int
-    limit_bytes: int
+    shares: tuple[ShareProposal, ...]
+    """One for each of its GPUs, by shard."""
+    priority: int
+    is_preemptible: bool
     is_parkable: bool
     weights_bytes: int
+    cpu_millicores: int
+    memory_bytes: int
     state: str
     since_s: float
     reason: str
-    alternatives: tuple[Alternative, ...]
-    granted_bytes: int = 0
-    residue_bytes: int = 0
+    codes: tuple[ReasonCode, ...]
+    residue_bytes: tuple[int, ...]
+    """By shard: what it keeps on its GPU while parked; expected at first, measured from its first park on."""
+    granted_bytes: tuple[int, ...] = ()
+    """By shard; empty before its lease is granted."""
+    gang_id: str = ""
+    is_held: bool = False
+    """Its gang is not complete: it starts nothing yet."""
     wake_epoch: int = 0
     endpoint: str = ""
+    ready_at_s: float | None = None
+    """When it was ready to serve for the first time."""
     last_wake_s: float | None = None
     last_start_s: float | None = None
     problem: str = ""
     is_releasing: bool = False
+
+    @classmethod
+    def proposed(
+        cls,
+        proposal: ReplicaProposal,
+        *,
+        node: str,
+        at_s: float,
+        reason: str,
+        codes: tuple[ReasonCode, ...],
+        gang_id: str,
+        residue_bytes: int,
+    ) -> "Replica":
+        """As it is when its proposal leaves. `residue_bytes`: what a shard is expected to keep."""
+        spec = proposal.deployment
+        return cls(
+            replica_id=proposal.replica_id,
+            deployment_id=proposal.deployment_id,
+            tenant=proposal.tenant,
+            node=node,
+            shares=proposal.shares,
+            priority=spec.priority_number,
+            is_preemptible=spec.may_be_preempted,
+            is_parkable=spec.swap.is_parkable,
+            weights_bytes=spec.engine.weights_bytes,
+            cpu_millicores=spec.host.cpu_millicores,
+            memory_bytes=spec.host.memory_bytes,
+            state="proposed",
+            since_s=at_s,
+            reason=reason,
+            codes=codes,
+            residue_bytes=tuple(min(residue_bytes, share.request_bytes) for share in proposal.shares),
+            gang_id=gang_id,
+            is_held=bool(gang_id),
+        )
+
+    @property
+    def request_bytes(self) -> int:
+        """On all its GPUs together."""
+        return sum(share.request_bytes for share in self.shares)
+
+    @property
+    def limit_bytes(self) -> int:
+        return sum(share.limit_bytes for share in self.shares)
+
+    @property
+    def gpu_uuids(self) -> tuple[str, ...]:
+        return tuple(share.gpu_uuid for share in self.shares)
+
+    @property
+    def holds_place(self) -> bool:
+        """Whether it is promised its bytes; one that failed for good is not."""
+        return self.state != "failed"
+
+    def request_on(self, gpu_uuid: str) -> int:
+        """What it is promised on this GPU."""
+        return sum(share.request_bytes for share in self.shares if share.gpu_uuid == gpu_uuid)
+
+    def residue_on(self, gpu_uuid: str) -> int:
+        """What it keeps on this GPU while it is parked, at most its request there."""
+        pairs = zip(self.shares, self.residue_bytes, strict=True)
+        return sum(min(size, share.request_bytes) for share, size in pairs if share.gpu_uuid == gpu_uuid)
 
 
 @dataclass(slots=True)
@@ -89,6 +150,8 @@ class Deployment:
     problem: str = ""
     remedy: str = ""
     alternatives: tuple[Alternative, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    codes: tuple[ReasonCode, ...] = ()
 
 
 @dataclass(slots=True)
@@ -109,211 +172,47 @@ class ClusterState:
     deployments: dict[str, Deployment] = field(default_factory=dict)
     """{deployment_id: deployment}; retired ones are gone."""
     replicas: dict[str, Replica] = field(default_factory=dict)
+    """{replica_id: replica}, in the order of their proposals. Added, moved and dropped by `folds` only."""
     keys: dict[str, Key] = field(default_factory=dict)
     inbox_seq: int = 0
     """The inbox cursor: the highest inbox sequence that a fact names."""
     command_ids: dict[str, str] = field(default_factory=dict)
     """{tenant/command_id: verdict in words}, oldest first, bounded."""
+    derived: Index | None = None
+    """What `index` gives; no part of history."""
+
+    @property
+    def index(self) -> Index:
+        """The same knowledge, laid out for questions; made anew where there is none, after a restore."""
+        if self.derived is None:
+            self.derived = Index(self)
+        return self.derived
 
     def named(self, tenant: str, model: str) -> Deployment | None:
         """The tenant's deployment of that name."""
-        for deployment in self.deployments.values():
-            if deployment.tenant == tenant and deployment.spec.name == model:
-                return deployment
-        return None
+        return self.index.named.get((tenant, model))
 
     def replicas_of(self, deployment_id: str) -> list[Replica]:
-        return [replica for replica in self.replicas.values() if replica.deployment_id == deployment_id]
-
-    def replica_counts(self) -> Counter[str]:
-        """{deployment_id: its replicas}, for those who ask about all deployments: one pass instead of one for each."""
-        return Counter(replica.deployment_id for replica in self.replicas.values())
+        """In the order of their proposals."""
+        return list(self.index.of_deployment.get(deployment_id, {}).values())
 
     def on_gpu(self, gpu_uuid: str) -> list[Replica]:
-        """Replicas that are promised a place on the GPU; those that failed for good hold none."""
-        return [r for r in self.replicas.values() if r.gpu_uuid == gpu_uuid and r.state != "failed"]
+        """Replicas that are promised a place on the GPU, in the order of their proposals, failed ones left out."""
+        return list(self.index.on_gpu.get(gpu_uuid, {}).values())
+
+    def on_node(self, node: str) -> list[Replica]:
+        """All replicas that were proposed to the node and not released."""
+        return list(self.index.on_node.get(node, {}).values())
+
+    def placed_count(self, deployment_id: str) -> int:
+        """Its replicas that count as placed: all that are not on a lost node."""
+        return self.index.placed_counts.get(deployment_id, 0)
+
+    @property
+    def waiting(self) -> Collection[str]:
+        """Ids of the deployments that lack replicas, in no order that means anything."""
+        return self.index.waiting.keys()
 
 
 def new_state(settings: PlacementSettings) -> ClusterState:
     return ClusterState(settings=settings)
-
-
-# --- Own facts --------------------------------------------------------------------------------------------------------
-
-
-def fold_command(state: ClusterState, fact: CommandFact) -> None:
-    """Move the inbox cursor on and remember the command, so that its repetition is recognised."""
-    state.inbox_seq = max(state.inbox_seq, fact.inbox_seq)
-    state.command_ids[f"{fact.tenant}/{fact.command_id}"] = type(fact).__name__
-    while len(state.command_ids) > state.settings.remembered_command_count:
-        del state.command_ids[next(iter(state.command_ids))]
-
-
-def fold_admitted(state: ClusterState, fact: DeploymentAdmitted) -> None:
-    fold_command(state, fact)
-    state.deployments[fact.deployment_id] = Deployment(
-        deployment_id=fact.deployment_id,
-        tenant=fact.tenant,
-        spec=fact.deployment,
-        admitted_at_s=fact.at_s,
-        revision_count=fact.revision_count,
-        replica_count=fact.deployment.replica_count,
-    )
-
-
-def fold_retired(state: ClusterState, fact: DeploymentRetired) -> None:
-    fold_command(state, fact)
-    state.deployments.pop(fact.deployment_id, None)
-
-
-def fold_key_added(state: ClusterState, fact: KeyAdded) -> None:
-    fold_command(state, fact)
-    state.keys[fact.key_id] = Key(
-        key_id=fact.key_id, tenant=fact.tenant, name=fact.name, key_hash=fact.key_hash, created_at_s=fact.at_s
-    )
-
-
-def fold_key_revoked(state: ClusterState, fact: KeyRevoked) -> None:
-    fold_command(state, fact)
-    state.keys.pop(fact.key_id, None)
-
-
-def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
-    for proposal in fact.replicas:
-        share = proposal.shares[0]
-        state.replicas[proposal.replica_id] = Replica(
-            replica_id=proposal.replica_id,
-            deployment_id=proposal.deployment_id,
-            node=fact.node,
-            gpu_uuid=share.gpu_uuid,
-            request_bytes=share.request_bytes,
-            limit_bytes=share.limit_bytes,
-            is_parkable=proposal.deployment.swap.is_parkable,
-            weights_bytes=proposal.deployment.engine.weights_bytes,
-            state="proposed",
-            since_s=fact.at_s,
-            reason=fact.reason,
-            alternatives=fact.alternatives,
-            residue_bytes=state.settings.residue_bytes,
-        )
-        deployment = state.deployments.get(proposal.deployment_id)
-        if deployment is not None:
-            deployment.created_count += 1
-            deployment.problem = ""
-            deployment.remedy = ""
-            deployment.alternatives = fact.alternatives
-
-
-def fold_failed_placement(state: ClusterState, fact: PlacementFailed) -> None:
-    deployment = state.deployments.get(fact.deployment_id)
-    if deployment is not None:
-        deployment.problem = fact.message
-        deployment.remedy = fact.remedy
-        deployment.alternatives = fact.alternatives
-
-
-def fold_release(state: ClusterState, fact: ReleaseProposed) -> None:
-    replica = state.replicas.get(fact.replica_id)
-    if replica is not None:
-        replica.is_releasing = True
-
-
-# --- Facts of node agents and of the autoscaler -----------------------------------------------------------------------
-
-
-def fold_joined(state: ClusterState, fact: NodeJoined) -> None:
-    state.nodes[fact.node] = Node(
-        name=fact.node,
-        label=fact.label,
-        joined_at_s=fact.at_s,
-        gpus={gpu.gpu_uuid: gpu for gpu in fact.gpus},
-        host_budget_bytes=fact.host_budget_bytes,
-    )
-    for deployment in state.deployments.values():
-        deployment.refused_nodes = ()
-
-
-def fold_granted(state: ClusterState, fact: LeaseGranted) -> None:
-    for lease in fact.leases:
-        replica = _move(state, lease.replica_id, "granted", fact.at_s)
-        if replica is not None:
-            replica.granted_bytes = lease.granted_bytes
-            replica.residue_bytes = lease.residue_bytes
-            replica.wake_epoch = 1
-            deployment = state.deployments.get(replica.deployment_id)
-            if deployment is not None:
-                deployment.refused_nodes = ()
-
-
-def fold_refused(state: ClusterState, fact: LeaseRefused) -> None:
-    for replica_id in fact.replica_ids:
-        replica = state.replicas.pop(replica_id, None)
-        deployment = state.deployments.get(replica.deployment_id) if replica is not None else None
-        if deployment is not None:
-            deployment.refused_nodes = (*deployment.refused_nodes, fact.node)
-            deployment.problem = f"{fact.node} refused: {fact.message}"
-
-
-def fold_released(state: ClusterState, fact: LeaseReleased) -> None:
-    state.replicas.pop(fact.replica_id, None)
-    for deployment in state.deployments.values():
-        deployment.refused_nodes = ()
-
-
-def _move(state: ClusterState, replica_id: str, to: str, at_s: float) -> Replica | None:
-    replica = state.replicas.get(replica_id)
-    if replica is not None:
-        replica.state, replica.since_s = to, at_s
-    return replica
-
-
-def fold_replica_fact(state: ClusterState, fact: ReplicaFact) -> None:
-    """Where a replica is now; one word per kind of fact."""
-    words: dict[type[ReplicaFact], str] = {
-        ReplicaStarting: "starting",
-        ReplicaDraining: "draining",
-        ParkAbandoned: "resident",
-        ReplicaWaking: "waking",
-    }
-    _move(state, fact.replica_id, words[type(fact)], fact.at_s)
-
-
-def fold_ready(state: ClusterState, fact: ReplicaReady) -> None:
-    for ready in fact.replicas:
-        replica = _move(state, ready.replica_id, "resident", fact.at_s)
-        if replica is not None:
-            replica.endpoint, replica.last_start_s, replica.problem = ready.endpoint, ready.start_s, ""
-            replica.wake_epoch = ready.wake_epoch
-
-
-def fold_parked(state: ClusterState, fact: ReplicaParked) -> None:
-    replica = _move(state, fact.replica_id, "parked", fact.at_s)
-    if replica is not None:
-        replica.wake_epoch, replica.residue_bytes = fact.wake_epoch, fact.residue_bytes
-
-
-def fold_resident(state: ClusterState, fact: ReplicaResident) -> None:
-    replica = _move(state, fact.replica_id, "resident", fact.at_s)
-    if replica is not None:
-        replica.endpoint, replica.last_wake_s, replica.problem = fact.endpoint, fact.wake_s, ""
-
-
-def fold_wake_refused(state: ClusterState, fact: WakeRefused) -> None:
-    replica = state.replicas.get(fact.replica_id)
-    if replica is not None and replica.state == "waking":
-        _move(state, fact.replica_id, "parked" if replica.endpoint else "granted", fact.at_s)
-        replica.problem = fact.reason
-
-
-def fold_replica_failed(state: ClusterState, fact: ReplicaFailed) -> None:
-    replica = _move(state, fact.replica_id, "failed" if fact.is_final else "granted", fact.at_s)
-    if replica is not None:
-        replica.problem = fact.reason
-        replica.endpoint = ""
-        replica.wake_epoch = fact.wake_epoch
-
-
-def fold_replicas_decided(state: ClusterState, fact: ReplicasDecided) -> None:
-    deployment = state.deployments.get(fact.deployment_id)
-    if deployment is not None:
-        deployment.replica_count = fact.replica_count

@@ -46,18 +46,19 @@ def deployment_view(state: ClusterState, deployment: Deployment) -> DeploymentVi
 
 def _replica_view(state: ClusterState, replica: Replica) -> ReplicaView:
     node = state.nodes.get(replica.node)
-    gpu = node.gpus.get(replica.gpu_uuid) if node is not None else None
+    gpu_uuid = replica.gpu_uuids[0]
+    gpu = node.gpus.get(gpu_uuid) if node is not None else None
     return ReplicaView(
         replica_id=replica.replica_id,
         node=replica.node,
-        gpu_uuid=replica.gpu_uuid,
+        gpu_uuid=gpu_uuid,
         gpu_index=gpu.index if gpu is not None else -1,
         state=replica.state,
         since_s=replica.since_s,
         request_bytes=replica.request_bytes,
-        granted_bytes=replica.granted_bytes,
+        granted_bytes=sum(replica.granted_bytes),
         limit_bytes=replica.limit_bytes,
-        residue_bytes=replica.residue_bytes,
+        residue_bytes=sum(replica.residue_bytes),
         wake_epoch=replica.wake_epoch,
         endpoint=replica.endpoint,
         last_wake_s=replica.last_wake_s,
@@ -83,15 +84,15 @@ def _node_view(state: ClusterState, node: Node) -> NodeView:
                 capacity_bytes=gpu.capacity_bytes,
                 reserve_bytes=gpu.reserve_bytes,
                 allocatable_bytes=gpu.allocatable_bytes,
-                promised_bytes=sum(r.request_bytes for r in here),
-                held_bytes=sum(_held_bytes(r) for r in here),
+                promised_bytes=sum(r.request_on(gpu.gpu_uuid) for r in here),
+                held_bytes=sum(_held_bytes(r, gpu.gpu_uuid) for r in here),
                 grade=gpu.grade,
                 grade_reason=gpu.grade_reason,
                 resident_count=sum(r.state in HOLDS_SHARE for r in here),
                 parked_count=sum(r.state == "parked" for r in here),
             )
         )
-    parked_bytes = sum(r.weights_bytes for r in state.replicas.values() if r.node == node.name and r.is_parkable)
+    parked_bytes = sum(r.weights_bytes for r in state.on_node(node.name) if r.is_parkable)
     return NodeView(
         node=node.name,
         label=node.label,
@@ -102,11 +103,11 @@ def _node_view(state: ClusterState, node: Node) -> NodeView:
     )
 
 
-def _held_bytes(replica: Replica) -> int:
-    """Its share, its residue while it is parked, and nothing before its engine is started."""
+def _held_bytes(replica: Replica, gpu_uuid: str) -> int:
+    """On this GPU: its share, its residue while it is parked, and nothing before its engine is started."""
     if replica.state in HOLDS_SHARE:
-        return replica.request_bytes
-    return replica.residue_bytes if replica.state == "parked" else 0
+        return replica.request_on(gpu_uuid)
+    return replica.residue_on(gpu_uuid) if replica.state == "parked" else 0
 
 
 @SERVICE.answering(Explain)

@@ -278,8 +278,8 @@ def test_what_is_placed_on_one_gpu_can_live_there_and_what_is_not_placed_is_expl
     for node in placement.state.nodes.values():
         for uuid, gpu in node.gpus.items():
             here = placement.state.on_gpu(uuid)
-            fixed = sum(r.request_bytes for r in here if not r.is_parkable)
-            turns = [r.request_bytes for r in here if r.is_parkable]
+            fixed = sum(r.request_on(uuid) for r in here if not r.is_parkable)
+            turns = [r.request_on(uuid) for r in here if r.is_parkable]
             for largest in turns or [0]:
                 others_bytes = GiB * max(0, len(turns) - 1)
                 assert fixed + largest + others_bytes <= gpu.allocatable_bytes

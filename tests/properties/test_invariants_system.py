@@ -426,6 +426,6 @@ def test_models_of_a_gpu_that_vanished_are_placed_elsewhere_and_its_agent_goes_o
 
     placement = system.state("placement")
     assert isinstance(placement, ClusterState), placement
-    assert {"GPU-node-0-1"} == {replica.gpu_uuid for replica in placement.replicas.values()}
+    assert {"GPU-node-0-1"} == {uuid for replica in placement.replicas.values() for uuid in replica.gpu_uuids}
     assert {"a", "b"} == {placement.deployments[r.deployment_id].spec.name for r in placement.replicas.values()}
     system.check()

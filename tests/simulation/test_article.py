@@ -18,7 +18,7 @@ def states(system: SimulatedSystem) -> dict[str, str]:
 def gpus(system: SimulatedSystem) -> dict[str, str]:
     placement = system.state("placement")
     assert isinstance(placement, ClusterState), placement
-    return {r.replica_id.rsplit("-d", 1)[0]: r.gpu_uuid for r in placement.replicas.values()}
+    return {r.replica_id.rsplit("-d", 1)[0]: r.gpu_uuids[0] for r in placement.replicas.values()}
 
 
 def article_system() -> SimulatedSystem:

@@ -9,7 +9,16 @@ from schemas.catalogue import decode, encode
 from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
 from schemas.inbox import DeployRequested
 from schemas.messages import Command, Fact, Query
-from schemas.nodes import GpuOffer, Lease, LeaseGranted, LeaseRefused, LeaseReleased, NodeJoined, RefusalReason
+from schemas.nodes import (
+    GpuOffer,
+    Lease,
+    LeaseGranted,
+    LeaseRefused,
+    LeaseReleased,
+    NodeJoined,
+    RefusalReason,
+    ReplicaFailed,
+)
 from schemas.placement import CommandFact, PlacementFailed, PlacementProposed
 from schemas.units import GiB
 from services.placement import commands as _commands  # noqa: F401  # Registers its handlers.
@@ -77,7 +86,8 @@ class Placement:
         if isinstance(item, Fact):
             SERVICE.evolve(self.state, item)
         ctx = Context(now_s=self.now_s, writer_epoch=1, cause_seq=self.seq, tenant=self.tenant)
-        outcomes = list(SERVICE.handlers[type(item)](self.state, item, ctx))
+        handler = SERVICE.handlers.get(type(item))
+        outcomes = [] if handler is None else list(handler(self.state, item, ctx))
         for outcome in outcomes:
             if isinstance(outcome, Fact):
                 fact = decode(encode(outcome))
@@ -110,15 +120,16 @@ class Placement:
         leases = tuple(
             Lease(
                 replica_id=replica.replica_id,
-                shard_index=0,
-                gpu_uuid=replica.shares[0].gpu_uuid,
-                request_bytes=replica.shares[0].request_bytes,
-                granted_bytes=replica.shares[0].request_bytes,
-                limit_bytes=replica.shares[0].limit_bytes,
+                shard_index=share.shard_index,
+                gpu_uuid=share.gpu_uuid,
+                request_bytes=share.request_bytes,
+                granted_bytes=share.request_bytes,
+                limit_bytes=share.limit_bytes,
                 residue_bytes=RESIDUE_GIB * GiB,
                 lease_epoch=1,
             )
             for replica in proposed.replicas
+            for share in replica.shares
         )
         granted = LeaseGranted(
             node=proposed.node,
@@ -126,6 +137,8 @@ class Placement:
             proposal_id=proposed.proposal_id,
             leases=leases,
             replicas=proposed.replicas,
+            gang_id=proposed.gang_id,
+            gang_hold_s=proposed.gang_hold_s,
         )
         return self.handle(granted)
 
@@ -143,6 +156,21 @@ class Placement:
 
     def release(self, replica_id: str, *, node: str = "node-0") -> list[Outcome]:
         return self.handle(LeaseReleased(node=node, at_s=self.now_s, replica_id=replica_id, reason="stopped"))
+
+    def fail(self, replica_id: str, *, node: str = "node-0") -> list[Outcome]:
+        """For good."""
+        failed = ReplicaFailed(
+            node=node,
+            at_s=self.now_s,
+            replica_id=replica_id,
+            deployment_id=self.state.replicas[replica_id].deployment_id,
+            model="m",
+            reason="it would not start",
+            attempt_count=5,
+            is_final=True,
+            wake_epoch=5,
+        )
+        return self.handle(failed)
 
     def placed(self, wish: DeploymentSpec) -> PlacementProposed:
         """Deploy and grant; its proposal."""

@@ -88,7 +88,7 @@ def test_a_replica_that_failed_for_good_holds_no_place() -> None:
     placement = Placement()
     placement.join()
     placement.placed(spec("fixed", 60, is_parkable=False))
-    placement.state.replicas["fixed-d2-1"].state = "failed"
+    placement.fail("fixed-d2-1")
 
     assert "tightest fit: 20.0 GiB left to promise" == choice(placement, "b", 60).reason
 

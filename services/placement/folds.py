@@ -1,0 +1,259 @@
+"""How facts change what placement knows. Nothing else does. Each fold costs what its fact names, not what there is."""
+
+from schemas.autoscaler import ReplicasDecided
+from schemas.nodes import (
+    LeaseGranted,
+    LeaseRefused,
+    LeaseReleased,
+    NodeJoined,
+    ParkAbandoned,
+    ReplicaDraining,
+    ReplicaFact,
+    ReplicaFailed,
+    ReplicaParked,
+    ReplicaReady,
+    ReplicaResident,
+    ReplicaStarting,
+    ReplicaWaking,
+    WakeRefused,
+)
+from schemas.placement import (
+    CommandFact,
+    DeploymentAdmitted,
+    DeploymentRetired,
+    KeyAdded,
+    KeyRevoked,
+    PlacementFailed,
+    PlacementProposed,
+    ReleaseProposed,
+)
+from services.placement.state import ClusterState, Deployment, Key, Node, Replica
+
+# --- Own facts --------------------------------------------------------------------------------------------------------
+
+
+def fold_command(state: ClusterState, fact: CommandFact) -> None:
+    """Move the inbox cursor on and remember the command, so that its repetition is recognised."""
+    state.inbox_seq = max(state.inbox_seq, fact.inbox_seq)
+    state.command_ids[f"{fact.tenant}/{fact.command_id}"] = type(fact).__name__
+    while len(state.command_ids) > state.settings.remembered_command_count:
+        del state.command_ids[next(iter(state.command_ids))]
+
+
+def fold_admitted(state: ClusterState, fact: DeploymentAdmitted) -> None:
+    fold_command(state, fact)
+    deployment = Deployment(
+        deployment_id=fact.deployment_id,
+        tenant=fact.tenant,
+        spec=fact.deployment,
+        admitted_at_s=fact.at_s,
+        revision_count=fact.revision_count,
+        replica_count=fact.deployment.replica_count,
+    )
+    index = state.index
+    state.deployments[fact.deployment_id] = deployment
+    index.add_deployment(deployment)
+
+
+def fold_retired(state: ClusterState, fact: DeploymentRetired) -> None:
+    fold_command(state, fact)
+    index = state.index
+    deployment = state.deployments.pop(fact.deployment_id, None)
+    if deployment is not None:
+        index.drop_deployment(deployment)
+
+
+def fold_key_added(state: ClusterState, fact: KeyAdded) -> None:
+    fold_command(state, fact)
+    state.keys[fact.key_id] = Key(
+        key_id=fact.key_id, tenant=fact.tenant, name=fact.name, key_hash=fact.key_hash, created_at_s=fact.at_s
+    )
+
+
+def fold_key_revoked(state: ClusterState, fact: KeyRevoked) -> None:
+    fold_command(state, fact)
+    state.keys.pop(fact.key_id, None)
+
+
+def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
+    for proposal in fact.replicas:
+        replica = Replica.proposed(
+            proposal,
+            node=fact.node,
+            at_s=fact.at_s,
+            reason=fact.reason,
+            codes=fact.codes,
+            gang_id=fact.gang_id,
+            residue_bytes=state.settings.residue_bytes,
+        )
+        add_replica(state, replica)
+        deployment = state.deployments.get(proposal.deployment_id)
+        if deployment is not None:
+            deployment.created_count += 1
+            deployment.problem = deployment.remedy = ""
+            deployment.alternatives, deployment.constraints = fact.alternatives, fact.constraints
+            deployment.codes = fact.codes
+
+
+def fold_failed_placement(state: ClusterState, fact: PlacementFailed) -> None:
+    deployment = state.deployments.get(fact.deployment_id)
+    if deployment is not None:
+        deployment.problem, deployment.remedy = fact.message, fact.remedy
+        deployment.alternatives, deployment.constraints = fact.alternatives, fact.constraints
+        deployment.codes = fact.codes
+
+
+def fold_release(state: ClusterState, fact: ReleaseProposed) -> None:
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None:
+        replica.is_releasing = True
+
+
+# --- Replicas come, move and go ---------------------------------------------------------------------------------------
+
+
+def add_replica(state: ClusterState, replica: Replica) -> None:
+    index = state.index
+    state.replicas[replica.replica_id] = replica
+    index.add_replica(replica)
+
+
+def drop_replica(state: ClusterState, replica_id: str) -> Replica | None:
+    """Its place is free; None where it is not known (any more)."""
+    index = state.index
+    replica = state.replicas.pop(replica_id, None)
+    if replica is not None:
+        index.drop_replica(replica)
+    return replica
+
+
+def _move(state: ClusterState, replica_id: str, to: str, at_s: float) -> Replica | None:
+    replica = state.replicas.get(replica_id)
+    if replica is None:
+        return None
+    index = state.index
+    held_place = replica.holds_place
+    replica.state, replica.since_s = to, at_s
+    if held_place and not replica.holds_place:
+        index.leave_place(replica)
+    elif replica.holds_place and not held_place:
+        index.hold_place(replica)
+    return replica
+
+
+def _ask_refused_again(state: ClusterState) -> None:
+    """Some node has more room: every refusal may be a thing of the past."""
+    for deployment in state.index.refused.values():
+        deployment.refused_nodes = ()
+    state.index.refused.clear()
+
+
+# --- Facts of node agents and of the autoscaler -----------------------------------------------------------------------
+
+
+def fold_joined(state: ClusterState, fact: NodeJoined) -> None:
+    """The node as it is now; whether it is lost or in quarantine is not its own to say."""
+    known = state.nodes.get(fact.node)
+    state.nodes[fact.node] = Node(
+        name=fact.node,
+        label=fact.label,
+        joined_at_s=fact.at_s,
+        gpus={gpu.gpu_uuid: gpu for gpu in fact.gpus},
+        host_budget_bytes=fact.host_budget_bytes,
+        cpu_millicores=fact.cpu_millicores,
+        memory_bytes=fact.memory_bytes,
+        labels=fact.labels,
+        machine_id=fact.machine_id,
+        lost_at_s=known.lost_at_s if known is not None else None,
+        quarantine_until_s=known.quarantine_until_s if known is not None else 0.0,
+    )
+    _ask_refused_again(state)
+
+
+def fold_granted(state: ClusterState, fact: LeaseGranted) -> None:
+    granted: dict[str, list[tuple[int, int, int]]] = {}
+    for lease in fact.leases:
+        amounts = (lease.shard_index, lease.granted_bytes, lease.residue_bytes)
+        granted.setdefault(lease.replica_id, []).append(amounts)
+    for replica_id, leases in granted.items():
+        replica = _move(state, replica_id, "granted", fact.at_s)
+        if replica is None:
+            continue
+        leases.sort()
+        replica.granted_bytes = tuple(granted_bytes for _, granted_bytes, _ in leases)
+        replica.residue_bytes = tuple(residue_bytes for _, _, residue_bytes in leases)
+        replica.wake_epoch = 1
+        deployment = state.deployments.get(replica.deployment_id)
+        if deployment is not None and deployment.refused_nodes:
+            deployment.refused_nodes = ()
+            state.index.refused.pop(deployment.deployment_id, None)
+
+
+def fold_refused(state: ClusterState, fact: LeaseRefused) -> None:
+    for replica_id in fact.replica_ids:
+        replica = drop_replica(state, replica_id)
+        deployment = state.deployments.get(replica.deployment_id) if replica is not None else None
+        if deployment is not None:
+            deployment.refused_nodes = (*deployment.refused_nodes, fact.node)
+            deployment.problem = f"{fact.node} refused: {fact.message}"
+            state.index.refused[deployment.deployment_id] = deployment
+
+
+def fold_released(state: ClusterState, fact: LeaseReleased) -> None:
+    drop_replica(state, fact.replica_id)
+    _ask_refused_again(state)
+
+
+def fold_replica_fact(state: ClusterState, fact: ReplicaFact) -> None:
+    """Where a replica is now; one word per kind of fact."""
+    words: dict[type[ReplicaFact], str] = {
+        ReplicaStarting: "starting",
+        ReplicaDraining: "draining",
+        ParkAbandoned: "resident",
+        ReplicaWaking: "waking",
+    }
+    _move(state, fact.replica_id, words[type(fact)], fact.at_s)
+
+
+def fold_ready(state: ClusterState, fact: ReplicaReady) -> None:
+    for ready in fact.replicas:
+        replica = _move(state, ready.replica_id, "resident", fact.at_s)
+        if replica is not None:
+            replica.endpoint, replica.last_start_s, replica.problem = ready.endpoint, ready.start_s, ""
+            replica.wake_epoch = ready.wake_epoch
+            if replica.ready_at_s is None:
+                replica.ready_at_s = fact.at_s
+
+
+def fold_parked(state: ClusterState, fact: ReplicaParked) -> None:
+    replica = _move(state, fact.replica_id, "parked", fact.at_s)
+    if replica is not None:
+        replica.wake_epoch, replica.residue_bytes = fact.wake_epoch, fact.residues(len(replica.shares))
+
+
+def fold_resident(state: ClusterState, fact: ReplicaResident) -> None:
+    replica = _move(state, fact.replica_id, "resident", fact.at_s)
+    if replica is not None:
+        replica.endpoint, replica.last_wake_s, replica.problem = fact.endpoint, fact.wake_s, ""
+
+
+def fold_wake_refused(state: ClusterState, fact: WakeRefused) -> None:
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None and replica.state == "waking":
+        _move(state, fact.replica_id, "parked" if replica.endpoint else "granted", fact.at_s)
+        replica.problem = fact.reason
+
+
+def fold_replica_failed(state: ClusterState, fact: ReplicaFailed) -> None:
+    replica = _move(state, fact.replica_id, "failed" if fact.is_final else "granted", fact.at_s)
+    if replica is not None:
+        replica.problem = fact.reason
+        replica.endpoint = ""
+        replica.wake_epoch = fact.wake_epoch
+
+
+def fold_replicas_decided(state: ClusterState, fact: ReplicasDecided) -> None:
+    deployment = state.deployments.get(fact.deployment_id)
+    if deployment is not None:
+        deployment.replica_count = fact.replica_count
+        state.index.count(fact.deployment_id)
