@@ -14,7 +14,7 @@ E = TypeVar("E")
 Q = TypeVar("Q", bound=Query)
 
 NOT_DURABLE: Final = frozenset({"derived", "observed", "settings"})
-"""Fields of a state that are no part of history, or follow from the other fields: no digest and no snapshot holds them."""
+"""Fields of a state that are no part of history, or follow from the others: no digest and no snapshot holds them."""
 
 Handler = Callable[[S, E, Context], Sequence[Outcome]]
 Fold = Callable[[S, E], None]
