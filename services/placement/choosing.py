@@ -1,6 +1,6 @@
 """Where a replica goes: the tightest GPU that has room, or the least promised one that it can share by taking turns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from schemas.deployments import GRADE_ORDER, DeploymentSpec, ShareSpec
@@ -60,7 +60,9 @@ def limit_bytes_on(gpu: GpuOffer, share: ShareSpec) -> int:
     return min(wanted, gpu.allocatable_bytes)
 
 
-def choose(state: ClusterState, spec: DeploymentSpec, *, refused_nodes: Sequence[str] = ()) -> Choice | NoChoice:
+def choose(
+    state: ClusterState, spec: DeploymentSpec, *, refused_nodes: Sequence[str] = (), closed: Mapping[str, str] = {}
+) -> Choice | NoChoice:
     """The GPU for one more replica of this deployment.
 
     First choice: room for its request beside all other requests, on the GPU that is left with the least (best fit; ties
@@ -70,7 +72,7 @@ def choose(state: ClusterState, spec: DeploymentSpec, *, refused_nodes: Sequence
     fits: list[_Fit] = []
     alternatives: list[Alternative] = []
     for node, gpu in _gpus(state):
-        verdict = _fit(state, node, gpu, spec, refused_nodes)
+        verdict = _fit(state, node, gpu, spec, refused_nodes, closed)
         if isinstance(verdict, _Fit):
             fits.append(verdict)
         else:
@@ -113,13 +115,20 @@ def _gpus(state: ClusterState) -> Iterator[tuple[Node, GpuOffer]]:
 
 
 def _fit(
-    state: ClusterState, node: Node, gpu: GpuOffer, spec: DeploymentSpec, refused_nodes: Sequence[str]
+    state: ClusterState,
+    node: Node,
+    gpu: GpuOffer,
+    spec: DeploymentSpec,
+    refused_nodes: Sequence[str],
+    closed: Mapping[str, str],
 ) -> _Fit | Alternative:
     """Whether and how it fits this GPU."""
 
     def no(reason: str, short_by_bytes: int = 0) -> Alternative:
         return Alternative(node=node.name, gpu_uuid=gpu.gpu_uuid, reason=reason, short_by_bytes=max(0, short_by_bytes))
 
+    if node.name in closed:
+        return no(closed[node.name])
     if node.name in refused_nodes:
         return no("the node refused it")
     minimum = spec.share.minimum_grade
@@ -185,6 +194,8 @@ def _no_choice(state: ClusterState, spec: DeploymentSpec, alternatives: list[Alt
             f"raise the node's host budget by {_gib(missing)}, or retire a parked model",
         ),
         "no room": (FailureReason.NO_GPU_HAS_ROOM, f"retire a deployment, or use a share smaller by {_gib(missing)}"),
+        "the node is lost": (FailureReason.NO_NODE, "see why its node agent is silent"),
+        "the node is quarantined: it came and went": (FailureReason.NO_NODE, "it is tried when the quarantine ends"),
         "the node refused it": (FailureReason.REFUSED_BY_NODE, "see the node's reason in the events"),
     }
     reason, remedy = reasons.get(

@@ -7,10 +7,12 @@ from typing import Any
 from kit.outcomes import Context, Input, Outcome, Timer
 from kit.service import Service
 from schemas.autoscaler import ReplicasDecided
+from schemas.gateways import LoadSampled
 from schemas.nodes import (
     LeaseGranted,
     LeaseRefused,
     LeaseReleased,
+    NodeAlive,
     NodeJoined,
     ParkAbandoned,
     ReplicaDraining,
@@ -29,6 +31,8 @@ from schemas.placement import (
     DeploymentRetired,
     KeyAdded,
     KeyRevoked,
+    NodeLost,
+    NodeReturned,
     ParkAsked,
     PlacementFailed,
     PlacementProposed,
@@ -38,7 +42,9 @@ from schemas.placement import (
     WakeAsked,
 )
 from services.placement import folds as fold
+from services.placement import observed, presence
 from services.placement.choosing import Choice, choose
+from services.placement.presence import LookAround, QuarantineOver, SettleReturned
 from services.placement.state import ClusterState, Deployment, Replica, new_state
 
 
@@ -52,7 +58,7 @@ def reads(node: str) -> Sequence[str]:
 
 
 def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
-    return list(place_missing(state, ctx))
+    return [*place_missing(state, ctx), *presence.begin(state, ctx)]
 
 
 def check_invariants(state: ClusterState) -> None:
@@ -99,6 +105,8 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (WakeRefused, fold.fold_wake_refused),
     (ReplicaFailed, fold.fold_replica_failed),
     (ReplicasDecided, fold.fold_replicas_decided),
+    (NodeLost, fold.fold_lost),
+    (NodeReturned, fold.fold_returned),
 )
 for _kind, _fold in _FOLDS:
     SERVICE.folding(_kind)(_fold)
@@ -132,7 +140,7 @@ def place(state: ClusterState, deployment: Deployment, ctx: Context) -> list[Out
     refused = deployment.refused_nodes
     if len(refused) < state.settings.refusal_count:
         refused = ()  # A refusal may be a matter of a stale view: ask again on a fresh one, a bounded number of times.
-    choice = choose(state, spec, refused_nodes=refused)
+    choice = choose(state, spec, refused_nodes=refused, closed=presence.closed(state, ctx.now_s))
     if isinstance(choice, Choice):
         share = ShareProposal(
             replica_id=replica_id,
@@ -193,7 +201,7 @@ def _release(replica: Replica, reason: str, ctx: Context) -> ReleaseProposed:
 
 @SERVICE.on(NodeJoined)
 def node_joined(state: ClusterState, fact: NodeJoined, ctx: Context) -> Sequence[Outcome]:
-    return list(place_missing(state, ctx))
+    return _back(state, fact.node, ctx) or list(place_missing(state, ctx))
 
 
 @SERVICE.on(PlaceNext)
@@ -231,3 +239,48 @@ def replicas_decided(state: ClusterState, fact: ReplicasDecided, ctx: Context) -
     if fact.replica_count == 0:
         return release_all(state, deployment, f"scaled to zero: {fact.reason}", ctx)
     return list(place_missing(state, ctx))
+
+
+# --- Nodes that come and go -------------------------------------------------------------------------------------------
+
+
+@SERVICE.observing(LoadSampled)
+def observe_load(state: ClusterState, sample: LoadSampled, now_s: float) -> None:
+    observed.observe_load(state.observed, sample, now_s)
+
+
+@SERVICE.observing(NodeAlive)
+def observe_alive(state: ClusterState, alive: NodeAlive, now_s: float) -> None:
+    observed.observe_alive(state.observed, alive, now_s, settings=state.settings)
+
+
+@SERVICE.on(NodeAlive)
+def node_alive(state: ClusterState, alive: NodeAlive, ctx: Context) -> Sequence[Outcome]:
+    return _back(state, alive.node, ctx)
+
+
+def _back(state: ClusterState, node: str, ctx: Context) -> list[Outcome]:
+    """A lost node is there again: place what waits, now and when its quarantine ends; weigh what it brought."""
+    back = presence.returned(state, node, ctx)
+    if back is None:
+        return []
+    settle = presence.settle_later(state, node, returned_at_s=ctx.now_s, ctx=ctx)
+    return [back, settle, Timer(due_s=ctx.now_s + back.quarantine_s, input=QuarantineOver())]
+
+
+@SERVICE.on(QuarantineOver)
+def quarantine_over(state: ClusterState, due: QuarantineOver, ctx: Context) -> Sequence[Outcome]:
+    return list(place_missing(state, ctx))
+
+
+@SERVICE.on(LookAround)
+def look_around(state: ClusterState, due: LookAround, ctx: Context) -> Sequence[Outcome]:
+    """Nodes that fell silent are lost, and their replicas are placed elsewhere at once."""
+    lost = presence.lost(state, ctx)
+    again = [Timer(due_s=ctx.now_s, input=PlaceNext())] if lost else []
+    return [*lost, *again, presence.look_later(state, ctx)]
+
+
+@SERVICE.on(SettleReturned)
+def settle_returned(state: ClusterState, due: SettleReturned, ctx: Context) -> Sequence[Outcome]:
+    return list(presence.settled(state, due.node, ctx))

@@ -1,5 +1,9 @@
 """How facts change what placement knows. Nothing else does. Each fold costs what its fact names, not what there is."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 from schemas.autoscaler import ReplicasDecided
 from schemas.nodes import (
     LeaseGranted,
@@ -23,6 +27,8 @@ from schemas.placement import (
     DeploymentRetired,
     KeyAdded,
     KeyRevoked,
+    NodeLost,
+    NodeReturned,
     PlacementFailed,
     PlacementProposed,
     ReleaseProposed,
@@ -148,25 +154,55 @@ def _ask_refused_again(state: ClusterState) -> None:
     state.index.refused.clear()
 
 
+# --- Nodes are lost and come back -------------------------------------------------------------------------------------
+
+
+def fold_lost(state: ClusterState, fact: NodeLost) -> None:
+    """Nothing goes there, and its replicas count as missing; what they hold there stays in the node's account."""
+    index, node = state.index, state.nodes[fact.node]
+    index.lose_node(fact.node)
+    node.lost_at_s, node.silent_since_s = fact.at_s, fact.at_s - fact.silent_s
+    node.loss_times_s = (*losses(node.loss_times_s, fact.at_s, window_s=state.settings.flap_window_s), fact.at_s)
+    for replica in state.on_node(fact.node):
+        deployment = state.deployments.get(replica.deployment_id)
+        if deployment is not None and not deployment.problem:
+            deployment.problem, deployment.remedy = f"{fact.node} is lost", "another place is being looked for"
+
+
+def fold_returned(state: ClusterState, fact: NodeReturned) -> None:
+    """Its replicas count again, so that those which were replaced meanwhile are one too many."""
+    index, node = state.index, state.nodes[fact.node]
+    node.lost_at_s, node.returned_at_s = None, fact.at_s
+    node.quarantine_until_s = fact.at_s + fact.quarantine_s
+    index.regain_node(fact.node)
+    for replica in state.on_node(fact.node):
+        deployment = state.deployments.get(replica.deployment_id)
+        if deployment is not None and replica.deployment_id not in state.waiting:
+            deployment.problem = deployment.remedy = ""
+
+
+def losses(times_s: Sequence[float], now_s: float, *, window_s: float) -> tuple[float, ...]:
+    """Those of a node's losses that are remembered."""
+    return tuple(at_s for at_s in times_s if now_s - at_s <= window_s)
+
+
 # --- Facts of node agents and of the autoscaler -----------------------------------------------------------------------
 
 
 def fold_joined(state: ClusterState, fact: NodeJoined) -> None:
     """The node as it is now; whether it is lost or in quarantine is not its own to say."""
+    offer: dict[str, Any] = {
+        "label": fact.label,
+        "joined_at_s": fact.at_s,
+        "gpus": {gpu.gpu_uuid: gpu for gpu in fact.gpus},
+        "host_budget_bytes": fact.host_budget_bytes,
+        "cpu_millicores": fact.cpu_millicores,
+        "memory_bytes": fact.memory_bytes,
+        "labels": fact.labels,
+        "machine_id": fact.machine_id,
+    }
     known = state.nodes.get(fact.node)
-    state.nodes[fact.node] = Node(
-        name=fact.node,
-        label=fact.label,
-        joined_at_s=fact.at_s,
-        gpus={gpu.gpu_uuid: gpu for gpu in fact.gpus},
-        host_budget_bytes=fact.host_budget_bytes,
-        cpu_millicores=fact.cpu_millicores,
-        memory_bytes=fact.memory_bytes,
-        labels=fact.labels,
-        machine_id=fact.machine_id,
-        lost_at_s=known.lost_at_s if known is not None else None,
-        quarantine_until_s=known.quarantine_until_s if known is not None else 0.0,
-    )
+    state.nodes[fact.node] = replace(known, **offer) if known is not None else Node(name=fact.node, **offer)
     _ask_refused_again(state)
 
 

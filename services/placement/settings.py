@@ -14,3 +14,21 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     """After so many refusals in a row a replica is reported as not placed, until a node has more room."""
     remembered_command_count: int = 10_000
     """Command ids kept to recognise a repeated command."""
+    node_lost_s: float = 30.0
+    """A node that is silent this long is lost: its replicas get another place. Route leases (1 s) ended long before."""
+    nobody_heard_s: float = 10.0
+    """No node at all is heard this long: it is placement that cannot hear, and none is lost. Agents speak every 2 s."""
+    presence_tick_s: float = 2.0
+    """How often placement looks for silent nodes."""
+    return_settle_s: float = 5.0
+    """So long after a node's return its agent has told what still runs; then surplus replicas are released."""
+    flap_window_s: float = 3600.0
+    """Losses of a node are remembered this long."""
+    quarantine_s: float = 60.0
+    """After the second loss nothing new goes to a node for this long; twice as long after each further one."""
+    quarantine_max_s: float = 1800.0
+    """The longest quarantine."""
+    load_fresh_s: float = 3.0
+    """A gateway's load sample older than this says nothing: its models count as busy."""
+    gateway_gone_s: float = 10.0
+    """A gateway that is silent this long is gone; its route leases ended long before."""

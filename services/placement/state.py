@@ -7,6 +7,7 @@ from schemas.deployments import DeploymentSpec
 from schemas.nodes import GpuOffer
 from schemas.placement import Alternative, Constraint, ReasonCode, ReplicaProposal, ShareProposal
 from services.placement.index import Index
+from services.placement.observed import Observed
 from services.placement.settings import PlacementSettings
 
 
@@ -27,6 +28,12 @@ class Node:
     """Since when it is taken for lost; its replicas do not count as placed."""
     quarantine_until_s: float = 0.0
     """Until then nothing new goes there."""
+    silent_since_s: float = 0.0
+    """When a lost one was last heard."""
+    returned_at_s: float = 0.0
+    """When it was last heard again after a loss; 0: never."""
+    loss_times_s: tuple[float, ...] = ()
+    """Its losses within the time that is remembered, oldest first."""
 
     def is_open(self, now_s: float) -> bool:
         """Whether anything new may go there."""
@@ -180,6 +187,7 @@ class ClusterState:
     """{tenant/command_id: verdict in words}, oldest first, bounded."""
     derived: Index | None = None
     """What `index` gives; no part of history."""
+    observed: Observed = field(default_factory=Observed)
 
     @property
     def index(self) -> Index:

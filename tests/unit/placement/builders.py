@@ -85,6 +85,9 @@ class Placement:
         self.now_s += 1.0
         if isinstance(item, Fact):
             SERVICE.evolve(self.state, item)
+        observe = SERVICE.observers.get(type(item))
+        if observe is not None:
+            observe(self.state, item, self.now_s)
         ctx = Context(now_s=self.now_s, writer_epoch=1, cause_seq=self.seq, tenant=self.tenant)
         handler = SERVICE.handlers.get(type(item))
         outcomes = [] if handler is None else list(handler(self.state, item, ctx))
