@@ -1,10 +1,10 @@
-"""One GPU, opened by an engine: what it costs to be there, whether it is the software one, and the thread for it."""
+"""GPUs, opened by an engine: what it costs to be there, whether it is the software one, and the thread for it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -57,6 +57,18 @@ def open_gpu(gpu_uuid: str) -> OpenedGpu:
         context_bytes=CONTEXT_BYTES_ASSUMED if context_bytes is None else context_bytes,
         is_context_measured=context_bytes is not None,
     )
+
+
+def open_gpus(gpu_uuids: Sequence[str]) -> tuple[OpenedGpu, ...]:
+    """Open each GPU. Raises `DeviceError`, and then none stays open."""
+    opened: list[OpenedGpu] = []
+    try:
+        opened.extend(open_gpu(gpu_uuid) for gpu_uuid in gpu_uuids)
+    except DeviceError:
+        for gpu in opened:
+            gpu.device.close()
+        raise
+    return tuple(opened)
 
 
 class GpuThread:

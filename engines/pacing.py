@@ -10,6 +10,8 @@ from engines.model.sharing import Demand, Sharing, demand_of, progress_rates
 from engines.neighbours import Neighbours, board_path, speed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from engines.model.timing import StepCost
     from engines.process import Log
 
@@ -18,21 +20,28 @@ LOOK_EVERY_S = 0.02
 
 
 class GpuPace:
-    """Lets time pass for steps on one GPU. `join` makes the neighbours known; without it the engine is alone."""
+    """Lets time pass for steps on the engine's GPUs. `join` makes neighbours known; without it the engine is alone.
+
+    A step runs on all of them at once, and is as slow as on the one where most is going on.
+    """
 
     def __init__(self, sharing: Sharing) -> None:
         self.sharing = sharing
         self.slowed_s = 0.0  # that steps took longer because of neighbours, in all
-        self._neighbours: Neighbours | None = None
+        self._boards: list[Neighbours] = []
 
     @property
     def sees_neighbours(self) -> bool:
-        return self._neighbours is not None
+        return bool(self._boards)
 
-    def join(self, gpu_uuid: str, log: Log) -> None:
-        """Meet the other engines of that GPU. If that fails, the log says so and the engine runs as if alone."""
+    def join(self, gpu_uuids: Sequence[str], log: Log) -> None:
+        """Meet the other engines of those GPUs. Where that fails, the log says so and the engine runs as if alone."""
+        for gpu_uuid in gpu_uuids:
+            self._join(gpu_uuid, log)
+
+    def _join(self, gpu_uuid: str, log: Log) -> None:
         try:
-            self._neighbours = Neighbours(board_path(gpu_uuid))
+            self._boards.append(Neighbours(board_path(gpu_uuid)))
         except OSError as error:
             log.warning("other engines on this GPU are not seen", reason=str(error))
 
@@ -44,8 +53,8 @@ class GpuPace:
         while True:
             rate = self._rate(demand, alone)
             piece_s = min(left_s / rate, LOOK_EVERY_S)
-            if self._neighbours is not None:
-                self._neighbours.publish(demand, for_s=max(due_s + piece_s - time.perf_counter(), 0.0))
+            for board in self._boards:
+                board.publish(demand, for_s=max(due_s + piece_s - time.perf_counter(), 0.0))
             due_s += piece_s
             left_s -= piece_s * rate
             self.slowed_s += piece_s * (1 - rate / alone)
@@ -56,14 +65,13 @@ class GpuPace:
 
     def rest(self) -> None:
         """No step follows for now."""
-        if self._neighbours is not None:
-            self._neighbours.rest()
+        for board in self._boards:
+            board.rest()
 
     def close(self) -> None:
-        if self._neighbours is not None:
-            self._neighbours.close()
-            self._neighbours = None
+        while self._boards:
+            self._boards.pop().close()
 
     def _rate(self, demand: Demand, alone: float) -> float:
-        others = self._neighbours.busy() if self._neighbours is not None else []
-        return speed(self.sharing, demand, others) if others else alone
+        busy = [others for board in self._boards if (others := board.busy())]
+        return min((speed(self.sharing, demand, others) for others in busy), default=alone)

@@ -123,6 +123,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def gpu_list(text: str) -> tuple[str, ...]:
+    """An argument that names one or several GPUs, with commas between them, each once."""
+    uuids = tuple(text.split(","))
+    if not all(uuids) or len(set(uuids)) < len(uuids):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different GPUs with commas between them")
+    return uuids
+
+
 def port(text: str) -> int:
     """A TCP port; 0 lets the system choose one, which the log line `listening` then names."""
     if not text.isdecimal() or int(text) > 65535:
@@ -134,9 +142,19 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that both engines take."""
     parser.add_argument("--model", required=True, metavar="NAME", help="the name that clients use")
     parser.add_argument(
-        "--memory-bytes", required=True, type=byte_count, metavar="N", help="device memory to live in, context included"
+        "--memory-bytes",
+        required=True,
+        type=byte_count,
+        metavar="N",
+        help="device memory to live in on each GPU, context included",
     )
-    parser.add_argument("--gpu", required=True, metavar="UUID", help="the GPU, as NVML prints it (GPU-...)")
+    parser.add_argument(
+        "--gpu",
+        required=True,
+        type=gpu_list,
+        metavar="UUID[,UUID...]",
+        help="the GPU, as NVML prints it (GPU-...), or several: what the engine holds is spread over them evenly",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", required=True, type=port, metavar="P", help="port to listen on; 0 chooses a free one")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="decides all made-up content (default: 1)")

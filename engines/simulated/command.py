@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
     assert speed is not None, options.profile
     settings = EngineSettings(
         model=options.model,
-        gpu_uuid=options.gpu,
+        gpu_uuids=options.gpu,
         weights_bytes=options.weights_bytes,
         memory_bytes=options.memory_bytes,
         cold_start_s=options.cold_start_s,

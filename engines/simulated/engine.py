@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from devices.api import DeviceError, OutOfMemory
 from engines.errors import DamagedError, LoadFailedError, WakeFailedError, invalid, unavailable
-from engines.gpu import GpuThread, OpenedGpu, open_gpu
+from engines.gpu import GpuThread, OpenedGpu, open_gpus
 from engines.model.timing import TimingModel
 from engines.pacing import GpuPace
 from engines.process import Log
-from engines.simulated.memory import EngineMemory, MemoryPlan, plan_memory
+from engines.simulated.memory import MemoryPlan, plan_memory
 from engines.simulated.metrics import Gauges
 from engines.simulated.reports import (
     BudgetReport,
@@ -25,12 +26,13 @@ from engines.simulated.reports import (
     out_of_memory,
 )
 from engines.simulated.serving import Serving, Ticket
+from engines.simulated.shards import ShardedMemory
 
 WAKE_TAGS = frozenset({"weights", "kv_cache"})
 
 
 class Engine:
-    """One model, served from one GPU."""
+    """One model, served from one GPU or spread evenly over several."""
 
     def __init__(self, settings: EngineSettings, *, timing: TimingModel, log: Log) -> None:
         self.settings = settings
@@ -47,7 +49,7 @@ class Engine:
         self.device_label = "unknown"  # until the GPU is open
         self._log = log
         self._gpu_thread = GpuThread()
-        self._memory: EngineMemory | None = None
+        self._memory: ShardedMemory | None = None
         self._lock = asyncio.Lock()
 
     # -- what others may look at
@@ -63,7 +65,7 @@ class Engine:
 
     @property
     def context_bytes(self) -> int:
-        return 0 if self._memory is None else self._memory.plan.context_bytes
+        return 0 if self._memory is None else self._memory.plan.context_bytes * self._memory.gpu_count
 
     @property
     def is_asleep(self) -> bool:
@@ -142,10 +144,10 @@ class Engine:
             self._log.info("cold start (simulated)", cold_start_s=self.settings.cold_start_s)
             await asyncio.sleep(self.settings.cold_start_s)
         try:
-            gpu = await self._gpu_thread.run(open_gpu, self.settings.gpu_uuid)
-            self.device_label = gpu.label
-            self._log.bind(device=gpu.label)
-            memory = await self._gpu_thread.run(self._load_memory, gpu, self._plan(gpu))
+            gpus = await self._gpu_thread.run(open_gpus, self.settings.gpu_uuids)
+            self.device_label = gpus[0].label
+            self._log.bind(device=self.device_label)
+            memory = await self._gpu_thread.run(self._load_memory, gpus, self._plan(gpus))
         except OutOfMemory as error:
             raise LoadFailedError(
                 "CUDA out of memory",
@@ -155,9 +157,9 @@ class Engine:
                 memory_bytes=self.settings.memory_bytes,
             ) from error
         except (DeviceError, DamagedError) as error:
-            raise LoadFailedError("GPU not usable", reason=str(error), gpu=self.settings.gpu_uuid) from error
+            raise LoadFailedError("GPU not usable", reason=str(error), gpu=",".join(self.settings.gpu_uuids)) from error
         self._memory = memory
-        self.pace.join(self.settings.gpu_uuid, self._log)
+        self.pace.join(self.settings.gpu_uuids, self._log)
         self._apply_block_limit()
         self.state = EngineState.RESIDENT
         self._log.info(
@@ -165,18 +167,19 @@ class Engine:
             load_s=round(time.perf_counter() - started_s, 3),
             weights_bytes=self.weights_bytes,
             kv_bytes=self.kv_bytes,
-            context_bytes=gpu.context_bytes,
-            is_context_measured=gpu.is_context_measured,
+            context_bytes=self.context_bytes,
+            is_context_measured=all(gpu.is_context_measured for gpu in gpus),
             weights_address=hex(memory.weights.address),
             is_bulk_checked=memory.weights.is_bulk_checked,
         )
 
-    def _plan(self, gpu: OpenedGpu) -> MemoryPlan:
+    def _plan(self, gpus: Sequence[OpenedGpu]) -> MemoryPlan:
+        """Of each GPU: they all hold as much as the one that has least left."""
         plan = plan_memory(
             memory_bytes=self.settings.memory_bytes,
-            weights_bytes=self.settings.weights_bytes,
-            context_bytes=gpu.context_bytes,
-            granularity_bytes=gpu.device.granularity_bytes,
+            weights_bytes=-(-self.settings.weights_bytes // len(gpus)),
+            context_bytes=max(gpu.context_bytes for gpu in gpus),
+            granularity_bytes=max(gpu.device.granularity_bytes for gpu in gpus),
         )
         if self.settings.memory_bytes < plan.minimum_bytes:
             raise LoadFailedError(
@@ -188,9 +191,9 @@ class Engine:
             )
         return plan
 
-    def _load_memory(self, gpu: OpenedGpu, plan: MemoryPlan) -> EngineMemory:
+    def _load_memory(self, gpus: Sequence[OpenedGpu], plan: MemoryPlan) -> ShardedMemory:
         """On the GPU thread."""
-        memory = EngineMemory(gpu, plan=plan, label=self.settings.model, generation=self.weights_generation)
+        memory = ShardedMemory(gpus, plan=plan, label=self.settings.model, generation=self.weights_generation)
         memory.weights.restore()
         memory.weights.verify()
         memory.grow_kv(plan.slab_count(self.settings.memory_bytes))
@@ -316,7 +319,7 @@ class Engine:
             self._apply_block_limit()
             await self._settle_budget()
             return BudgetReport(
-                memory_bytes=memory.plan.fixed_bytes + self.kv_bytes,
+                memory_bytes=memory.plan.fixed_bytes + self.kv_bytes // memory.gpu_count,
                 target_bytes=memory_bytes,
                 kv_bytes=self.kv_bytes,
                 short_by_bytes=max(wanted_count - memory.kv.backed_count, 0) * memory.plan.slab_bytes,
@@ -328,7 +331,7 @@ class Engine:
         if memory is None:
             return 0
         batcher = self.serving.batcher
-        used_count = -(-batcher.used_blocks * batcher.geometry.block_bytes // memory.plan.slab_bytes)
+        used_count = -(-batcher.used_blocks * batcher.geometry.block_bytes // memory.slab_bytes)
         return memory.kv.backed_count - max(memory.plan.slab_count(self.target_bytes), used_count)
 
     async def _settle_budget(self) -> None:
@@ -344,14 +347,14 @@ class Engine:
         """Admit as much as the backed slabs and the target allow."""
         memory = self._loaded_memory()
         slab_count = min(memory.kv.backed_count, memory.plan.slab_count(self.target_bytes))
-        block_limit = slab_count * memory.plan.slab_bytes // self.serving.batcher.geometry.block_bytes
+        block_limit = slab_count * memory.slab_bytes // self.serving.batcher.geometry.block_bytes
         error = unavailable("The KV cache was made smaller than this request.", "kv_cache_shrunk")
         self.serving.set_block_limit(block_limit, dropped_error=error)
         self._refresh_books()
 
     # -- end
 
-    def _loaded_memory(self) -> EngineMemory:
+    def _loaded_memory(self) -> ShardedMemory:
         assert self._memory is not None, "used before it is loaded"
         return self._memory
 

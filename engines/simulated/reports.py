@@ -23,9 +23,9 @@ class EngineSettings:
     """What the command line said."""
 
     model: str
-    gpu_uuid: str
-    weights_bytes: int
-    memory_bytes: int
+    gpu_uuids: tuple[str, ...]
+    weights_bytes: int  # of the whole model
+    memory_bytes: int  # on each GPU
     cold_start_s: float
     seed: int
     limits: BatchLimits
@@ -70,7 +70,10 @@ class WakeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetReport:
-    """`memory_bytes` is above `target_bytes` while requests use what has to go, below when the GPU had no room."""
+    """What the engine holds on each GPU; `kv_bytes` is of all together.
+
+    `memory_bytes` is above `target_bytes` while requests use what has to go, below when the GPU had no room.
+    """
 
     memory_bytes: int
     target_bytes: int

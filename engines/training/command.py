@@ -140,7 +140,7 @@ async def _serve(options: argparse.Namespace) -> int:
     log = Log(engine="training", model=options.model)
     settings = JobSettings(
         model=options.model,
-        gpu_uuid=options.gpu,
+        gpu_uuids=options.gpu,
         memory_bytes=options.memory_bytes,
         seed=options.seed,
         step_s=options.step_s,

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 
 from devices.api import DeviceError, OutOfMemory
 from engines.errors import DamagedError, LoadFailedError, WakeFailedError, unavailable
-from engines.gpu import GpuThread, OpenedGpu, open_gpu
+from engines.gpu import GpuThread, OpenedGpu, open_gpus
 from engines.model.sharing import Sharing
 from engines.model.timing import StepCost
 from engines.pacing import GpuPace
-from engines.training.memory import TrainingMemory
 from engines.training.progress import Progress, beginning
+from engines.training.shards import ShardedTrainingMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from engines.process import Log
     from engines.training.checkpoints import Checkpoints
 
@@ -44,8 +46,8 @@ class JobSettings:
     """What the command line said."""
 
     model: str
-    gpu_uuid: str
-    memory_bytes: int
+    gpu_uuids: tuple[str, ...]
+    memory_bytes: int  # on each GPU
     seed: int
     step_s: float
     checkpoint_every: int
@@ -73,7 +75,7 @@ class WakeReport:
 
 
 class Job:
-    """One training job on one GPU."""
+    """One training job, on one GPU or spread evenly over several."""
 
     def __init__(self, settings: JobSettings, *, checkpoints: Checkpoints, log: Log) -> None:
         self.settings = settings
@@ -91,7 +93,7 @@ class Job:
         self._checkpoints = checkpoints
         self._log = log
         self._gpu_thread = GpuThread()
-        self._memory: TrainingMemory | None = None
+        self._memory: ShardedTrainingMemory | None = None
         self._life = asyncio.Lock()  # one change of life at a time
         self._step = asyncio.Lock()  # held during a step; waiters are served in order, so a sleeper comes next
         self._may_step = asyncio.Event()
@@ -119,10 +121,10 @@ class Job:
             self.progress = found.progress
             self.resumed_step_count = self.checkpointed_step_count = found.progress.step_count
         try:
-            gpu = await self._gpu_thread.run(open_gpu, self.settings.gpu_uuid)
-            self.device_label = gpu.label
-            self._log.bind(device=gpu.label)
-            self._memory = await self._gpu_thread.run(self._take_memory, gpu)
+            gpus = await self._gpu_thread.run(open_gpus, self.settings.gpu_uuids)
+            self.device_label = gpus[0].label
+            self._log.bind(device=self.device_label)
+            self._memory = await self._gpu_thread.run(self._take_memory, gpus)
         except OutOfMemory as error:
             raise LoadFailedError(
                 "CUDA out of memory",
@@ -132,11 +134,11 @@ class Job:
                 memory_bytes=self.settings.memory_bytes,
             ) from error
         except DeviceError as error:
-            raise LoadFailedError("GPU not usable", reason=str(error), gpu=self.settings.gpu_uuid) from error
-        self.context_bytes = gpu.context_bytes
+            raise LoadFailedError("GPU not usable", reason=str(error), gpu=",".join(self.settings.gpu_uuids)) from error
+        self.context_bytes = sum(gpu.context_bytes for gpu in gpus)
         self.memory_bytes = self._memory.size_bytes
         self.held_bytes = self.context_bytes + self.memory_bytes
-        self.pace.join(self.settings.gpu_uuid, self._log)
+        self.pace.join(self.settings.gpu_uuids, self._log)
         self.state = JobState.RESIDENT
         self._may_step.set()
         self._log.info(
@@ -144,21 +146,22 @@ class Job:
             load_s=round(time.perf_counter() - started_s, 3),
             memory_bytes=self.memory_bytes,
             context_bytes=self.context_bytes,
-            is_context_measured=gpu.is_context_measured,
+            is_context_measured=all(gpu.is_context_measured for gpu in gpus),
             resumed_steps=self.resumed_step_count,
         )
 
-    def _take_memory(self, gpu: OpenedGpu) -> TrainingMemory:
-        """On the GPU thread."""
-        granularity_bytes = gpu.device.granularity_bytes
-        own_bytes = (self.settings.memory_bytes - gpu.context_bytes) // granularity_bytes * granularity_bytes
+    def _take_memory(self, gpus: Sequence[OpenedGpu]) -> ShardedTrainingMemory:
+        """On the GPU thread; as much on each GPU as on every other."""
+        granularity_bytes = max(gpu.device.granularity_bytes for gpu in gpus)
+        context_bytes = max(gpu.context_bytes for gpu in gpus)
+        own_bytes = (self.settings.memory_bytes - context_bytes) // granularity_bytes * granularity_bytes
         if own_bytes <= 0:
             raise LoadFailedError(
                 "memory budget too small for the context and one page",
                 memory_bytes=self.settings.memory_bytes,
-                minimum_bytes=gpu.context_bytes + granularity_bytes,
+                minimum_bytes=context_bytes + granularity_bytes,
             )
-        memory = TrainingMemory(gpu, label=self.settings.model, size_bytes=own_bytes)
+        memory = ShardedTrainingMemory(gpus, label=self.settings.model, size_bytes=own_bytes)
         memory.place(self.progress)
         return memory
 
@@ -291,7 +294,7 @@ class Job:
         if self.state is JobState.FAILED:
             raise unavailable(f"The job has failed: {self.failure}", "engine_failed")
 
-    def _loaded_memory(self) -> TrainingMemory:
+    def _loaded_memory(self) -> ShardedTrainingMemory:
         assert self._memory is not None, "used before it is loaded"
         return self._memory
 

@@ -75,6 +75,10 @@ class TrainingMemory:
         freed_bytes = self._device.unback(self._region).released_bytes
         return Saved(copied_bytes=copied.copied_bytes, freed_bytes=freed_bytes, copy_s=copied.copy_s)
 
+    def drop(self) -> int:
+        """Let the device memory go without copying: the host has what was there; the bytes freed."""
+        return self._device.unback(self._region).released_bytes
+
     def restore(self) -> RestoreResult:
         """Bring all back to the same addresses. Raises `OutOfMemory` with nothing left behind."""
         result = self._device.restore(self._region, self._host)

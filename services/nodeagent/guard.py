@@ -6,7 +6,7 @@ from typing import Final
 
 import anyio.to_thread
 
-from devices.api import DeviceError, GpuDescription, Inventory, NotSupported
+from devices.api import DeviceError, GpuDescription, Inventory, NotFound, NotSupported
 from schemas.deployments import IsolationGrade
 from schemas.nodes import GpuOffer
 from schemas.units import GB
@@ -99,6 +99,8 @@ class Guard:
             return
         try:
             self._inventory.clear_limit(gpu_uuid, namespace)
+        except NotFound:
+            return  # The group is gone, and its limits with it.
         except DeviceError as error:
             log.warning("limit not cleared", extra={"namespace": namespace, "reason": str(error)})
 

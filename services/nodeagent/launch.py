@@ -15,9 +15,10 @@ def engine_start(
 ) -> EngineStart:
     """The wish for the holder.
 
-    The engine lives in its granted bytes, context included; ``{port}`` is the holder's choice.
+    The engine lives in its granted bytes, context included, on each of its GPUs, and spreads what it holds evenly:
+    where one share is smaller than another, the smallest counts. ``{port}`` is the holder's choice.
     """
-    share = replica.shares[0]
+    gpu_uuids = tuple(share.gpu_uuid for share in replica.shares)
     spec = replica.deployment
     common = [
         python,
@@ -27,9 +28,9 @@ def engine_start(
         "--model",
         spec.name,
         "--memory-bytes",
-        str(share.request_bytes),
+        str(min(share.request_bytes for share in replica.shares)),
         "--gpu",
-        share.gpu_uuid,
+        ",".join(gpu_uuids),
         "--port",
         "{port}",
     ]
@@ -47,5 +48,5 @@ def engine_start(
         lease_epoch=lease_epoch,
         arguments=tuple(common),
         environment=environment,
-        gpu_uuids=(share.gpu_uuid,),
+        gpu_uuids=gpu_uuids,
     )

@@ -34,14 +34,14 @@ MISTRAL_BYTES = 14_496_047_104
 
 @contextlib.contextmanager
 def software_host(
-    *, phantom: bool, total_bytes: int = 80 * GiB, context_bytes: int = 500 * MiB
+    *, phantom: bool, gpus: int = 1, total_bytes: int = 80 * GiB, context_bytes: int = 500 * MiB
 ) -> Iterator[softgpu.Host]:
-    """One software GPU with calls that cost nothing, in a state directory of its own."""
+    """A host of software GPUs, one by default, with calls that cost nothing, in a state directory of its own."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     state_dir = Path(tempfile.mkdtemp(prefix="sublet-engines-", dir=base))
     host = softgpu.Host(
         state_dir,
-        gpus=1,
+        gpus=gpus,
         phantom=phantom,
         total_bytes=total_bytes,
         reserved_bytes=0,

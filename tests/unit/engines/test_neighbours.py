@@ -124,10 +124,10 @@ def test_elsewhere_it_lies_in_a_directory_of_the_user(monkeypatch: pytest.Monkey
         board_path("GPU-1")
 
 
-def pace_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GpuPace:
+def pace_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *gpu_uuids: str) -> GpuPace:
     monkeypatch.setenv("SOFTGPU_DIR", str(tmp_path))
     pace = GpuPace(Sharing())
-    pace.join("GPU-1", Log(engine="test"))
+    pace.join(gpu_uuids, Log(engine="test"))
     return pace
 
 
@@ -138,7 +138,7 @@ def spent_s(pace: GpuPace, cost: StepCost) -> float:
 
 
 def test_a_step_beside_a_busy_neighbour_takes_twice_as_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pace = pace_at(tmp_path, monkeypatch)
+    pace = pace_at(tmp_path, monkeypatch, "GPU-1")
     cost = StepCost(host_s=0.002, device_s=0.03, compute_s=0.01, memory_s=0.03)
     assert spent_s(pace, cost) == pytest.approx(0.032)
     assert pace.slowed_s == 0
@@ -152,8 +152,20 @@ def test_a_step_beside_a_busy_neighbour_takes_twice_as_long(tmp_path: Path, monk
     pace.close()
 
 
+def test_a_step_on_several_gpus_is_as_slow_as_on_the_busiest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = pace_at(tmp_path, monkeypatch, "GPU-1", "GPU-2")
+    cost = StepCost(host_s=0.002, device_s=0.03, compute_s=0.01, memory_s=0.03)
+    assert spent_s(pace, cost) == pytest.approx(0.032)
+
+    other = Neighbours(board_path("GPU-2"))
+    other.publish(WORK, for_s=5.0)
+    assert spent_s(pace, cost) == pytest.approx(0.062)
+    other.close()
+    pace.close()
+
+
 def test_a_step_is_over_when_the_clock_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pace = pace_at(tmp_path, monkeypatch)
+    pace = pace_at(tmp_path, monkeypatch, "GPU-1")
     begun_s = time.perf_counter()
     spent_s(pace, StepCost(host_s=0.0, device_s=0.03, compute_s=0.0, memory_s=0.03))
 
@@ -163,7 +175,7 @@ def test_a_step_is_over_when_the_clock_says_so(tmp_path: Path, monkeypatch: pyte
 def test_without_a_board_an_engine_runs_as_if_alone_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pace = pace_at(tmp_path / "missing", monkeypatch)
+    pace = pace_at(tmp_path / "missing", monkeypatch, "GPU-1")
 
     assert not pace.sees_neighbours
     assert "other engines on this GPU are not seen" in capfd.readouterr().out

@@ -10,10 +10,12 @@ from kit.telemetry import Tracer
 from schemas.deployments import DeploymentSpec, EngineSpec, ShareSpec
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal, ShareProposal
+from schemas.units import MiB
+from services.nodeagent import effects as effects_module
 from services.nodeagent.effects import NodeEffects
-from services.nodeagent.engine_client import EngineState
+from services.nodeagent.engine_client import EngineState, Slept
 from services.nodeagent.holder_client import HolderProblem
-from services.nodeagent.inputs import AdoptEngine, EngineLost
+from services.nodeagent.inputs import AdoptEngine, EngineLost, EngineParked, ParkEngine
 from services.nodeagent.settings import NodeAgentSettings
 
 pytestmark = pytest.mark.anyio
@@ -46,10 +48,15 @@ class Engines:
         return EngineState(state="resident")
 
 
-def replica() -> ReplicaProposal:
-    share = ShareProposal(replica_id="r", shard_index=0, gpu_uuid="GPU-0", request_bytes=10, limit_bytes=10)
+def replica(*gpu_uuids: str, request_bytes: int = 10) -> ReplicaProposal:
+    shares = tuple(
+        ShareProposal(
+            replica_id="r", shard_index=index, gpu_uuid=uuid, request_bytes=request_bytes, limit_bytes=request_bytes
+        )
+        for index, uuid in enumerate(gpu_uuids or ("GPU-0",))
+    )
     spec = DeploymentSpec(name="m", engine=EngineSpec(weights_bytes=10), share=ShareSpec(request_portion=0.5))
-    return ReplicaProposal(replica_id="r", deployment_id="d", tenant="t", deployment=spec, shares=(share,))
+    return ReplicaProposal(replica_id="r", deployment_id="d", tenant="t", deployment=spec, shares=shares)
 
 
 async def test_engines_that_a_restarted_holder_does_not_know_are_reported_as_lost() -> None:
@@ -68,3 +75,97 @@ async def test_engines_that_a_restarted_holder_does_not_know_are_reported_as_los
         await effects.perform(AdoptEngine(replica=replica(), lease_epoch=7, wake_epoch=0, should_be_parked=False), "")
 
     assert [EngineLost(replica_id="r", lease_epoch=7, reason="the holder does not know it any more")] == reported
+
+
+class CalmHolder:
+    """Knows the engine until it is told to forget it."""
+
+    is_known = True
+
+    async def engine(self, replica_id: str) -> EngineView | None:
+        return ENGINE if self.is_known else None
+
+    async def open_route(self, replica_id: str, endpoint: str) -> None:
+        return None
+
+    async def close_route(self, replica_id: str) -> None:
+        return None
+
+    async def stop(self, replica_id: str, *, lease_epoch: int, grace_s: float) -> None:
+        self.is_known = False
+
+    async def forget(self, replica_id: str, *, lease_epoch: int) -> None:
+        return None
+
+
+class SleepingEngines:
+    """Says that it holds 1,000 MiB after its park, in all."""
+
+    async def state(self, endpoint: str) -> EngineState:
+        return EngineState(state="asleep", held_bytes=1000 * MiB)
+
+    async def wait_until_idle(self, endpoint: str, *, timeout_s: float) -> bool:
+        return True
+
+    async def sleep(self, endpoint: str, *, timeout_s: float) -> Slept:
+        return Slept()
+
+
+class GuardOf:
+    """What the driver says is used on each GPU, and the limits that were set there."""
+
+    def __init__(self, used: dict[str, int]) -> None:
+        self._used = used
+        self.limits: dict[str, int] = {}
+
+    async def used_bytes(self, gpu_uuid: str, namespace: str, pid: int) -> int:
+        return self._used[gpu_uuid]
+
+    async def limit(self, gpu_uuid: str, namespace: str, *, granted_bytes: int) -> int:
+        self.limits[gpu_uuid] = granted_bytes
+        return granted_bytes
+
+    async def clear(self, gpu_uuid: str, namespace: str) -> None:
+        self.limits.pop(gpu_uuid, None)
+
+
+async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:
+    """What comes back of a park after which the driver says this."""
+    guard = GuardOf(used)
+    result: Input | None = None
+    async with anyio.create_task_group() as watchers:
+        effects = NodeEffects(
+            NodeAgentSettings(),
+            guard=cast(Any, guard),
+            holder=cast(Any, CalmHolder()),
+            engines=cast(Any, SleepingEngines()),
+            tracer=Tracer(None, None, root_ratio=0.0),
+            watchers=watchers,
+            report=[].append,
+        )
+        wide = replica(*used, request_bytes=4000 * MiB)
+        park = ParkEngine(replica=wide, lease_epoch=7, wake_epoch=1, drain_s=1.0, reason="idle")
+        result = await effects.perform(park, "")
+    return result, guard
+
+
+async def test_a_park_over_several_gpus_tells_what_stays_on_each_and_limits_it_to_that() -> None:
+    result, guard = await parked({"GPU-0": 500 * MiB, "GPU-1": 520 * MiB})
+
+    assert isinstance(result, EngineParked)
+    assert (500 * MiB, 520 * MiB) == result.residues
+    assert {"GPU-0": 500 * MiB, "GPU-1": 520 * MiB} == guard.limits
+
+
+@pytest.mark.parametrize("stuck", ["GPU-0", "GPU-1"])
+async def test_a_park_whose_bytes_stay_on_any_of_its_gpus_is_not_told_as_done(
+    stuck: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds in all would still be allowed; on one GPU it is too much, and others count on these bytes."""
+    monkeypatch.setattr(effects_module, "FREED_DEADLINE_S", 0.05)
+
+    result, guard = await parked({"GPU-0": 100 * MiB, "GPU-1": 100 * MiB} | {stuck: 700 * MiB})
+
+    assert isinstance(result, EngineLost)
+    assert f"its bytes on {stuck} are not proven free" in result.reason
+    assert {} == guard.limits

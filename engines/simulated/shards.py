@@ -1,0 +1,164 @@
+"""One engine's memory over all of its GPUs: the same plan on each, weights and KV memory spread evenly.
+
+It offers what `EngineMemory` offers for one GPU, and is that with one. GPUs are served one after the other, on the
+engine's one GPU thread: a restore takes as long as on one GPU with as many bytes, although each has a link of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devices.api import OutOfMemory, RestoreResult
+from engines.simulated.memory import EngineMemory, KvSlabs, MemoryPlan, Weights, Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engines.gpu import OpenedGpu
+
+
+class ShardedWeights:
+    """The weights, an equal part on each GPU."""
+
+    def __init__(self, shards: Sequence[Weights]) -> None:
+        self._shards = shards
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(shard.size_bytes for shard in self._shards)
+
+    @property
+    def address(self) -> int:
+        """Of the first shard."""
+        return self._shards[0].address
+
+    @property
+    def is_resident(self) -> bool:
+        return all(shard.is_resident for shard in self._shards)
+
+    @property
+    def is_bulk_checked(self) -> bool:
+        return all(shard.is_bulk_checked for shard in self._shards)
+
+    def restore(self) -> RestoreResult:
+        """Bring all shards to their devices. Raises `OutOfMemory` with nothing left behind on any."""
+        try:
+            results = [shard.restore() for shard in self._shards]
+        except OutOfMemory:
+            self.drop()
+            raise
+        return RestoreResult(
+            restored_bytes=sum(result.restored_bytes for result in results),
+            back_s=sum(result.back_s for result in results),
+            restore_s=sum(result.restore_s for result in results),
+        )
+
+    def verify(self) -> float:
+        """The seconds it took. Raises `DamagedError` for the first shard that is not what was sealed."""
+        return sum(shard.verify() for shard in self._shards)
+
+    def drop(self) -> int:
+        """Let the device memory go without copying; the bytes freed."""
+        return sum(shard.drop() for shard in self._shards)
+
+
+class ShardedKv:
+    """KV memory: as many slabs on each GPU as on every other; counts are of each."""
+
+    def __init__(self, shards: Sequence[KvSlabs]) -> None:
+        self._shards = shards
+
+    @property
+    def backed_count(self) -> int:
+        return min(shard.backed_count for shard in self._shards)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(shard.size_bytes for shard in self._shards)
+
+    def grow(self, slab_count: int) -> None:
+        """Back slabs up to that many on each. Raises `OutOfMemory` and keeps as many as every GPU has room for."""
+        try:
+            for shard in self._shards:
+                shard.grow(slab_count)
+        except OutOfMemory:
+            self.shrink(self.backed_count)
+            raise
+
+    def shrink(self, slab_count: int) -> int:
+        """Let slabs go down to that many on each; the bytes freed."""
+        return sum(shard.shrink(slab_count) for shard in self._shards)
+
+
+class ShardedWorkspace:
+    """A little memory on each GPU while the engine is busy."""
+
+    def __init__(self, shards: Sequence[Workspace]) -> None:
+        self._shards = shards
+
+    @property
+    def is_held(self) -> bool:
+        return all(shard.is_held for shard in self._shards)
+
+    def take(self) -> None:
+        """Raises `OutOfMemory`, with nothing taken on any. Idempotent."""
+        try:
+            for shard in self._shards:
+                shard.take()
+        except OutOfMemory:
+            self.give_back()
+            raise
+
+    def give_back(self) -> int:
+        """The bytes freed. Idempotent."""
+        return sum(shard.give_back() for shard in self._shards)
+
+
+class ShardedMemory:
+    """All device memory of one engine. `plan` is that of each GPU, sizes are of all together."""
+
+    def __init__(self, gpus: Sequence[OpenedGpu], *, plan: MemoryPlan, label: str, generation: int) -> None:
+        self.plan = plan
+        self._shards = [
+            EngineMemory(gpu, plan=plan, label=f"{label}/{index}" if index else label, generation=generation)
+            for index, gpu in enumerate(gpus)
+        ]
+        self.weights = ShardedWeights([shard.weights for shard in self._shards])
+        self.kv = ShardedKv([shard.kv for shard in self._shards])
+        self.workspace = ShardedWorkspace([shard.workspace for shard in self._shards])
+
+    @property
+    def gpu_count(self) -> int:
+        return len(self._shards)
+
+    @property
+    def slab_bytes(self) -> int:
+        """What one slab on every GPU holds together."""
+        return self.plan.slab_bytes * self.gpu_count
+
+    @property
+    def held_bytes(self) -> int:
+        """What is on the devices now, by our own books."""
+        return sum(shard.held_bytes for shard in self._shards)
+
+    def free_bytes(self) -> int:
+        """Free on the GPU that has least, as the driver reports it."""
+        return min(shard.free_bytes() for shard in self._shards)
+
+    def grow_kv(self, slab_count: int) -> None:
+        """All slabs or none: on `OutOfMemory` the KV memory is as large as before."""
+        before_count = self.kv.backed_count
+        try:
+            self.kv.grow(slab_count)
+        except OutOfMemory:
+            self.kv.shrink(before_count)
+            raise
+
+    def drop_all(self) -> int:
+        """Workspace, KV memory and weights off the devices, nothing copied; the bytes freed. Idempotent."""
+        return sum(shard.drop_all() for shard in self._shards)
+
+    def close(self) -> None:
+        """Leave the devices; everything on them is freed."""
+        for shard in self._shards:
+            shard.close()

@@ -1,0 +1,84 @@
+"""A node agent's hands in a process of their own, told by lines what to do; for the tests beside it.
+
+``python -m tests.integration.node_hands SOCKET STATE_DIR``, with the environment of a software GPU host. Each line on
+stdin is an effect's name, on stdout its result and what the driver says is in use on each GPU.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+
+import softgpu
+from devices.nvml import NvmlInventory
+from kit.outcomes import Input
+from kit.telemetry import Tracer
+from schemas.placement import ReplicaProposal
+from services.nodeagent.effects import NodeEffects
+from services.nodeagent.engine_client import EngineClient
+from services.nodeagent.guard import Guard
+from services.nodeagent.holder_client import HolderClient
+from services.nodeagent.inputs import EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
+from services.nodeagent.settings import NodeAgentSettings
+
+DRAIN_S = 20.0
+
+
+def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect:
+    common: dict[str, Any] = {"replica": replica, "lease_epoch": 7, "wake_epoch": 1}
+    match word:
+        case "start":
+            return StartEngine(**common)
+        case "park":
+            return ParkEngine(**common, drain_s=DRAIN_S, reason="the test says so")
+        case "wake":
+            return WakeEngine(**common)
+        case _:
+            assert word == "stop", word
+            return StopEngine(**common, drain_s=DRAIN_S)
+
+
+def told(result: Input | None, host: softgpu.Host) -> dict[str, Any]:
+    """The result, by its class and its fields, the bytes in use on each GPU and the limits on them."""
+    status = host.status()
+    limits = [
+        {limit["device"]: limit["hard_bytes"] for limit in group["limits"] if limit["hard_bytes"]}
+        for group in status["groups"]
+    ]
+    return {
+        "kind": type(result).__name__,
+        "result": dataclasses.asdict(result) if result is not None else {},
+        "used": [device["used_bytes"] for device in status["devices"]],
+        "limits": [limit for limit in limits if limit],
+    }
+
+
+async def main(socket: str, state_dir: str, software_dir: str) -> None:
+    settings = NodeAgentSettings(holder_socket=socket, state_dir=state_dir, cold_start_s=0.0)
+    holder, engines = HolderClient(socket), EngineClient()
+    host = softgpu.Host(Path(software_dir), gpus=0)  # Another process made it.
+    async with anyio.create_task_group() as watchers:
+        effects = NodeEffects(
+            settings,
+            guard=Guard(NvmlInventory()),
+            holder=holder,
+            engines=engines,
+            tracer=Tracer(None, None, root_ratio=0.0),
+            watchers=watchers,
+            report=[].append,
+        )
+        replica = msgspec.json.decode(await anyio.to_thread.run_sync(sys.stdin.readline), type=ReplicaProposal)
+        while word := (await anyio.to_thread.run_sync(sys.stdin.readline)).strip():
+            result = await effects.perform(effect_of(word, replica), "")
+            print(json.dumps(told(result, host)), flush=True)
+        watchers.cancel_scope.cancel()
+    await holder.close()
+    await engines.close()
+
+
+if __name__ == "__main__":
+    anyio.run(main, sys.argv[1], sys.argv[2], sys.argv[3])
