@@ -60,6 +60,7 @@ def told(result: Input | None, host: softgpu.Host) -> dict[str, Any]:
 async def main(socket: str, state_dir: str, software_dir: str) -> None:
     settings = NodeAgentSettings(holder_socket=socket, state_dir=state_dir, cold_start_s=0.0)
     holder, engines = HolderClient(socket), EngineClient()
+    ended: list[Input] = []
     host = softgpu.Host(Path(software_dir), gpus=0)  # Another process made it.
     async with anyio.create_task_group() as watchers:
         effects = NodeEffects(
@@ -69,7 +70,7 @@ async def main(socket: str, state_dir: str, software_dir: str) -> None:
             engines=engines,
             tracer=Tracer(None, None, root_ratio=0.0),
             watchers=watchers,
-            report=[].append,
+            report=ended.append,
         )
         replica = msgspec.json.decode(await anyio.to_thread.run_sync(sys.stdin.readline), type=ReplicaProposal)
         while word := (await anyio.to_thread.run_sync(sys.stdin.readline)).strip():
