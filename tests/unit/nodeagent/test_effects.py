@@ -133,6 +133,7 @@ async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:
     """What comes back of a park after which the driver says this."""
     guard = GuardOf(used)
     result: Input | None = None
+    ended: list[Input] = []
     async with anyio.create_task_group() as watchers:
         effects = NodeEffects(
             NodeAgentSettings(),
@@ -141,7 +142,7 @@ async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:
             engines=cast(Any, SleepingEngines()),
             tracer=Tracer(None, None, root_ratio=0.0),
             watchers=watchers,
-            report=[].append,
+            report=ended.append,
         )
         wide = replica(*used, request_bytes=4000 * MiB)
         park = ParkEngine(replica=wide, lease_epoch=7, wake_epoch=1, drain_s=1.0, reason="idle")
