@@ -16,8 +16,10 @@ FROM ${PYTHON_IMAGE} AS libraries
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
+# Also `compiled`: placement as machine code, for fleets of many hundred nodes; 210 MB (docs/adr/0012).
+ARG EXTRAS=services,gpu
 COPY pyproject.toml LICENSE ./
-RUN mkdir sublet && touch README.md sublet/__init__.py && pip install '.[services,gpu]'
+RUN mkdir sublet && touch README.md sublet/__init__.py && pip install ".[${EXTRAS}]"
 COPY README.md ./
 COPY sublet sublet
 # The NATS server runs in a container of its own.

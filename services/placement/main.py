@@ -14,6 +14,8 @@ HANDLERS = (commands, views)
 
 async def main() -> None:
     settings = kit_settings.load(PlacementSettings, service="placement")
+    if settings.compiled:
+        prepare_compiled()
     telemetry = service_tracer("placement")
     async with connected("placement") as (bus, connection):
         runner = Runner(
@@ -28,3 +30,14 @@ async def main() -> None:
         events = EventLog(bus, lambda: None if runner.processor is None else runner.processor.state)
         async with events.answering():
             await serve(runner, connection, telemetry, beside=[events.follow])
+
+
+def prepare_compiled() -> None:
+    """Before anything is read: compiling takes seconds, the first time. Raises `SettingsError` without numba."""
+    from services.placement.packing import compiled  # Loads numpy, which small fleets do without.
+
+    if not compiled.prepare():
+        problem = (
+            "placement.compiled is true, but numba is not installed: pip install 'sublet[compiled]', or leave it out"
+        )
+        raise kit_settings.SettingsError([problem])

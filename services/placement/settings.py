@@ -14,6 +14,8 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     """After so many refusals in a row a replica is reported as not placed, until a node has more room."""
     remembered_command_count: int = 10_000
     """Command ids kept to recognise a repeated command."""
+    compiled: bool = False
+    """Choose nodes with compiled code: for fleets of many hundred nodes. Needs numba (the extra `compiled`)."""
     node_lost_s: float = 30.0
     """A node that is silent this long is lost: its replicas get another place. Route leases (1 s) ended long before."""
     nobody_heard_s: float = 10.0

@@ -32,6 +32,7 @@ def test_import_contracts_hold() -> None:
         ("services/placement/handlers.py", "import nats", "only the adapter knows NATS"),
         ("services/placement/handlers.py", "import softgpu", "only the development supervisor knows the software GPU"),
         ("services/placement/handlers.py", "import sublet", "deployables on top, vocabulary at the bottom"),
+        ("services/placement/core.py", "import numpy", "only packing knows numpy and numba"),
         ("engines/model.py", "import pynvml", "only devices knows NVML and CUDA"),
         ("engines/model.py", "import schemas", "engines reach the hardware port only"),
         ("devices/api.py", "import schemas", "the hardware port imports nothing of ours"),
@@ -57,6 +58,8 @@ def test_a_forbidden_import_breaks_its_contract(tmp_path: Path, file: str, line:
         ("engines/model.py", "import devices.api"),
         ("services/local/__init__.py", "import softgpu"),
         ("services/placement/handlers.py", "import devices.nvml"),
+        ("services/placement/packing/scores.py", "import numpy.typing"),
+        ("services/placement/packing/compiled.py", "import numba"),
     ],
 )
 def test_an_allowed_import_breaks_none(tmp_path: Path, file: str, line: str) -> None:
@@ -73,7 +76,7 @@ def make_small_checkout(root: Path) -> None:
     (root / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     for package in (
         "sublet", "schemas", "kit", "devices", "softgpu", "engines", "services", "services/local",
-        "services/placement", "services/swapper",
+        "services/placement", "services/placement/packing", "services/swapper",
     ):  # fmt: skip
         (root / package).mkdir()
         (root / package / "__init__.py").touch()

@@ -1,13 +1,18 @@
 """What the nodes have left. Units of a GPU are whole numbers: bytes in the service, thousandths in benchmarks."""
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Final
 
 PARTS: Final = 1_000_000
 """A GPU in parts: what policies count in, so that GPUs of different capacity compare. Whole numbers, rounded down."""
+
+CAPACITY_UNITS_MAX: Final = 1 << 42
+"""Four TiB in bytes: times `PARTS` it is still a number of 64 bits."""
+GPUS_PER_NODE_MAX: Final = 62
+"""A node's GPUs are a set of bits in one signed number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +71,9 @@ class Ask:
             raise ValueError(f"a size cannot be negative: {self.size_units}")
 
     def units_on(self, gpu: GpuShape) -> int | None:
-        """The units that it takes of such a GPU; None where model or grade will not do."""
+        """The units that it takes of such a GPU; None where model or grade will not do, or it asks for none."""
+        if not self.gpu_count:
+            return None
         if self.gpu_models and gpu.model not in self.gpu_models:
             return None
         if self.grade_rank is not None and gpu.grade_rank > self.grade_rank:
@@ -115,6 +122,7 @@ class Fleet:
         """Sorted: the order in which equal nodes are taken."""
         self.membership_version = 0
         """Grows with each node that comes or goes."""
+        self._watchers: list[dict[str, None]] = []
         self._undo: list[tuple[str, Sequence[int], list[int], int, int]] = []
         self._marks: list[int] = []
 
@@ -125,8 +133,10 @@ class Fleet:
         """Raises `ValueError` for a name that is there already, and for a shape that no node can have."""
         if name in self.nodes:
             raise ValueError(f"node {name} is in the fleet already: remove it first")
-        if any(gpu.capacity_units <= 0 for gpu in shape.gpus):
-            raise ValueError(f"node {name} has a GPU without capacity")
+        if any(not 0 < gpu.capacity_units <= CAPACITY_UNITS_MAX for gpu in shape.gpus):
+            raise ValueError(f"node {name} has a GPU without capacity, or with more than {CAPACITY_UNITS_MAX} units")
+        if len(shape.gpus) > GPUS_PER_NODE_MAX:
+            raise ValueError(f"node {name} has more than {GPUS_PER_NODE_MAX} GPUs")
         self.nodes[name] = NodeRoom(
             name=name,
             shape=shape,
@@ -137,15 +147,18 @@ class Fleet:
         )
         insort(self.names, name)
         self.membership_version += 1
+        self._changed(name)
 
     def remove_node(self, name: str) -> None:
         """With all that it held."""
         del self.nodes[name]
         del self.names[bisect_left(self.names, name)]
         self.membership_version += 1
+        self._changed(name)
 
     def set_open(self, name: str, is_open: bool) -> None:  # noqa: FBT001  (the function names it)
         self.nodes[name].is_open = is_open
+        self._changed(name)
 
     def take(
         self, node: str, gpu_indices: Sequence[int], ask_units: Sequence[int], cpu_milli: int = 0, memory_bytes: int = 0
@@ -164,6 +177,7 @@ class Fleet:
         room = self.nodes[node]
         room.free_units[gpu_index] += room.foreign_units[gpu_index] - units
         room.foreign_units[gpu_index] = units
+        self._changed(node)
 
     def free_units(self, node: str) -> tuple[int, ...]:
         return tuple(self.nodes[node].free_units)
@@ -173,6 +187,12 @@ class Fleet:
 
     def memory_bytes_left(self, node: str) -> int:
         return self.nodes[node].memory_bytes
+
+    def watch(self) -> dict[str, None]:
+        """A set, in order, that gets the name of each node that changes, comes or goes. Its reader empties it."""
+        watcher = dict.fromkeys(self.names)
+        self._watchers.append(watcher)
+        return watcher
 
     def begin_trial(self) -> None:
         """From here on takes and gives can be undone. Trials nest."""
@@ -197,14 +217,8 @@ class Fleet:
             room.free_units[gpu] += more
         room.cpu_milli += cpu_milli
         room.memory_bytes += memory_bytes
+        self._changed(node)
 
-
-def unsuited(room: NodeRoom, ask: Ask, without_nodes: Collection[str] = ()) -> bool:
-    """Whether all but GPUs rules the node out."""
-    return (
-        not room.is_open
-        or room.cpu_milli < ask.cpu_milli
-        or room.memory_bytes < ask.memory_bytes
-        or not ask.labels <= room.shape.labels
-        or room.name in without_nodes
-    )
+    def _changed(self, name: str) -> None:
+        for watcher in self._watchers:
+            watcher[name] = None

@@ -1,53 +1,12 @@
-"""How good a node is for an ask. A policy gives each node that has room a score; the highest wins, ties by name."""
+"""The policies, by name."""
 
 import difflib
-import math
-from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Sequence
 from typing import Final
 
-from services.placement.packing.fleet import PARTS, Ask, Fleet, NodeRoom
-
-DEFAULT_POLICY: Final = "best-fit"
-
-LINKED_SETS_MAX: Final = 100
-"""So many sets of GPUs are compared by their links; 8 GPUs have at most 70 sets. Beyond, the first ones are taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A GPU with room for one part of the ask."""
-
-    gpu_index: int
-    units: int
-    parts: int
-    """The same in parts of this GPU."""
-    free_parts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rating:
-    """A node for an ask: the higher, the better. `gpu_indices` is which of its GPUs to take, ascending."""
-
-    score: int
-    gpu_indices: tuple[int, ...]
-
-
-class Policy(ABC):
-    """One way of rating. Without state of its own: what it knows of the cluster it gets by `informed`."""
-
-    name: str
-
-    def informed(self, fleet: Fleet, classes: Mapping[Ask, int]) -> "Policy":
-        """This policy, told what the cluster is made of and how often each class is asked for."""
-        return self
-
-    @abstractmethod
-    def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
-        """How good this node is; it has room: `fits` are at least `ask.gpu_count` GPUs."""
+from services.placement.packing.fleet import PARTS, Ask, NodeRoom
+from services.placement.packing.potential import Fgd, Shortage
+from services.placement.packing.rating import CPU_MAX_MILLI, Fit, Policy, Rating, closeness, tightest
 
 
 class FirstFit(Policy):
@@ -56,20 +15,17 @@ class FirstFit(Policy):
     name = "first-fit"
 
     def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
-        return Rating(0, best_gpus(room, ask, fits, gpu_spread=gpu_spread))
+        return Rating(0, tightest(ask, fits, is_spread=gpu_spread))
 
 
 class BestFit(Policy):
-    """The node left with the least: half by its CPU against 128 cores, half by its GPUs against eight.
-
-    The formula of the FGD artefact (ATC'23): ``int(100 * (1 - 0.5 * cpu_left / 128k - 0.5 * gpu_left / 8000))``.
-    """
+    """The node left with the least: half by its CPU, half by its GPUs. The formula of the FGD artefact (ATC'23)."""
 
     name = "best-fit"
 
     def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
-        gpus = best_gpus(room, ask, fits, gpu_spread=gpu_spread)
-        return Rating(_closeness(room, ask, fits, gpus), gpus)
+        gpus = tightest(ask, fits, is_spread=gpu_spread)
+        return Rating(closeness(room, ask, fits, gpus), gpus)
 
 
 class Spread(Policy):
@@ -78,11 +34,50 @@ class Spread(Policy):
     name = "spread"
 
     def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
-        gpus = best_gpus(room, ask, fits, gpu_spread=True)
-        return Rating(-_closeness(room, ask, fits, gpus), gpus)
+        gpus = tightest(ask, fits, is_spread=True)
+        return Rating(-closeness(room, ask, fits, gpus), gpus)
 
 
-POLICIES: Final[tuple[type[Policy], ...]] = (FirstFit, BestFit, Spread)
+class DotProduct(Policy):
+    """The node whose free CPU and GPUs point the least in the direction of the ask (Tetris, as in the FGD artefact).
+
+    ``int(100 * (1 - (cpu_free * cpu_ask / 128k^2 + gpu_free * gpu_ask / 8000^2) / 2))``, the tightest GPU.
+    """
+
+    name = "dot-product"
+
+    def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
+        gpus = tightest(ask, fits, is_spread=gpu_spread)
+        parts = {fit.gpu_index: fit.parts for fit in fits}
+        gpu_milli = sum(parts[gpu] for gpu in gpus) * 1000 // PARTS
+        free_milli = sum(room.free_parts(gpu) for gpu in range(len(room.free_units))) * 1000 // PARTS
+        # Over the common denominator: 128,000 is sixteen times 8,000.
+        product = room.cpu_milli * ask.cpu_milli + 256 * free_milli * gpu_milli
+        whole = 2 * CPU_MAX_MILLI**2
+        return Rating(100 * (whole - product) // whole, gpus)
+
+
+class Random(Policy):
+    """Any node with room and any GPU of it, each alike. For comparison: who uses it says the number of the draw."""
+
+    name = "random"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
+        return Rating(0, tightest(ask, fits, is_spread=gpu_spread))
+
+    def drawn(self, draw: int, count: int) -> int:
+        """A number below `count`, from seed and number of the draw alone (splitmix64)."""
+        mixed = (self.seed * 0xD1342543DE82EF95 + (draw + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        return ((mixed ^ (mixed >> 31)) * count) >> 64
+
+
+DEFAULT_POLICY: Final = Shortage.name
+POLICIES: Final[tuple[type[Policy], ...]] = (Random, DotProduct, BestFit, FirstFit, Fgd, Shortage, Spread)
 
 
 def policy_named(name: str) -> Policy:
@@ -94,59 +89,3 @@ def policy_named(name: str) -> Policy:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"there is: {', '.join(names)}"
     raise ValueError(f"there is no placement policy '{name}'; {hint}")
-
-
-def fits_on(room: NodeRoom, ask: Ask) -> list[Fit]:
-    """The GPUs of this node with room for one part of the ask, by index; none for an ask without GPUs."""
-    fits: list[Fit] = []
-    if not ask.gpu_count:
-        return fits
-    for index, gpu in enumerate(room.shape.gpus):
-        units = ask.units_on(gpu)
-        if units is not None and units <= room.free_units[index]:
-            parts = units * PARTS // gpu.capacity_units
-            fits.append(Fit(index, units, parts, room.free_parts(index)))
-    return fits
-
-
-def best_gpus(room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool) -> tuple[int, ...]:
-    """The tightest GPUs (with `gpu_spread`: the freest); among equally tight ones, those with the best links.
-
-    Then the smallest indices.
-    """
-    count = ask.gpu_count
-    sign = -1 if gpu_spread else 1
-    ranked = sorted(fits, key=lambda fit: (sign * (fit.free_parts - fit.parts), fit.gpu_index))
-    links = room.shape.links
-    if count <= 1 or not links or len(ranked) == count:
-        return tuple(sorted(fit.gpu_index for fit in ranked[:count]))
-    left = ranked[count - 1].free_parts - ranked[count - 1].parts
-    sure = [fit.gpu_index for fit in ranked[:count] if fit.free_parts - fit.parts != left]
-    equal = [fit.gpu_index for fit in ranked if fit.free_parts - fit.parts == left]
-    missing = count - len(sure)
-    if math.comb(len(equal), missing) > LINKED_SETS_MAX:
-        return tuple(sorted([*sure, *equal[:missing]]))
-    return min(
-        (tuple(sorted([*sure, *some])) for some in combinations(equal, missing)),
-        key=lambda gpus: (-sum(links[a][b] for a, b in combinations(gpus, 2)), gpus),
-    )
-
-
-def sigmoid_levels(count: int) -> tuple[float, ...]:
-    """Where ``int(count * sigmoid(x))`` steps up. Comparing with these needs no exponential: equal on every machine."""
-    return tuple(math.log(level / (count - level)) for level in range(1, count))
-
-
-def level_of(x: float, levels: Sequence[float]) -> int:
-    """``int(count * sigmoid(x))`` of `sigmoid_levels(count)`."""
-    return bisect_right(levels, x)
-
-
-def _closeness(room: NodeRoom, ask: Ask, fits: Sequence[Fit], gpus: Sequence[int]) -> int:
-    """In thousandths of the artefact's 100 points, before rounding to points: whole numbers all the way."""
-    taken = {fit.gpu_index: fit.parts for fit in fits}
-    gpu_left = sum(room.free_parts(g) for g in range(len(room.free_units))) - sum(taken[g] for g in gpus)
-    cpu_left = room.cpu_milli - ask.cpu_milli
-    # 100 * (1 - cpu/(2 * 128,000) - gpu/(2 * 8 * PARTS)), over their common denominator.
-    whole = 256_000 * 16 * PARTS
-    return 100 * (whole - cpu_left * 16 * PARTS - gpu_left * 256_000) // whole
