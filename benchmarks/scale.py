@@ -21,6 +21,8 @@ from benchmarks.report import Report, commit
 SECTIONS: Final = {
     "core": "the same fill through the pure core, without a bus",
     "fill": "4,000 one-GPU deployments, and the verdict for one more",
+    "gang": "one gang of 512 replicas, and one deployment of 4,000",
+    "reclaim": "a cluster full of preemptible jobs gives one GPU to a model, then all",
 }
 """{name: what it measures}, in the order in which they run."""
 

@@ -24,6 +24,7 @@ from schemas.history import WriterStarted
 from schemas.messages import Fact, fact_subject, prefix_of, signal_subject, token_of
 from schemas.nodes import Lease, LeaseGranted, LeaseReleased, NodeAlive, Ready, ReplicaReady
 from schemas.placement import (
+    CommandRejected,
     GangAbandoned,
     GangCommitted,
     PlacementFailed,
@@ -33,9 +34,15 @@ from schemas.placement import (
 )
 from schemas.units import MiB
 
+APPENDS_IN_FLIGHT_MAX: Final = 32
+"""Of all nodes together. The server takes about 2 ms for a batch and acknowledges what one connection sent when it has
+handled all of it: 500 batches at once are answered after a second, when every sender has given up and asks again."""
+SINGLES_MAX: Final = 3
+"""So few facts leave one by one: an atomic batch takes the server 2 ms whatever is in it, a single append 0.2 ms while
+other nodes append too (measured, 2.15.1), and a node's facts need not be stored together."""
 RESIDUE_BYTES: Final = 640 * MiB
 ALIVE_EVERY_S: Final = 2.0
-FOLLOWED: Final = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned, PlacementFailed)
+FOLLOWED: Final = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned, PlacementFailed, CommandRejected)
 
 
 @dataclass(slots=True)
@@ -171,6 +178,8 @@ class Seen:
     failed_at_s: dict[str, float] = field(default_factory=dict)
     """{model: its newest explanation}"""
     last_ready_s: float = 0.0
+    rejection: str = ""
+    """Why placement did not take a command."""
 
 
 class StandIns:
@@ -181,7 +190,7 @@ class StandIns:
         self.nodes = {node.name: node for node in (StandIn(number) for number in range(count))}
         self.seen = Seen()
         self._changed = anyio.Event()
-        self._failures: list[str] = []
+        self._in_flight = anyio.CapacityLimiter(APPENDS_IN_FLIGHT_MAX)
 
     async def join(self) -> None:
         """Returns when history holds that all have joined."""
@@ -213,6 +222,10 @@ class StandIns:
             self.seen.failed_at_s[fact.model] = time.perf_counter()
             self._changed.set()
             return
+        if isinstance(fact, CommandRejected):
+            self.seen.rejection = fact.message
+            self._changed.set()
+            return
         assert isinstance(fact, PlacementProposed | ReleaseProposed | GangCommitted | GangAbandoned), fact
         node = self.nodes[fact.node]
         node.receive(fact, stored.seq)
@@ -226,8 +239,10 @@ class StandIns:
     async def _append(self, node: StandIn) -> None:
         """Until nothing is left; what came meanwhile goes with the next batch."""
         while node.has_news:
-            entries, ready = node.take()
-            node.last_seq = await append_surely(self._bus, prefix_of(node.writer), entries, last_seq=node.last_seq)
+            async with self._in_flight:
+                entries, ready = node.take()
+                for part in _parts(entries):
+                    node.last_seq = await append_surely(self._bus, prefix_of(node.writer), part, last_seq=node.last_seq)
             node.writer_epoch = node.writer_epoch or node.last_seq
             self._count(entries, ready)
         node.is_appending = False
@@ -251,6 +266,13 @@ class StandIns:
     def _alive(self) -> Iterator[NodeAlive]:
         for node in self.nodes.values():
             yield NodeAlive(node=node.name, machine_id=f"machine-{node.number}", writer_epoch=node.writer_epoch)
+
+
+def _parts(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+    """As they are to be appended."""
+    step = 1 if len(entries) <= SINGLES_MAX else len(entries)
+    for first in range(0, len(entries), step):
+        yield entries[first : first + step]
 
 
 RELEASED: Final = token_of(LeaseReleased)

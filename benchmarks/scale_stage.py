@@ -41,7 +41,7 @@ TENANT: Final = "default"
 COMMANDS_IN_FLIGHT_MAX: Final = 512
 START_TIMEOUT_S: Final = 60.0
 LOOK_EVERY_S: Final = 0.05
-STALL_S: Final = 60.0
+STALL_S: Final = 30.0
 """Nothing moves for so long: the scenario has failed."""
 FSYNC_COUNT: Final = 300
 LOG_LINES_SHOWN: Final = 3
@@ -108,7 +108,9 @@ class Stage:
         while True:
             before = self._progress()
             with anyio.move_on_after(STALL_S) as scope:
-                await self.agents.until(reached)
+                await self.agents.until(lambda seen: bool(seen.rejection) or reached(seen))
+            if self.seen.rejection:
+                raise Stalled(f"{what}: a command was rejected: {self.seen.rejection}")
             if not scope.cancelled_caught:
                 return
             if why := self.is_alive():
