@@ -1,7 +1,7 @@
 """What the nodes have left. Units of a GPU are whole numbers: bytes in the service, thousandths in benchmarks."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Final
@@ -222,3 +222,14 @@ class Fleet:
     def _changed(self, name: str) -> None:
         for watcher in self._watchers:
             watcher[name] = None
+
+
+def unsuited(room: NodeRoom, ask: Ask, without_nodes: Collection[str] = ()) -> bool:
+    """Whether all but GPUs rules the node out."""
+    return (
+        not room.is_open
+        or room.cpu_milli < ask.cpu_milli
+        or room.memory_bytes < ask.memory_bytes
+        or not ask.labels <= room.shape.labels
+        or room.name in without_nodes
+    )
