@@ -31,18 +31,21 @@ from schemas.placement import (
     DeploymentRetired,
     KeyAdded,
     KeyRevoked,
+    MoveDecided,
+    MoveEnded,
     NodeLost,
     NodeReturned,
     ParkAsked,
     PlacementFailed,
     PlacementProposed,
     ReleaseProposed,
+    RepackAsked,
     ReplicaProposal,
     ShareProposal,
     WakeAsked,
 )
 from services.placement import folds as fold
-from services.placement import observed, presence
+from services.placement import moves, observed, presence
 from services.placement.choosing import Choice, choose
 from services.placement.presence import LookAround, QuarantineOver, SettleReturned
 from services.placement.state import ClusterState, Deployment, Replica, new_state
@@ -107,6 +110,9 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (ReplicasDecided, fold.fold_replicas_decided),
     (NodeLost, fold.fold_lost),
     (NodeReturned, fold.fold_returned),
+    (RepackAsked, fold.fold_repack_asked),
+    (MoveDecided, fold.fold_move_decided),
+    (MoveEnded, fold.fold_move_ended),
 )
 for _kind, _fold in _FOLDS:
     SERVICE.folding(_kind)(_fold)
@@ -222,12 +228,18 @@ def lease_granted(state: ClusterState, fact: LeaseGranted, ctx: Context) -> Sequ
 
 @SERVICE.on(LeaseRefused)
 def lease_refused(state: ClusterState, fact: LeaseRefused, ctx: Context) -> Sequence[Outcome]:
-    return list(place_missing(state, ctx))
+    return [*moves.advanced(state, ctx), *place_missing(state, ctx)]
 
 
 @SERVICE.on(LeaseReleased)
 def lease_released(state: ClusterState, fact: LeaseReleased, ctx: Context) -> Sequence[Outcome]:
-    return list(place_missing(state, ctx))
+    return [*moves.advanced(state, ctx), *place_missing(state, ctx)]
+
+
+@SERVICE.on(ReplicaReady)
+def replica_ready(state: ClusterState, fact: ReplicaReady, ctx: Context) -> Sequence[Outcome]:
+    """A replacement that is ready ends its move."""
+    return list(moves.advanced(state, ctx))
 
 
 @SERVICE.on(ReplicasDecided)
@@ -278,7 +290,7 @@ def look_around(state: ClusterState, due: LookAround, ctx: Context) -> Sequence[
     """Nodes that fell silent are lost, and their replicas are placed elsewhere at once."""
     lost = presence.lost(state, ctx)
     again = [Timer(due_s=ctx.now_s, input=PlaceNext())] if lost else []
-    return [*lost, *again, presence.look_later(state, ctx)]
+    return [*lost, *again, *moves.advanced(state, ctx), presence.look_later(state, ctx)]
 
 
 @SERVICE.on(SettleReturned)

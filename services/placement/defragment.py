@@ -35,6 +35,8 @@ class Occupant:
     ask: Ask
     """What it would ask for elsewhere."""
     is_movable: bool = True
+    is_leaving: bool = False
+    """It is being moved away already: what it holds will be free, and is not yet."""
     is_serving: bool = False
     """It has requests, or nobody knows that it has none: moved only if nothing else helps."""
     moved_bytes: int = 0
@@ -94,6 +96,16 @@ class Board:
     @property
     def fleet(self) -> Fleet:
         return self.packer.fleet
+
+    @property
+    def leaving(self) -> list[Occupant]:
+        """Those that earlier moves take away."""
+        found = {o.replica_id: o for occupants in self.on_gpu.values() for o in occupants if o.is_leaving}
+        return [found[replica_id] for replica_id in sorted(found)]
+
+    def is_gone(self, occupant: Occupant) -> bool:
+        """Once all moves are done."""
+        return occupant.is_leaving or occupant.replica_id in self.moved
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -158,6 +170,8 @@ def free_gpus(board: Board, *, move_count_max: int, may_move_serving: bool = Tru
     steps: list[Step] = []
     freed: list[Gpu] = []
     with board.trial():
+        for gpu in sorted({gpu for occupant in board.leaving for gpu in occupant.gpus}):
+            board.block(gpu)
         used = _used_least(board, may_move_serving=may_move_serving)
         while len(steps) < move_count_max:
             found = [
@@ -178,7 +192,8 @@ def _used_least(board: Board, *, may_move_serving: bool) -> list[Gpu]:
     """GPUs whose occupants may all be moved, the least used part of a GPU first."""
     found = []
     for gpu, occupants in board.on_gpu.items():
-        if not all(o.is_movable and (may_move_serving or not o.is_serving) for o in occupants):
+        staying = [occupant for occupant in occupants if not occupant.is_leaving]
+        if not all(o.is_movable and (may_move_serving or not o.is_serving) for o in staying):
             continue
         node, index = gpu
         room = board.fleet.nodes.get(node)
@@ -198,7 +213,7 @@ def _still_used(board: Board, used: Sequence[Gpu], freed: Sequence[Gpu]) -> list
 
 def _emptied(board: Board, gpu: Gpu, *, move_count_max: int) -> Plan | None:
     """Moves after which this GPU is empty; with replicas on several GPUs others may be too."""
-    movers = [o for o in board.on_gpu[gpu] if o.replica_id not in board.moved]
+    movers = [occupant for occupant in board.on_gpu[gpu] if not board.is_gone(occupant)]
     if not movers or len(movers) > move_count_max:
         return None
     with board.trial():
@@ -215,7 +230,7 @@ def _emptied(board: Board, gpu: Gpu, *, move_count_max: int) -> Plan | None:
 
 
 def _is_empty(board: Board, gpu: Gpu) -> bool:
-    return gpu not in board.targets and all(o.replica_id in board.moved for o in board.on_gpu.get(gpu, ()))
+    return gpu not in board.targets and all(board.is_gone(occupant) for occupant in board.on_gpu.get(gpu, ()))
 
 
 def _price(board: Board, plan: Plan, freed: Sequence[Gpu]) -> tuple[int, Fraction, bool, int, Gpu]:
@@ -248,6 +263,7 @@ def make_room(
 ) -> Plan | None:
     """The cheapest moves after which the packer finds a place for this ask; None where no few moves help.
 
+    A plan without steps says that moves which have begun already will do.
     On each node the GPUs that are cheapest to clear for their part of the ask are added up; the cheapest nodes are
     tried, serving replicas last, then fewest bytes, ties by name.
     """
@@ -256,7 +272,11 @@ def make_room(
     offers = []
     for room in board.fleet:
         offer = None if unsuited(room, ask, without_nodes) else _offer(board, room, ask)
-        if offer is not None and 0 < len(offer.movers) <= move_count_max:
+        if offer is None:
+            continue
+        if not offer.movers and any(o.is_leaving for gpu in offer.gpus for o in board.on_gpu.get(gpu, ())):
+            return Plan()
+        if 0 < len(offer.movers) <= move_count_max:
             offers.append(offer)
     offers.sort(key=lambda offer: (*offer.price, offer.gpus))
     for offer in offers[:LOOKED_AT_MAX]:
@@ -300,9 +320,11 @@ def _offer(board: Board, room: NodeRoom, ask: Ask) -> _Offer | None:
 def _clearing(board: Board, gpu: Gpu, missing_units: int) -> list[Occupant] | None:
     """The fewest of the cheapest movable ones that give so many units of this GPU; None when all do not."""
     chosen: list[Occupant] = []
+    here = board.on_gpu.get(gpu, ())
+    missing_units -= sum(_held(occupant, gpu) for occupant in here if occupant.is_leaving)
     if missing_units <= 0:
         return chosen
-    movable = [o for o in board.on_gpu.get(gpu, ()) if o.is_movable]
+    movable = [occupant for occupant in here if occupant.is_movable and not occupant.is_leaving]
     movable.sort(key=lambda o: (o.is_serving, o.moved_bytes, -_held(o, gpu), o.replica_id))
     for occupant in movable:
         if missing_units > 0:
@@ -327,7 +349,8 @@ def _cleared(board: Board, offer: _Offer, ask: Ask, without_nodes: frozenset[str
     with board.trial():
         before_count = len(board.moved)
         with board.packer.trial():
-            for gpu in sorted({*offer.gpus, *(each for mover in movers for each in mover.gpus)}):
+            sources = [each for occupant in (*movers, *board.leaving) for each in occupant.gpus]
+            for gpu in sorted({*offer.gpus, *sources}):
                 board.block(gpu)
             for mover in sorted(movers, key=lambda o: (-max(o.units), o.replica_id)):
                 if not board.move(mover, may_break_idle=True):
@@ -336,7 +359,8 @@ def _cleared(board: Board, offer: _Offer, ask: Ask, without_nodes: frozenset[str
         for step in steps:  # Without the blocks, and with the sources free: as it is when all moves are done.
             mover, place = step.occupant, step.place
             board.fleet.take(place.node, place.gpu_indices, place.units, mover.ask.cpu_milli, mover.ask.memory_bytes)
-            board.fleet.give(mover.node, mover.gpu_indices, mover.units, mover.ask.cpu_milli, mover.ask.memory_bytes)
+        for gone in (*movers, *board.leaving):
+            board.fleet.give(gone.node, gone.gpu_indices, gone.units, gone.ask.cpu_milli, gone.ask.memory_bytes)
         if board.packer.choose(ask, without_nodes=without_nodes) is None:
             return None
         emptied = sorted({each for mover in movers for each in mover.gpus if _is_empty(board, each)})

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from schemas.autoscaler import ReplicasDecided
 from schemas.nodes import (
@@ -27,13 +27,18 @@ from schemas.placement import (
     DeploymentRetired,
     KeyAdded,
     KeyRevoked,
+    MoveDecided,
+    MoveEnded,
     NodeLost,
     NodeReturned,
     PlacementFailed,
     PlacementProposed,
     ReleaseProposed,
+    RepackAsked,
 )
-from services.placement.state import ClusterState, Deployment, Key, Node, Replica
+from services.placement.state import ClusterState, Deployment, Key, Move, Node, Repacking, Replica
+
+HOUR_S: Final = 3600.0
 
 # --- Own facts --------------------------------------------------------------------------------------------------------
 
@@ -154,6 +159,36 @@ def _ask_refused_again(state: ClusterState) -> None:
     state.index.refused.clear()
 
 
+# --- Moves ------------------------------------------------------------------------------------------------------------
+
+
+def fold_repack_asked(state: ClusterState, fact: RepackAsked) -> None:
+    fold_command(state, fact)
+    until_s = fact.at_s + state.settings.repack_valid_s
+    state.repacking = Repacking(until_s=until_s, left_count=fact.move_count_max)
+
+
+def fold_move_decided(state: ClusterState, fact: MoveDecided) -> None:
+    """It counts against what an operator asked for, as long as that lasts, else against the hour's budget."""
+    state.moves[fact.move_id] = Move(
+        move_id=fact.move_id,
+        replica_id=fact.replica_id,
+        replacement_id=fact.replacement_id,
+        deployment_id=fact.deployment_id,
+        decided_at_s=fact.at_s,
+    )
+    asked = state.repacking
+    if asked is not None and asked.left_count > 0 and fact.at_s <= asked.until_s:
+        asked.left_count -= 1
+    else:
+        lately = [at_s for at_s in state.move_times_s if fact.at_s - at_s < HOUR_S]
+        state.move_times_s = (*lately, fact.at_s)
+
+
+def fold_move_ended(state: ClusterState, fact: MoveEnded) -> None:
+    state.moves.pop(fact.move_id, None)
+
+
 # --- Nodes are lost and come back -------------------------------------------------------------------------------------
 
 
@@ -231,7 +266,8 @@ def fold_refused(state: ClusterState, fact: LeaseRefused) -> None:
         deployment = state.deployments.get(replica.deployment_id) if replica is not None else None
         if deployment is not None:
             deployment.refused_nodes = (*deployment.refused_nodes, fact.node)
-            deployment.problem = f"{fact.node} refused: {fact.message}"
+            if deployment.deployment_id in state.waiting:  # Else only the second copy of one that moves was refused.
+                deployment.problem = f"{fact.node} refused: {fact.message}"
             state.index.refused[deployment.deployment_id] = deployment
 
 

@@ -116,19 +116,16 @@ def surplus(state: ClusterState, deployment_id: str) -> list[Replica]:
     """The replicas of a deployment that are too many, as long as it is wished for at all; the best ones are kept.
 
     Kept are: those nearest to serving; among equals those on nodes that were not lost lately; then the oldest. What is
-    being released, or is on a lost node, is no longer counted.
+    being released, or is on a lost node, is no longer counted; of a replica that is being moved both copies are kept.
     """
     deployment = state.deployments.get(deployment_id)
     if deployment is None:
         return []
-    here = [r for r in state.replicas_of(deployment_id) if not r.is_releasing and not _is_lost(state, r)]
+    here = [r for r in state.replicas_of(deployment_id) if not r.is_releasing and not state.is_lost(r)]
+    ids = {replica.replica_id for replica in here}
+    moving_count = sum({move.replica_id, move.replacement_id} <= ids for move in state.moves.values())
     here.sort(key=lambda replica: _keeping_order(state, replica))
-    return here[deployment.replica_count :]
-
-
-def _is_lost(state: ClusterState, replica: Replica) -> bool:
-    node = state.nodes.get(replica.node)
-    return node is not None and node.lost_at_s is not None
+    return here[deployment.replica_count + moving_count :]
 
 
 def _keeping_order(state: ClusterState, replica: Replica) -> tuple[int, bool]:

@@ -34,3 +34,19 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     """A gateway's load sample older than this says nothing: its models count as busy."""
     gateway_gone_s: float = 10.0
     """A gateway that is silent this long is gone; its route leases ended long before."""
+    defragment_every_s: float = 30.0
+    """How often placement looks whether moves would free GPUs or let a waiting deployment in."""
+    fragmented_fraction_min: float = 0.25
+    """Of the bytes that nobody is promised, so much must lie on partly used GPUs before tidying up is worth it."""
+    moves_at_once_max: int = 4
+    """Each one costs a start, and room for both copies until it ends."""
+    moves_per_hour_max: int = 12
+    """Without being asked; an operator's wish has its own number."""
+    move_timeout_s: float = 900.0
+    """A replacement that is not ready by then is given up. A cold start of a large model takes minutes."""
+    move_rest_s: float = 600.0
+    """A replica that was placed more recently is not moved to tidy up."""
+    move_drain_s: float = 120.0
+    """The requests of a moved replica have this long to end; new ones go to its replacement."""
+    repack_valid_s: float = 900.0
+    """An operator's wish for moves is over after this time, done or not."""

@@ -162,6 +162,26 @@ class Deployment:
 
 
 @dataclass(slots=True)
+class Move:
+    """A replica that is being moved: it and its replacement both hold their places until one of them ends."""
+
+    move_id: str
+    replica_id: str
+    replacement_id: str
+    deployment_id: str
+    decided_at_s: float
+
+
+@dataclass(slots=True)
+class Repacking:
+    """What an operator asked for."""
+
+    until_s: float
+    left_count: int
+    """Moves that may still be begun for it."""
+
+
+@dataclass(slots=True)
 class Key:
     key_id: str
     tenant: str
@@ -180,6 +200,11 @@ class ClusterState:
     """{deployment_id: deployment}; retired ones are gone."""
     replicas: dict[str, Replica] = field(default_factory=dict)
     """{replica_id: replica}, in the order of their proposals. Added, moved and dropped by `folds` only."""
+    moves: dict[str, Move] = field(default_factory=dict)
+    """{move_id: a move that has not ended}"""
+    move_times_s: tuple[float, ...] = ()
+    """When moves were begun that nobody asked for, within the last hour, oldest first."""
+    repacking: Repacking | None = None
     keys: dict[str, Key] = field(default_factory=dict)
     inbox_seq: int = 0
     """The inbox cursor: the highest inbox sequence that a fact names."""
@@ -211,6 +236,11 @@ class ClusterState:
     def on_node(self, node: str) -> list[Replica]:
         """All replicas that were proposed to the node and not released."""
         return list(self.index.on_node.get(node, {}).values())
+
+    def is_lost(self, replica: Replica) -> bool:
+        """Whether its node is lost: it holds its place there, and another one is wanted."""
+        node = self.nodes.get(replica.node)
+        return node is not None and node.lost_at_s is not None
 
     def placed_count(self, deployment_id: str) -> int:
         """Its replicas that count as placed: all that are not on a lost node."""

@@ -193,6 +193,30 @@ def test_room_that_no_move_can_make_is_none() -> None:
     assert cluster.room_for(3, CAPACITY) is None
 
 
+def test_a_gpu_that_is_being_emptied_is_no_target_and_counts_on() -> None:
+    """A plan larger than what may move at once is continued, not begun anew elsewhere."""
+    cluster = Cluster(3)
+    cluster.put("full", "n0", 0, units=40, is_movable=False)
+    cluster.put("gone", "n0", 1, units=30, is_leaving=True, is_movable=False)
+    cluster.put("next", "n0", 1, units=20)
+    cluster.put("other", "n0", 2, units=55)
+
+    plan = cluster.free(move_count_max=1)
+
+    assert ({"next": ("n0", (2,))}, (("n0", 1),)) == (moves(plan), plan.freed)
+
+
+def test_room_that_is_on_its_way_is_not_made_twice() -> None:
+    cluster = Cluster(2)
+    cluster.put("gone", "n0", 0, units=30, is_leaving=True, is_movable=False)
+    cluster.put("other", "n0", 1, units=30)
+
+    plan = cluster.room_for(1, CAPACITY)
+
+    assert plan is not None
+    assert () == plan.steps
+
+
 # --- Properties -------------------------------------------------------------------------------------------------------
 
 
