@@ -38,6 +38,9 @@ from schemas.placement import (
     ParkAsked,
     PlacementFailed,
     PlacementProposed,
+    PreemptionDecided,
+    PreemptionEnded,
+    QuotaSet,
     ReleaseProposed,
     RepackAsked,
     ReplicaProposal,
@@ -45,7 +48,7 @@ from schemas.placement import (
     WakeAsked,
 )
 from services.placement import folds as fold
-from services.placement import moves, observed, presence
+from services.placement import moves, observed, presence, tenants
 from services.placement.choosing import Choice, choose
 from services.placement.presence import LookAround, QuarantineOver, SettleReturned
 from services.placement.state import ClusterState, Deployment, Replica, new_state
@@ -113,6 +116,9 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (RepackAsked, fold.fold_repack_asked),
     (MoveDecided, fold.fold_move_decided),
     (MoveEnded, fold.fold_move_ended),
+    (PreemptionDecided, fold.fold_preemption_decided),
+    (PreemptionEnded, fold.fold_preemption_ended),
+    (QuotaSet, tenants.fold_quota),
 )
 for _kind, _fold in _FOLDS:
     SERVICE.folding(_kind)(_fold)

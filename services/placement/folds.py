@@ -1,6 +1,6 @@
 """How facts change what placement knows. Nothing else does. Each fold costs what its fact names, not what there is."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -33,10 +33,13 @@ from schemas.placement import (
     NodeReturned,
     PlacementFailed,
     PlacementProposed,
+    PreemptionDecided,
+    PreemptionEnded,
+    ReasonCode,
     ReleaseProposed,
     RepackAsked,
 )
-from services.placement.state import ClusterState, Deployment, Key, Move, Node, Repacking, Replica
+from services.placement.state import Claim, ClusterState, Deployment, Key, Move, Node, Repacking, Replica
 
 HOUR_S: Final = 3600.0
 
@@ -60,6 +63,7 @@ def fold_admitted(state: ClusterState, fact: DeploymentAdmitted) -> None:
         admitted_at_s=fact.at_s,
         revision_count=fact.revision_count,
         replica_count=fact.deployment.replica_count,
+        short_since_s=fact.at_s,
     )
     index = state.index
     state.deployments[fact.deployment_id] = deployment
@@ -100,7 +104,8 @@ def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
         add_replica(state, replica)
         deployment = state.deployments.get(proposal.deployment_id)
         if deployment is not None:
-            deployment.created_count += 1
+            if not any(c.replica_id == proposal.replica_id for c in _claims_of(state, deployment)):
+                deployment.created_count += 1  # Else it got its name with its claim.
             deployment.problem = deployment.remedy = ""
             deployment.alternatives, deployment.constraints = fact.alternatives, fact.constraints
             deployment.codes = fact.codes
@@ -118,6 +123,54 @@ def fold_release(state: ClusterState, fact: ReleaseProposed) -> None:
     replica = state.replicas.get(fact.replica_id)
     if replica is not None:
         replica.is_releasing = True
+        state.index.touch(replica)
+
+
+# --- Preemption -------------------------------------------------------------------------------------------------------
+
+
+def _claims_of(state: ClusterState, deployment: Deployment) -> Collection[Claim]:
+    return state.index.claims_of.get(deployment.deployment_id, {}).values()
+
+
+def fold_preemption_decided(state: ClusterState, fact: PreemptionDecided) -> None:
+    """The room is claimed, and the newcomer has its name. The displaced ones rest when they have left."""
+    index = state.index
+    deployment = state.deployments.get(fact.deployment_id)
+    if deployment is None:
+        return
+    deployment.created_count += 1
+    deployment.problem, deployment.remedy, deployment.codes = fact.reason, "", (ReasonCode.WAITS_FOR_VICTIMS,)
+    for victim in fact.victims:
+        displaced = state.deployments.get(victim.deployment_id)
+        if displaced is not None:
+            displaced.displaced_by = fact.model
+            displaced.rests_until_s = fact.at_s + state.settings.displaced_rest_s
+            displaced.problem = f"{victim.replica_id} gave its place to {fact.model}: {victim.reason}"
+            displaced.remedy = "it gets a place again when load falls"
+            displaced.codes = (ReasonCode.PREEMPTED,)
+    claim = Claim(
+        preemption_id=fact.preemption_id,
+        deployment_id=fact.deployment_id,
+        tenant=deployment.tenant,
+        is_preemptible=deployment.spec.may_be_preempted,
+        replica_id=fact.replica_id,
+        node=fact.node,
+        gpu_uuids=fact.gpu_uuids,
+        request_bytes=fact.request_bytes,
+        victims=fact.victims,
+        decided_at_s=fact.at_s,
+        reason=fact.reason,
+    )
+    state.claims[fact.preemption_id] = claim
+    index.add_claim(claim)
+
+
+def fold_preemption_ended(state: ClusterState, fact: PreemptionEnded) -> None:
+    index = state.index
+    claim = state.claims.pop(fact.preemption_id, None)
+    if claim is not None:
+        index.drop_claim(claim)
 
 
 # --- Replicas come, move and go ---------------------------------------------------------------------------------------
@@ -150,6 +203,12 @@ def _move(state: ClusterState, replica_id: str, to: str, at_s: float) -> Replica
     elif replica.holds_place and not held_place:
         index.hold_place(replica)
     return replica
+
+
+def _lacks_from(state: ClusterState, deployment_id: str, at_s: float) -> None:
+    """If it lacks replicas now, it does so since this moment."""
+    if deployment_id in state.waiting:
+        state.deployments[deployment_id].short_since_s = at_s
 
 
 def _ask_refused_again(state: ClusterState) -> None:
@@ -238,6 +297,7 @@ def fold_joined(state: ClusterState, fact: NodeJoined) -> None:
     }
     known = state.nodes.get(fact.node)
     state.nodes[fact.node] = replace(known, **offer) if known is not None else Node(name=fact.node, **offer)
+    state.index.touch_node(state.nodes[fact.node])
     _ask_refused_again(state)
 
 
@@ -254,7 +314,10 @@ def fold_granted(state: ClusterState, fact: LeaseGranted) -> None:
         replica.granted_bytes = tuple(granted_bytes for _, granted_bytes, _ in leases)
         replica.residue_bytes = tuple(residue_bytes for _, _, residue_bytes in leases)
         replica.wake_epoch = 1
+        state.index.touch(replica)
         deployment = state.deployments.get(replica.deployment_id)
+        if deployment is not None and deployment.displaced_by and replica.deployment_id not in state.waiting:
+            deployment.displaced_by = ""
         if deployment is not None and deployment.refused_nodes:
             deployment.refused_nodes = ()
             state.index.refused.pop(deployment.deployment_id, None)
@@ -272,7 +335,11 @@ def fold_refused(state: ClusterState, fact: LeaseRefused) -> None:
 
 
 def fold_released(state: ClusterState, fact: LeaseReleased) -> None:
+    released = state.replicas.get(fact.replica_id)
+    was_waiting = released is None or released.deployment_id in state.waiting
     drop_replica(state, fact.replica_id)
+    if released is not None and not was_waiting:
+        _lacks_from(state, released.deployment_id, fact.at_s)
     _ask_refused_again(state)
 
 
@@ -295,12 +362,14 @@ def fold_ready(state: ClusterState, fact: ReplicaReady) -> None:
             replica.wake_epoch = ready.wake_epoch
             if replica.ready_at_s is None:
                 replica.ready_at_s = fact.at_s
+                state.index.touch(replica)
 
 
 def fold_parked(state: ClusterState, fact: ReplicaParked) -> None:
     replica = _move(state, fact.replica_id, "parked", fact.at_s)
     if replica is not None:
         replica.wake_epoch, replica.residue_bytes = fact.wake_epoch, fact.residues(len(replica.shares))
+        state.index.touch(replica)
 
 
 def fold_resident(state: ClusterState, fact: ReplicaResident) -> None:
@@ -327,5 +396,8 @@ def fold_replica_failed(state: ClusterState, fact: ReplicaFailed) -> None:
 def fold_replicas_decided(state: ClusterState, fact: ReplicasDecided) -> None:
     deployment = state.deployments.get(fact.deployment_id)
     if deployment is not None:
+        was_waiting = fact.deployment_id in state.waiting
         deployment.replica_count = fact.replica_count
         state.index.count(fact.deployment_id)
+        if not was_waiting:
+            _lacks_from(state, fact.deployment_id, fact.at_s)

@@ -6,8 +6,10 @@ map keeps the order of proposals, so that one that was made anew equals one that
 
 from typing import TYPE_CHECKING
 
+from services.placement.occupancy import Occupancy
+
 if TYPE_CHECKING:
-    from services.placement.state import ClusterState, Deployment, Replica
+    from services.placement.state import Claim, ClusterState, Deployment, Node, Replica
 
 
 class Index:
@@ -28,10 +30,31 @@ class Index:
         """{deployment_id: deployment that lacks replicas}"""
         self.refused: dict[str, Deployment] = {}
         """{deployment_id: deployment that some node refused}"""
+        self.claims_of: dict[str, dict[str, Claim]] = {}
+        """{deployment_id: {preemption_id: claim}}"""
+        self.claim_of_victim: dict[str, Claim] = {}
+        """{replica_id: the claim that it gives way to} of those that are still there"""
+        self.unsettled: dict[str, Claim] = {}
+        """{preemption_id: claim whose victims have left, or that has lost its sense}"""
+        self._occupancy: Occupancy | None = None
         for deployment in state.deployments.values():
             self.add_deployment(deployment)
         for replica in state.replicas.values():
             self.add_replica(replica)
+        for claim in state.claims.values():
+            self.add_claim(claim)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """Who could be displaced where, and what tenants hold; made at the first question."""
+        if self._occupancy is None:
+            self._occupancy = Occupancy(self._state)
+        return self._occupancy
+
+    def touch(self, replica: "Replica") -> None:
+        """Something about it changed that decides whether and for whom it can be displaced."""
+        if self._occupancy is not None:
+            self._occupancy.touch(replica)
 
     # --- Deployments --------------------------------------------------------------------------------------------------
 
@@ -47,16 +70,21 @@ class Index:
             del self.named[deployment.tenant, deployment.spec.name]
         self.waiting.pop(deployment.deployment_id, None)
         self.refused.pop(deployment.deployment_id, None)
+        self.unsettled.update(self.claims_of.get(deployment.deployment_id, {}))
 
     def count(self, deployment_id: str) -> None:
         """Its wish or its replicas changed: does it lack some?"""
         deployment = self._state.deployments.get(deployment_id)
         if deployment is None:
             return
-        if self.placed_counts.get(deployment_id, 0) < deployment.replica_count:
+        claims = self.claims_of.get(deployment_id, {})
+        surplus_count = self.placed_counts.get(deployment_id, 0) + len(claims) - deployment.replica_count
+        if surplus_count < 0:
             self.waiting[deployment_id] = deployment
-        else:
-            self.waiting.pop(deployment_id, None)
+            return
+        self.waiting.pop(deployment_id, None)
+        if surplus_count > 0:
+            self.unsettled.update(list(claims.items())[-surplus_count:])
 
     # --- Replicas -----------------------------------------------------------------------------------------------------
 
@@ -75,21 +103,64 @@ class Index:
             self.leave_place(replica)
         if self._counts(replica.node):
             self._add_placed(replica.deployment_id, -1)
+        claim = self.claim_of_victim.pop(replica.replica_id, None)
+        if claim is not None and not any(v.replica_id in self.claim_of_victim for v in claim.victims):
+            self.unsettled[claim.preemption_id] = claim
 
     def hold_place(self, replica: "Replica") -> None:
         for share in replica.shares:
             self.on_gpu.setdefault(share.gpu_uuid, {})[replica.replica_id] = replica
+        self.touch(replica)
 
     def leave_place(self, replica: "Replica") -> None:
         """It failed for good, or is gone."""
         for share in replica.shares:
             _drop(self.on_gpu, share.gpu_uuid, replica.replica_id)
+        self.touch(replica)
+
+    # --- Claims -------------------------------------------------------------------------------------------------------
+
+    def add_claim(self, claim: "Claim") -> None:
+        self.claims_of.setdefault(claim.deployment_id, {})[claim.preemption_id] = claim
+        there = [v.replica_id for v in claim.victims if v.replica_id in self._state.replicas]
+        self.claim_of_victim.update(dict.fromkeys(there, claim))
+        deployment = self._state.deployments.get(claim.deployment_id)
+        if not there or deployment is None or self._has_lost_its_place(claim):
+            self.unsettled[claim.preemption_id] = claim
+        self.count(claim.deployment_id)
+        if self._occupancy is not None:
+            self._occupancy.add_claim(claim)
+
+    def drop_claim(self, claim: "Claim") -> None:
+        claims = self.claims_of[claim.deployment_id]
+        del claims[claim.preemption_id]
+        if not claims:
+            del self.claims_of[claim.deployment_id]
+        for victim in claim.victims:
+            self.claim_of_victim.pop(victim.replica_id, None)
+        self.unsettled.pop(claim.preemption_id, None)
+        self.count(claim.deployment_id)
+        if self._occupancy is not None:
+            self._occupancy.drop_claim(claim)
+
+    def _has_lost_its_place(self, claim: "Claim") -> bool:
+        node = self._state.nodes.get(claim.node)
+        return node is None or node.lost_at_s is not None or not set(claim.gpu_uuids) <= node.gpus.keys()
 
     # --- Nodes --------------------------------------------------------------------------------------------------------
+
+    def touch_node(self, node: "Node") -> None:
+        """It joined, or what it offers changed."""
+        for claim in self._state.claims.values():
+            if claim.node == node.name and self._has_lost_its_place(claim):
+                self.unsettled[claim.preemption_id] = claim
+        if self._occupancy is not None:
+            self._occupancy.touch_node(node)
 
     def lose_node(self, node: str) -> None:
         """Its replicas do not count as placed any more. Called before `lost_at_s` is set."""
         self._recount(node, -1)
+        self.unsettled.update((key, claim) for key, claim in self._state.claims.items() if claim.node == node)
 
     def regain_node(self, node: str) -> None:
         """Its replicas count again. Called after `lost_at_s` is cleared."""
@@ -98,6 +169,7 @@ class Index:
     def _recount(self, node: str, by: int) -> None:
         for replica in self.on_node.get(node, {}).values():
             self._add_placed(replica.deployment_id, by)
+            self.touch(replica)
 
     def _counts(self, node: str) -> bool:
         known = self._state.nodes.get(node)

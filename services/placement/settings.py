@@ -16,6 +16,14 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     """Command ids kept to recognise a repeated command."""
     compiled: bool = False
     """Choose nodes with compiled code: for fleets of many hundred nodes. Needs numba (the extra `compiled`)."""
+    preemption_drain_s: float = 15.0
+    """What is displaced has so long to end its requests, or to write a checkpoint, before it is stopped."""
+    claim_s_max: float = 120.0
+    """Room that is being made is kept for its newcomer so long; who has not left then is not waited for."""
+    displaced_rest_s: float = 10.0
+    """What was displaced is not placed again sooner, so that it does not take and lose a place in turns."""
+    operator_tenant: str = "default"
+    """The tenant that may set quotas and repack; by default the one that the local stack uses."""
     node_lost_s: float = 30.0
     """A node that is silent this long is lost: its replicas get another place. Route leases (1 s) ended long before."""
     nobody_heard_s: float = 10.0

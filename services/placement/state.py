@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from schemas.deployments import DeploymentSpec
 from schemas.nodes import GpuOffer
-from schemas.placement import Alternative, Constraint, ReasonCode, ReplicaProposal, ShareProposal
+from schemas.placement import Alternative, Constraint, ReasonCode, ReplicaProposal, ShareProposal, Victim
 from services.placement.index import Index
 from services.placement.observed import Observed
 from services.placement.settings import PlacementSettings
@@ -159,6 +159,41 @@ class Deployment:
     alternatives: tuple[Alternative, ...] = ()
     constraints: tuple[Constraint, ...] = ()
     codes: tuple[ReasonCode, ...] = ()
+    short_since_s: float = 0.0
+    """Since when it lacks replicas, where it does."""
+    displaced_by: str = ""
+    """The model that took the place of one of its replicas; empty once it has all of them again."""
+    rests_until_s: float = 0.0
+    """What was displaced is not placed sooner, so that it does not take and lose a place in turns."""
+
+
+@dataclass(slots=True)
+class Claim:
+    """Room that is being made for one replica. Nobody else is placed there."""
+
+    preemption_id: str
+    deployment_id: str
+    tenant: str
+    is_preemptible: bool
+    replica_id: str
+    """The newcomer."""
+    node: str
+    gpu_uuids: tuple[str, ...]
+    request_bytes: tuple[int, ...]
+    """On each of these GPUs."""
+    victims: tuple[Victim, ...]
+    decided_at_s: float
+    reason: str
+
+
+@dataclass(slots=True)
+class Quota:
+    """What a tenant's workloads are guaranteed together."""
+
+    tenant: str
+    parts: int | None
+    """Millionths of a GPU; None: no limit."""
+    over_quota_weight: float
 
 
 @dataclass(slots=True)
@@ -205,6 +240,10 @@ class ClusterState:
     move_times_s: tuple[float, ...] = ()
     """When moves were begun that nobody asked for, within the last hour, oldest first."""
     repacking: Repacking | None = None
+    claims: dict[str, Claim] = field(default_factory=dict)
+    """{preemption_id: claim}, from its decision to its end."""
+    quotas: dict[str, Quota] = field(default_factory=dict)
+    """{tenant: quota}; a tenant that is not named has no limit and a weight of 1."""
     keys: dict[str, Key] = field(default_factory=dict)
     inbox_seq: int = 0
     """The inbox cursor: the highest inbox sequence that a fact names."""

@@ -22,6 +22,9 @@ def answers(index: Index) -> dict[str, object]:
         "placed": dict(index.placed_counts),
         "waiting": sorted(index.waiting),
         "refused": sorted(index.refused),
+        "claims": {key: sorted(inner) for key, inner in index.claims_of.items()},
+        "victims": {key: claim.preemption_id for key, claim in index.claim_of_victim.items()},
+        "unsettled": sorted(index.unsettled),
     }
 
 
