@@ -54,6 +54,8 @@ class Report:
     bars: Sequence[Bar] = field(default_factory=list)
     notes: Sequence[str] = ()
     """Sentences that a reader of the figures must know; in the table only."""
+    series: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    """{name with its unit: {of what: value}}: figures with one value for each run; in the file only."""
 
     @property
     def missed(self) -> list[Bar]:
@@ -64,7 +66,7 @@ class Report:
             "benchmark": self.benchmark,
             "commit": self.commit,
             "label": self.label,
-            "figures": dict(self.figures),
+            "figures": {**self.figures, **self.series},
             "bars": [bar.as_json() for bar in self.bars],
         }
 

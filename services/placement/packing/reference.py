@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from services.placement.packing.fleet import Ask, Fleet, NodeRoom, Place
+from services.placement.packing.fleet import Ask, Fleet, NodeRoom, Place, unsuited
 from services.placement.packing.policies import Random
 from services.placement.packing.rating import Fit, Policy, fits_on, linked
 
@@ -49,13 +49,7 @@ def place_of(room: NodeRoom, fits: list[Fit], gpus: tuple[int, ...]) -> Place:
 def _roomy(fleet: Fleet, ask: Ask, without_nodes: Collection[str]) -> list[tuple[NodeRoom, list[Fit]]]:
     found = []
     for room in fleet:
-        if not room.is_open or room.name in without_nodes:
-            continue
-        if (
-            room.cpu_milli < ask.cpu_milli
-            or room.memory_bytes < ask.memory_bytes
-            or not ask.labels <= room.shape.labels
-        ):
+        if unsuited(room, ask, without_nodes):
             continue
         fits = fits_on(room, ask)
         if len(fits) >= ask.gpu_count:
