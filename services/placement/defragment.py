@@ -71,6 +71,11 @@ class Plan:
     freed: tuple[Gpu, ...] = ()
 
     @property
+    def nodes(self) -> frozenset[str]:
+        """All that it changes."""
+        return frozenset(node for step in self.steps for node in (step.occupant.node, step.place.node))
+
+    @property
     def moved_bytes(self) -> int:
         return sum(step.occupant.moved_bytes for step in self.steps)
 
@@ -173,18 +178,22 @@ def free_gpus(board: Board, *, move_count_max: int, may_move_serving: bool = Tru
         for gpu in sorted({gpu for occupant in board.leaving for gpu in occupant.gpus}):
             board.block(gpu)
         used = _used_least(board, may_move_serving=may_move_serving)
+        tried: dict[Gpu, Plan | None] = {}
         while len(steps) < move_count_max:
-            found = [
-                plan
-                for gpu in _still_used(board, used, freed)
-                if (plan := _emptied(board, gpu, move_count_max=move_count_max - len(steps))) is not None
-            ]
+            candidates = _still_used(board, used, freed)
+            for gpu in candidates:
+                if gpu not in tried:
+                    tried[gpu] = _emptied(board, gpu, move_count_max=move_count_max)
+            found = [plan for gpu in candidates if (plan := tried[gpu]) is not None]
+            found = [plan for plan in found if len(plan.steps) <= move_count_max - len(steps)]
             if not found:
                 break
             best = min(found, key=lambda plan: _price(board, plan, freed))
             _repeat(board, best)
             steps += best.steps
             freed += best.freed
+            # What was found for others holds where nothing has changed; what had no room has none now.
+            tried = {gpu: plan for gpu, plan in tried.items() if plan is None or not plan.nodes & best.nodes}
     return Plan(steps=tuple(steps), freed=tuple(freed))
 
 
