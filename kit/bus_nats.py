@@ -266,6 +266,8 @@ class NatsBus:
         self._client = _Client()
         self._connection = Connection(self._client, user=name, inbox_prefix=inbox_prefix or service_inbox(name))
         self._leases = Leases(self._connection)
+        self._replies: dict[str, tuple[str, bytes]] = {}
+        """{prefix: (id of the last entry that was not acknowledged in time, where its answers come)}"""
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._callback_tasks: set[asyncio.Task[None]] = set()
 
@@ -303,7 +305,7 @@ class NatsBus:
         ]
         final = entries[-1]
         if len(entries) == 1:
-            return await self._append(final, fact_block(check, final), before=())
+            return await self._append(prefix, final, fact_block(check, final), before=())
         # The check is on the first; all or none are stored. A new attempt is a new batch to the server: what is left of
         # an old one is dropped by it after a while.
         batch_id = secrets.token_hex(8)
@@ -317,15 +319,21 @@ class NatsBus:
             ("Nats-Batch-Sequence", str(len(entries))),
             ("Nats-Batch-Commit", "1"),
         ]
-        return await self._append(final, fact_block(commit, final), before=before)
+        return await self._append(prefix, final, fact_block(commit, final), before=before)
 
-    async def _append(self, entry: Entry, headers: bytes, *, before: Sequence[tuple[str, bytes]]) -> Acknowledged:
+    async def _append(
+        self, prefix: str, entry: Entry, headers: bytes, *, before: Sequence[tuple[str, bytes]]
+    ) -> Acknowledged:
+        unanswered_id, reply = self._replies.pop(prefix, ("", b""))
+        if unanswered_id != entry.id:
+            reply = self._connection.new_reply()
         timeout_s = ASK_TIMEOUT_S + BATCH_ENTRY_TIMEOUT_S * len(before)
         try:
             answer = await self._connection.ask(
-                entry.subject, entry.body, headers=headers, before=before, timeout_s=timeout_s
+                entry.subject, entry.body, headers=headers, before=before, timeout_s=timeout_s, reply=reply
             )
         except Unanswered as error:
+            self._replies[prefix] = (entry.id, reply)
             raise AppendUnknown(str(error)) from error
         except Forbidden as error:
             raise AppendRefused(str(error)) from error
@@ -338,10 +346,11 @@ class NatsBus:
             headers.append((TRACE_HEADER, traceparent))
         block = header_block(headers)
         backoff_s = STORE_BACKOFF_FIRST_S
+        reply = self._connection.new_reply()
         ends_at = time.monotonic() + STORE_TIMEOUT_S
         while True:
             try:
-                return _acknowledged_seq(await self._connection.ask(subject, body, headers=block))
+                return _acknowledged_seq(await self._connection.ask(subject, body, headers=block, reply=reply))
             except Forbidden as error:
                 raise AppendRefused(str(error)) from error
             except (Unanswered, AppendUnknown) as error:

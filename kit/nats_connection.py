@@ -188,6 +188,10 @@ class Connection:
         """A subject that nobody else uses. Answers come elsewhere: the server would send what comes here twice."""
         return f"{self._inbox}.own.{next(self._tokens)}"
 
+    def new_reply(self) -> bytes:
+        """Where the answers to one question come, however often it is asked."""
+        return f"{self._inbox}.{next(self._tokens)}".encode()
+
     async def until_connected(self) -> None:
         """Returns when the server is here; at once if it is."""
         await self._connected.wait()
@@ -202,9 +206,12 @@ class Connection:
         headers: bytes = b"",
         before: Sequence[tuple[str, bytes]] = (),
         timeout_s: float = ASK_TIMEOUT_S,
+        reply: bytes = b"",
     ) -> Answer:
         """The answer to one message, sent behind the frames `before` (subject, frame) in the same write.
 
+        `reply`: from `new_reply`, the same for every attempt of one question, so that an answer to an earlier attempt
+        counts. A server with a backlog answers all of it late, and who only listens to the newest attempt never hears.
         Raises `Unanswered` and `Forbidden`. While the server is away it waits for it, within the time.
         """
         loop = asyncio.get_running_loop()
@@ -212,7 +219,7 @@ class Connection:
         if not self.transport.is_connected:
             with anyio.move_on_after(timeout_s):
                 await self.until_connected()
-        reply = f"{self._inbox}.{next(self._tokens)}".encode()
+        reply = reply or self.new_reply()
         frames = frame(subject, body, reply=reply, headers=headers)
         if before:
             frames = b"".join([*(earlier for _, earlier in before), frames])

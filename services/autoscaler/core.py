@@ -61,11 +61,11 @@ def observe_load(state: ScalerState, sample: LoadSampled, now_s: float) -> None:
 
 @SERVICE.on(ModelWanted)
 def model_wanted(state: ScalerState, wanted: ModelWanted, ctx: Context) -> Sequence[Outcome]:
-    """A request waits for a cold deployment: bring it back."""
+    """A request waits for a cold deployment: bring it back, with as many replicas as were wished for."""
     deployment = state.deployments.get(wanted.deployment_id)
     if deployment is None or deployment.replica_count > 0:
         return []
-    return [_decide(deployment, 1, f"{wanted.waiting_count} waiting", ctx)]
+    return [_decide(deployment, _wished(deployment), f"{wanted.waiting_count} waiting", ctx)]
 
 
 @SERVICE.on(WakeAsked)
@@ -73,7 +73,7 @@ def wake_asked(state: ScalerState, fact: WakeAsked, ctx: Context) -> Sequence[Ou
     deployment = state.deployments.get(fact.deployment_id)
     if deployment is None or deployment.replica_count > 0:
         return []
-    return [_decide(deployment, 1, "asked for by an operator", ctx)]
+    return [_decide(deployment, _wished(deployment), "asked for by an operator", ctx)]
 
 
 @SERVICE.on(Tick)
@@ -96,6 +96,11 @@ def _is_cold(state: ScalerState, deployment: Deployment, *, now_s: float) -> boo
     ages_s = [now_s - load.heard_at_s for load in state.observed.gateways.values()]
     present_s = [age_s for age_s in ages_s if age_s <= state.settings.gateway_gone_s]
     return bool(present_s) and max(present_s) <= state.settings.load_fresh_s
+
+
+def _wished(deployment: Deployment) -> int:
+    """As many as it has when it is not cold; one that was admitted cold has one."""
+    return max(1, deployment.wished_count)
 
 
 def _decide(deployment: Deployment, count: int, reason: str, ctx: Context) -> ReplicasDecided:

@@ -228,7 +228,7 @@ class Gateway:
 
     def _want(self, deployment: Deployment, hold: Hold, now_s: float) -> list[Action]:
         """One wish for the model: at once when it is a new one, else at its next turn."""
-        wanted = self.routes.wanted(deployment)
+        wanted = self.routes.wanted(deployment, now_s)
         if wanted == hold.wanted_told and now_s < hold.wanted_due_s:
             return []
         hold.wanted_told = wanted

@@ -55,6 +55,23 @@ class ReplicaState(StrEnum):
 
 
 _BEST_FIRST: Final = {state: rank for rank, state in enumerate(ReplicaState)}
+_SOONEST_FIRST: Final = {
+    state: rank
+    for rank, state in enumerate(
+        (
+            ReplicaState.RESIDENT,
+            ReplicaState.WAKING,
+            ReplicaState.PARKED,
+            ReplicaState.STARTING,
+            ReplicaState.DRAINING,
+            ReplicaState.GRANTED,
+            ReplicaState.PROPOSED,
+            ReplicaState.FAILED,
+        )
+    )
+}
+"""As seen by a request that has to wait: a wake takes about a second, a cold start many, a draining one has both ways
+before it."""
 COLD: Final = "cold"
 """State of a deployment without a replica, or with one whose engine was not started."""
 
@@ -210,13 +227,22 @@ class RouteTable:
             return None
         return "; ".join(sorted(replica.problem for replica in replicas))
 
-    def wanted(self, deployment: Deployment) -> tuple[str, int]:
-        """Which replica to ask for, with its wake epoch; an empty id when none has a lease."""
+    def wanted(self, deployment: Deployment, now_s: float) -> tuple[str, int]:
+        """Which replica to ask for, with its wake epoch; an empty id when none has a lease.
+
+        Of several, the one that can be there soonest; all gateways name the same one, so that one wakes. Those on nodes
+        whose holder is silent come last: whatever facts say of them, nothing can be sent there.
+        """
         leased = [r for r in deployment.replicas.values() if r.state is not ReplicaState.PROPOSED and not r.is_final]
         if not leased:
             return "", 0
-        replica = min(leased, key=lambda r: (_BEST_FIRST[r.state], r.replica_id))
+        replica = min(leased, key=lambda r: (self._is_silent(r.node, now_s), _SOONEST_FIRST[r.state], r.replica_id))
         return replica.replica_id, replica.wake_epoch
+
+    def _is_silent(self, node: str, now_s: float) -> bool:
+        """True when its holder has given no word that still holds."""
+        lease = self.leases.get(node)
+        return lease is None or now_s >= lease.ends_s
 
     def eta_s(self, deployment: Deployment, now_s: float) -> float | None:
         """Seconds until it is back if it behaves as last time; None when nothing is known or it is overdue."""

@@ -22,7 +22,7 @@ from schemas.nodes import (
     WakeRefused,
 )
 from schemas.orders import ParkOrdered, WakeOrdered
-from schemas.placement import ParkAsked, WakeAsked
+from schemas.placement import GangCommitted, ParkAsked, WakeAsked
 from schemas.swapper import DecisionClosed, ParkDecided, WakeDecided
 from services.swapper import policy
 from services.swapper import state as fold
@@ -70,6 +70,7 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (WakeDecided, fold.fold_wake_decided),
     (ParkDecided, fold.fold_park_decided),
     (DecisionClosed, fold.fold_closed),
+    (GangCommitted, fold.fold_committed),
 )
 for _kind, _fold in _FOLDS:
     SERVICE.folding(_kind)(_fold)
@@ -97,7 +98,7 @@ def model_wanted(state: FleetState, wanted: ModelWanted, ctx: Context) -> Sequen
     known = state.observed.wanted.get(wanted.replica_id)
     if known is not None and ctx.traceparent:
         known.traceparent = ctx.traceparent
-    return _wakes(state, [replica.gpu_uuid], ctx)
+    return _wakes(state, replica.share_bytes, ctx)
 
 
 @SERVICE.on(ReplicaParked)
@@ -136,17 +137,18 @@ def tick(state: FleetState, tick: Tick, ctx: Context) -> Sequence[Outcome]:
 
 def _wakes_beside(state: FleetState, replica_id: str, ctx: Context) -> list[Outcome]:
     replica = state.replicas.get(replica_id)
-    return [] if replica is None else _wakes(state, [replica.gpu_uuid], ctx)
+    return [] if replica is None else _wakes(state, replica.share_bytes, ctx)
 
 
 def _gpus_of(state: FleetState, deployment_id: str) -> list[str]:
-    return sorted({r.gpu_uuid for r in state.replicas.values() if r.deployment_id == deployment_id})
+    replicas = [replica for replica in state.replicas.values() if replica.deployment_id == deployment_id]
+    return sorted({gpu_uuid for replica in replicas for gpu_uuid in replica.share_bytes})
 
 
 def _wakes(state: FleetState, gpu_uuids: Iterable[str], ctx: Context) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    for gpu_uuid in gpu_uuids:
-        for plan in policy.wakes(state, gpu_uuid, now_s=ctx.now_s):
+    for group in state.groups(gpu_uuids):
+        for plan in policy.wakes(state, group, now_s=ctx.now_s):
             outcomes += _decide_wake(state, plan, ctx)
     return outcomes
 

@@ -3,6 +3,8 @@
 Pure, total orders, ties by id.
 """
 
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from services.swapper.state import FleetState, Replica, Tier, Wanted
@@ -47,33 +49,42 @@ def fresh_wish(state: FleetState, replica: Replica, *, now_s: float) -> Wanted |
     return wanted
 
 
-def wakes(state: FleetState, gpu_uuid: str, *, now_s: float) -> list[Plan]:
-    """The wakes to order on this GPU now, most urgent first; none is in the way of another."""
-    candidates = _candidates(state, gpu_uuid, now_s=now_s)
+def wakes(state: FleetState, gpu_uuids: Collection[str], *, now_s: float) -> list[Plan]:
+    """The wakes to order on these GPUs now, most urgent first; none is in the way of another.
+
+    `gpu_uuids` is a whole group (`FleetState.groups`). A replica that spans several of its GPUs is planned on all of
+    them or not at all, in one order for all, so that no two can each have what the other waits for.
+    """
+    candidates = _candidates(state, gpu_uuids, now_s=now_s)
     if not candidates:
         return []
-    account = _Account(state, gpu_uuid)
+    account = _Account(state, gpu_uuids)
     plans = []
+    awaited: set[str] = set()
+    """GPUs on which somebody more urgent waits for room: nobody less urgent may take what is being freed there."""
     for _, replica, wanted in candidates:
-        plan = _plan(state, account, replica, wanted, now_s=now_s)
+        plan = None
+        if awaited.isdisjoint(replica.share_bytes):
+            plan = _plan(state, account, replica, wanted, now_s=now_s)
         if plan is not None:
             account.book(plan)
             plans.append(plan)
         elif wanted is not None:
-            # The most urgent one waits for room: nobody less urgent may take what is being freed for it.
-            break
+            awaited.update(replica.share_bytes)
     return plans
 
 
 def _candidates(
-    state: FleetState, gpu_uuid: str, *, now_s: float
+    state: FleetState, gpu_uuids: Collection[str], *, now_s: float
 ) -> list[tuple[tuple[int, int, float, str], Replica, Wanted | None]]:
-    """Replicas that should be on the GPU and are not, in the order in which they may take room."""
+    """Replicas that should be on these GPUs and are not, in the order in which they may take room."""
     found = []
-    for replica in state.on_gpu(gpu_uuid):
+    for replica in _here(state, gpu_uuids):
         if replica.tier not in (Tier.PARKED, Tier.GRANTED) or replica.replica_id in state.decisions:
             continue
         if now_s - replica.refused_at_s < state.settings.refused_pause_s or now_s < replica.not_before_s:
+            continue
+        if replica.held_for:
             continue
         wanted = fresh_wish(state, replica, now_s=now_s)
         priority = -replica.spec.priority_number
@@ -87,56 +98,71 @@ def _candidates(
     return sorted(found, key=lambda item: item[0])
 
 
-class _Account:
-    """Bytes of one GPU while its wakes are being chosen."""
+def _here(state: FleetState, gpu_uuids: Collection[str]) -> list[Replica]:
+    """Who has a lease on any of these, each once: by GPU, then in the order of their grants."""
+    if len(gpu_uuids) == 1:
+        return state.on_gpu(next(iter(gpu_uuids)))
+    return list({replica.replica_id: replica for uuid in gpu_uuids for replica in state.on_gpu(uuid)}.values())
 
-    def __init__(self, state: FleetState, gpu_uuid: str) -> None:
-        here = state.on_gpu(gpu_uuid)
-        self.free_bytes = state.offered_bytes.get(gpu_uuid, 0) - sum(r.held_bytes for r in here)
+
+class _Account:
+    """Free bytes of each GPU of a group while its wakes are being chosen."""
+
+    def __init__(self, state: FleetState, gpu_uuids: Collection[str]) -> None:
+        self._here = _here(state, gpu_uuids)
+        self._free_bytes = {uuid: state.offered_bytes.get(uuid, 0) for uuid in gpu_uuids}
         self.taken: set[str] = set()
         """Replicas that are giving way already."""
-        for replica in here:
+        for replica in self._here:
             decision = state.decisions.get(replica.replica_id)
             is_coming = replica.tier is Tier.WAITING or (
                 decision is not None and decision.is_wake and replica.tier in (Tier.PARKED, Tier.GRANTED)
             )
-            if is_coming:
-                self.free_bytes -= replica.share_bytes - replica.held_bytes
+            for gpu_uuid, share_bytes in replica.share_bytes.items():
+                self._free_bytes[gpu_uuid] -= share_bytes if is_coming else replica.held_on(gpu_uuid)
             if replica.tier is Tier.DRAINING:
-                self.free_bytes += replica.freed_bytes
-                self.taken.add(replica.replica_id)
-        self._count_ordered_victims(state, here)
+                self._give(replica)
+        self._count_ordered_victims(state)
 
-    def _count_ordered_victims(self, state: FleetState, here: list[Replica]) -> None:
+    def _count_ordered_victims(self, state: FleetState) -> None:
         """Victims of orders that the node has not answered yet will give their bytes too."""
-        resident = {r.replica_id: r for r in here if r.tier is Tier.RESIDENT}
+        resident = {r.replica_id: r for r in self._here if r.tier is Tier.RESIDENT}
         for decision in state.decisions.values():
             named = decision.victim_ids if decision.is_wake else (decision.replica_id,)
             for victim_id in named:
                 if victim_id in resident and victim_id not in self.taken:
-                    self.taken.add(victim_id)
-                    self.free_bytes += resident[victim_id].freed_bytes
+                    self._give(resident[victim_id])
+
+    def _give(self, replica: Replica) -> None:
+        self.taken.add(replica.replica_id)
+        for gpu_uuid, size in replica.freed_bytes.items():
+            self._free_bytes[gpu_uuid] += size
+
+    def missing_bytes(self, replica: Replica) -> dict[str, int]:
+        """By GPU: what it lacks to be resident; only GPUs on which it lacks something."""
+        missing = {uuid: size - self._free_bytes[uuid] for uuid, size in replica.wanted_bytes.items()}
+        return {uuid: size for uuid, size in missing.items() if size > 0}
 
     def book(self, plan: Plan) -> None:
-        self.free_bytes -= plan.replica.share_bytes - plan.replica.held_bytes
+        for gpu_uuid, size in plan.replica.wanted_bytes.items():
+            self._free_bytes[gpu_uuid] -= size
         for victim in plan.victims:
-            self.taken.add(victim.replica_id)
-            self.free_bytes += victim.freed_bytes
+            self._give(victim)
 
 
 def _plan(
     state: FleetState, account: _Account, replica: Replica, wanted: Wanted | None, *, now_s: float
 ) -> Plan | None:
-    missing_bytes = replica.share_bytes - replica.held_bytes - account.free_bytes
-    if missing_bytes <= 0:
+    missing = account.missing_bytes(replica)
+    if not missing:
         if replica.is_training and replica.tier is Tier.PARKED and wanted is None:
-            quiet_s = now_s - state.room_since_s.get(replica.gpu_uuid, 0.0)
+            quiet_s = now_s - max(state.room_since_s.get(uuid, 0.0) for uuid in replica.share_bytes)
             if quiet_s < state.settings.training_return_s:
                 return None
         return Plan(replica=replica, victims=(), reason=_reason(replica, wanted))
     if replica.is_training and not replica.is_asked_awake:
         return None  # Training takes what is free; nobody gives way to its first start or its return.
-    victims = _victims(state, account, replica, wanted, missing_bytes=missing_bytes, now_s=now_s)
+    victims = _victims(state, account, replica, wanted, missing=missing, now_s=now_s)
     return Plan(replica=replica, victims=victims, reason=_reason(replica, wanted)) if victims else None
 
 
@@ -154,14 +180,17 @@ def _victims(
     replica: Replica,
     wanted: Wanted | None,
     *,
-    missing_bytes: int,
+    missing: Mapping[str, int],
     now_s: float,
 ) -> tuple[Replica, ...]:
-    """The fewest that free enough: lowest priority first, then least recently used; () when not enough may give way."""
+    """The fewest that free enough on every GPU: lowest priority first, then least recently used; () when too few may.
+
+    One that spans several GPUs gives on all of them.
+    """
     has_waited = wanted is not None and now_s - wanted.since_s >= state.settings.switch_after_s
     candidates = [
         other
-        for other in state.on_gpu(replica.gpu_uuid)
+        for other in _here(state, missing)
         if other.tier is Tier.RESIDENT
         and other.replica_id not in account.taken
         and other.spec.swap.is_parkable
@@ -169,19 +198,29 @@ def _victims(
     ]
     candidates.sort(key=lambda o: (o.spec.priority_number, last_used_s(state, o), o.replica_id))
     chosen: list[Replica] = []
-    freed_bytes = 0
+    lacking = list(missing)
     for other in candidates:
-        if freed_bytes >= missing_bytes:
+        if not lacking:
             break
-        chosen.append(other)
-        freed_bytes += other.freed_bytes
-    if freed_bytes < missing_bytes:
+        freed = other.freed_bytes
+        if any(freed.get(uuid, 0) > 0 for uuid in lacking):
+            chosen.append(other)
+            lacking = _uncovered(missing, chosen)
+    if lacking:
         return ()
     for other in list(chosen):
-        if freed_bytes - other.freed_bytes >= missing_bytes:
-            chosen.remove(other)
-            freed_bytes -= other.freed_bytes
+        rest = [kept for kept in chosen if kept is not other]
+        if not _uncovered(missing, rest):
+            chosen = rest
     return tuple(chosen)
+
+
+def _uncovered(missing: Mapping[str, int], chosen: Iterable[Replica]) -> list[str]:
+    """GPUs on which these together do not free what is missing."""
+    freed: Counter[str] = Counter()
+    for victim in chosen:
+        freed.update(victim.freed_bytes)
+    return [uuid for uuid, size in missing.items() if freed[uuid] < size]
 
 
 def _may_give_way(state: FleetState, other: Replica, replica: Replica, *, has_waited: bool, now_s: float) -> bool:

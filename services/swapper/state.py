@@ -1,5 +1,6 @@
 """What the swapper knows: GPUs, leases, who is resident, and the decisions that no fact has answered yet."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -19,7 +20,7 @@ from schemas.nodes import (
     ReplicaWaking,
     WakeRefused,
 )
-from schemas.placement import ParkAsked, WakeAsked
+from schemas.placement import GangCommitted, ParkAsked, WakeAsked
 from schemas.swapper import DecisionClosed, ParkDecided, WakeDecided
 from services.swapper.settings import SwapperSettings
 
@@ -46,9 +47,10 @@ class Replica:
     deployment_id: str
     spec: DeploymentSpec
     node: str
-    gpu_uuid: str
-    share_bytes: int
-    residue_bytes: int
+    share_bytes: dict[str, int]
+    """{gpu_uuid: what its shard there holds while it is resident}, in the order of its shards."""
+    residue_bytes: dict[str, int]
+    """{gpu_uuid: what its shard there keeps while it is parked}"""
     tier: Tier
     since_s: float
     wake_epoch: int = 1
@@ -61,17 +63,24 @@ class Replica:
     refused_at_s: float = 0.0
     not_before_s: float = 0.0
     """Its node tries a failed start again by itself then; asking sooner would spend its attempts at once."""
+    held_for: str = ""
+    """The gang for which its lease is held: nobody may wake it before that gang is committed."""
 
-    @property
-    def held_bytes(self) -> int:
+    def held_on(self, gpu_uuid: str) -> int:
+        """What it holds of this GPU now."""
         if self.tier in HOLDING_SHARE:
-            return self.share_bytes
-        return self.residue_bytes if self.is_started else 0
+            return self.share_bytes.get(gpu_uuid, 0)
+        return self.residue_bytes.get(gpu_uuid, 0) if self.is_started else 0
 
     @property
-    def freed_bytes(self) -> int:
-        """What parking it gives."""
-        return max(0, self.share_bytes - self.residue_bytes)
+    def wanted_bytes(self) -> dict[str, int]:
+        """By GPU: what it must get there beyond what it holds, to be resident."""
+        return {gpu_uuid: size - self.held_on(gpu_uuid) for gpu_uuid, size in self.share_bytes.items()}
+
+    @property
+    def freed_bytes(self) -> dict[str, int]:
+        """By GPU: what parking it gives there."""
+        return {gpu_uuid: max(0, size - self.residue_bytes[gpu_uuid]) for gpu_uuid, size in self.share_bytes.items()}
 
     @property
     def is_training(self) -> bool:
@@ -130,7 +139,7 @@ class FleetState:
     decisions: dict[str, Decision] = field(default_factory=dict)
     """{replica_id: open decision}"""
     replica_ids: dict[str, list[str]] = field(default_factory=dict)
-    """{gpu_uuid: the replicas that have a lease there}; all decisions are about one GPU at a time."""
+    """{gpu_uuid: the replicas that have a lease there}"""
     room_since_s: dict[str, float] = field(default_factory=dict)
     """{gpu_uuid: when its leases last changed}"""
     observed: Observed = field(default_factory=Observed)
@@ -138,6 +147,27 @@ class FleetState:
     def on_gpu(self, gpu_uuid: str) -> list[Replica]:
         """In the order of their grants."""
         return [self.replicas[replica_id] for replica_id in self.replica_ids.get(gpu_uuid, ())]
+
+    def groups(self, gpu_uuids: Iterable[str]) -> list[tuple[str, ...]]:
+        """All GPUs that are to be decided on together with these: linked by replicas that span several, each once.
+
+        A decision is about one group at a time; where every replica lives on one GPU, a group is one GPU.
+        """
+        groups: list[tuple[str, ...]] = []
+        seen: set[str] = set()
+        for gpu_uuid in gpu_uuids:
+            if gpu_uuid in seen:
+                continue
+            group, fresh = {gpu_uuid}, [gpu_uuid]
+            while fresh:
+                for replica in self.on_gpu(fresh.pop()):
+                    if len(replica.share_bytes) > 1:
+                        linked = replica.share_bytes.keys() - group
+                        group |= linked
+                        fresh += sorted(linked)
+            seen |= group
+            groups.append(tuple(sorted(group)))
+        return groups
 
 
 def new_state(settings: SwapperSettings) -> FleetState:
@@ -153,34 +183,45 @@ def fold_joined(state: FleetState, fact: NodeJoined) -> None:
 
 
 def fold_granted(state: FleetState, fact: LeaseGranted) -> None:
-    for lease, proposal in zip(fact.leases, fact.replicas, strict=True):
-        _leave(state, lease.replica_id)
-        state.replica_ids.setdefault(lease.gpu_uuid, []).append(lease.replica_id)
-        state.replicas[lease.replica_id] = Replica(
-            replica_id=lease.replica_id,
+    for proposal in fact.replicas:
+        replica_id = proposal.replica_id
+        _leave(state, replica_id)
+        leases = [lease for lease in fact.leases if lease.replica_id == replica_id]
+        for lease in leases:
+            state.replica_ids.setdefault(lease.gpu_uuid, []).append(replica_id)
+        state.replicas[replica_id] = Replica(
+            replica_id=replica_id,
             deployment_id=proposal.deployment_id,
             spec=proposal.deployment,
             node=fact.node,
-            gpu_uuid=lease.gpu_uuid,
-            share_bytes=lease.granted_bytes,
-            residue_bytes=lease.residue_bytes,
+            share_bytes={lease.gpu_uuid: lease.granted_bytes for lease in leases},
+            residue_bytes={lease.gpu_uuid: lease.residue_bytes for lease in leases},
             tier=Tier.GRANTED,
             since_s=fact.at_s,
+            held_for=fact.gang_id,
         )
+
+
+def fold_committed(state: FleetState, fact: GangCommitted) -> None:
+    for replica_id in fact.replica_ids:
+        replica = state.replicas.get(replica_id)
+        if replica is not None and replica.held_for == fact.gang_id:
+            replica.held_for = ""
 
 
 def fold_released(state: FleetState, fact: LeaseReleased) -> None:
     replica = _leave(state, fact.replica_id)
     state.decisions.pop(fact.replica_id, None)
     if replica is not None:
-        state.room_since_s[replica.gpu_uuid] = fact.at_s
+        state.room_since_s.update(dict.fromkeys(replica.share_bytes, fact.at_s))
 
 
 def _leave(state: FleetState, replica_id: str) -> Replica | None:
     """The replica, which has no place any more."""
     replica = state.replicas.pop(replica_id, None)
     if replica is not None:
-        state.replica_ids[replica.gpu_uuid].remove(replica_id)
+        for gpu_uuid in replica.share_bytes:
+            state.replica_ids[gpu_uuid].remove(replica_id)
     return replica
 
 
@@ -188,7 +229,7 @@ def _move(state: FleetState, replica_id: str, tier: Tier, at_s: float) -> Replic
     replica = state.replicas.get(replica_id)
     if replica is not None:
         replica.tier, replica.since_s = tier, at_s
-        state.room_since_s[replica.gpu_uuid] = at_s
+        state.room_since_s.update(dict.fromkeys(replica.share_bytes, at_s))
     return replica
 
 
@@ -227,7 +268,7 @@ def fold_parked(state: FleetState, fact: ReplicaParked) -> None:
     replica = _move(state, fact.replica_id, Tier.PARKED, fact.at_s)
     if replica is not None:
         replica.wake_epoch = fact.wake_epoch
-        replica.residue_bytes = fact.residue_bytes
+        replica.residue_bytes = dict(zip(replica.share_bytes, fact.residues(len(replica.share_bytes)), strict=True))
     _settle(state, fact.replica_id, is_wake=False)
 
 

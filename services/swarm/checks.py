@@ -175,7 +175,7 @@ def disagreement(system: SimulatedSystem) -> str:
         epochs = (placement.replicas[name].wake_epoch, swapper.replicas[name].wake_epoch)
         if epochs != (replica.wake_epoch, replica.wake_epoch):
             return f"{name} has wake epoch {replica.wake_epoch}; placement and swapper say {epochs}"
-        if sum(replica.residue_bytes.values()) != swapper.replicas[name].residue_bytes:
+        if replica.residue_bytes != swapper.replicas[name].residue_bytes:
             return f"{name} keeps {replica.residue_bytes} bytes; the swapper says otherwise"
         if replica.is_started != (name in system.hosts[node].engines):
             return f"{name} has an engine: {not replica.is_started}; its agent says otherwise"

@@ -181,7 +181,7 @@ class World:
         deployment = self.core.routes.deployments[deployment_id]
         hold = self.core.holds.holds[deployment_id]
         routable = any(self.core.routes.is_routable(r, self.now_s) for r in deployment.replicas.values())
-        replica_id, epoch = self.core.routes.wanted(deployment)
+        replica_id, epoch = self.core.routes.wanted(deployment, self.now_s)
         asked_s = self.wanted_s.get((deployment_id, replica_id, epoch))
         is_asked = asked_s is not None and self.now_s - asked_s <= 0.25 + 1e-9
         assert routable or hold.unanswered_ids or is_asked, "nobody was told that requests wait"

@@ -355,7 +355,7 @@ def assert_services_agree(trial: Trial) -> None:
         assert (residency.value, residency.value) == told, name
         known = (trial.placement.replicas[name].wake_epoch, trial.swapper.replicas[name].wake_epoch)
         assert (replica.wake_epoch, replica.wake_epoch) == known, name
-        assert sum(replica.residue_bytes.values()) == trial.swapper.replicas[name].residue_bytes, name
+        assert replica.residue_bytes == trial.swapper.replicas[name].residue_bytes, name
         assert replica.is_started == (name in trial.system.hosts[node].engines), name
 
 

@@ -49,28 +49,26 @@ HOST_ORDER: Final = 2
 GPU_BY_STEP: Final = 3
 SINGLE_WEIGHT: Final = 4
 """Of all typical classes of one GPU, and of those without."""
-IDLE_GPUS: Final = 5
-IDLE_VALUE: Final = 6
-CAPACITY_AT: Final = 7
+CAPACITY_AT: Final = 5
 """[kind] units."""
-STEPS_AT: Final = 8
-STEP_COUNT: Final = 9
-CPU_STEPS_AT: Final = 10
-CPU_STEP_COUNT: Final = 11
-NEEDS_AT: Final = 12
+STEPS_AT: Final = 6
+STEP_COUNT: Final = 7
+CPU_STEPS_AT: Final = 8
+CPU_STEP_COUNT: Final = 9
+NEEDS_AT: Final = 10
 """[kind, i] units that typical classes of one GPU need, ascending, filled up with what no GPU has."""
-NEED_COUNT: Final = 13
-FIT_WEIGHTS_AT: Final = 14
+NEED_COUNT: Final = 11
+FIT_WEIGHTS_AT: Final = 12
 """[kind, CPU steps reached, needs met] weight of the typical classes of one GPU that fit."""
-SET_COUNT: Final = 15
+SET_COUNT: Final = 13
 """Groups of typical classes of several GPUs that need the same of each."""
-SET_NEEDS_AT: Final = 16
+SET_NEEDS_AT: Final = 14
 """[group, kind] units; -1: never."""
-SET_FIT_WEIGHTS_AT: Final = 17
+SET_FIT_WEIGHTS_AT: Final = 15
 """[group, CPU steps reached, GPUs that fit (`SET_WIDTH`)] weight of the classes that have room."""
 SET_WEIGHTS_AT: Final = 18
 HOLES_AT: Final = 19
-"""[thousandths free of a GPU] what such a GPU is worth."""
+"""[kind, thousandths free of a GPU] what such a GPU is worth."""
 SHORTAGE_COUNT: Final = 20
 SHORTAGES_AT: Final = 21
 """Two for each: parts of a GPU that a core feeds; weight."""

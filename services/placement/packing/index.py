@@ -12,6 +12,9 @@ from services.placement.packing.rating import Policy, fits_on
 if TYPE_CHECKING:
     from services.placement.packing.scores import ScoreIndex
 
+RETOLD_PERCENT: Final = 50
+"""A policy is told the counts of classes anew once they have moved by so much of what they were: then all nodes have to
+be rated again. From 25 to 100 the clusters fill alike (docs/adr/0013)."""
 SCANNED_NODES_MAX: Final = 16
 """So few nodes are looked at one by one: no numpy, no numba, nothing to load or to compile."""
 
@@ -37,22 +40,28 @@ class Packer:
         self._classes = dict(classes or {})
         self._informed: Policy | None = None
         self._informed_of = -1
+        self._told_count = 0
+        self._moved_count = 0
         self._is_compiled = is_compiled
         self._index: ScoreIndex | None = None
         self._draw = 0
 
     @property
     def policy(self) -> Policy:
-        """As it knows the cluster now."""
-        if self._informed is None or self._informed_of != self.fleet.membership_version:
+        """As it knows the cluster now, and how often classes were asked for until not long ago (`RETOLD_PERCENT`)."""
+        is_old = self._informed_of != self.fleet.membership_version
+        if self._moved_count:
+            is_old |= 100 * self._moved_count >= RETOLD_PERCENT * self._told_count
+        if self._informed is None or is_old:
             self._informed_of = self.fleet.membership_version
+            self._told_count, self._moved_count = sum(self._classes.values()), 0
             self._informed = self._uninformed.informed(self.fleet, self._classes)
         return self._informed
 
     def observed(self, ask: Ask, count: int = 1) -> None:
         """So many more replicas of this class are wished for. Changes what the policy keeps room for."""
         self._classes[ask] = self._classes.get(ask, 0) + count
-        self._informed = None
+        self._moved_count += count
 
     def forgotten(self, ask: Ask, count: int = 1) -> None:
         """The opposite of `observed`."""
@@ -62,7 +71,7 @@ class Packer:
         self._classes[ask] = left
         if not left:
             del self._classes[ask]
-        self._informed = None
+        self._moved_count += count
 
     def warm(self, asks: Iterable[Ask]) -> None:
         """Rate all nodes for these classes now, so that their first decision does not have to."""

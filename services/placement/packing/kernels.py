@@ -31,8 +31,6 @@ from services.placement.packing.columns import (
     GPUS,
     HOLES_AT,
     HOST_ORDER,
-    IDLE_GPUS,
-    IDLE_VALUE,
     KIND,
     KIND_COUNT,
     LABELS,
@@ -59,6 +57,7 @@ from services.placement.packing.columns import (
     Ints,
 )
 from services.placement.packing.fleet import PARTS
+from services.placement.packing.hole_values import STEPS as HOLE_STEPS
 from services.placement.packing.rating import CPU_MAX_MILLI, GPUS_MAX
 
 NONE: Final = -(1 << 62)
@@ -84,7 +83,7 @@ def parts_of(units: int, capacity_units: int) -> int:
 def value_of(nodes: Ints, rules: Ints, ask: Ints, n: int, cpu_milli: int, taken: int) -> int:
     """`Potential.value` of a node with so much CPU left, after the ask took its part of each GPU in the set `taken`."""
     bucket = count_up_to(rules, rules[CPU_STEPS_AT], rules[CPU_STEP_COUNT], cpu_milli)
-    value, total, idle = 0, 0, 0
+    value, total = 0, 0
     need_count = rules[NEED_COUNT]
     for g in range(nodes[n, GPU_COUNT]):
         at = GPUS + GPU_WIDTH * g
@@ -92,16 +91,15 @@ def value_of(nodes: Ints, rules: Ints, ask: Ints, n: int, cpu_milli: int, taken:
         if (taken >> g) & 1:
             free -= ask[ASK_NEEDS + 2 * kind]
             parts = parts_of(free, rules[rules[CAPACITY_AT] + kind])
-        if free == rules[rules[CAPACITY_AT] + kind]:
-            idle += 1
         if not parts:
-            value += rules[rules[HOLES_AT]]
+            value += rules[rules[HOLES_AT] + kind * (HOLE_STEPS + 1)]
             continue
         total += parts
         fitting = count_up_to(rules, rules[NEEDS_AT] + kind * need_count, need_count, free)
         row = kind * (rules[CPU_STEP_COUNT] + 1) + bucket
         fit_weight = rules[rules[FIT_WEIGHTS_AT] + row * (need_count + 1) + fitting]
-        value += rules[rules[HOLES_AT] + parts // (PARTS // 1000)] - parts * (rules[SINGLE_WEIGHT] - fit_weight)
+        value += rules[rules[HOLES_AT] + kind * (HOLE_STEPS + 1) + parts // (PARTS // HOLE_STEPS)]
+        value -= parts * (rules[SINGLE_WEIGHT] - fit_weight)
     for s in range(rules[SET_COUNT]):
         value -= set_loss(nodes, rules, ask, n, taken, s, bucket, total)
     for r in range(rules[SHORTAGE_COUNT]):
@@ -109,8 +107,6 @@ def value_of(nodes: Ints, rules: Ints, ask: Ints, n: int, cpu_milli: int, taken:
         short = total - max(cpu_milli, 0) * rules[at] // 1000
         if short > 0:
             value -= short * rules[at + 1]
-    if idle == rules[IDLE_GPUS] and nodes[n, GPU_COUNT] == idle:
-        value += rules[IDLE_VALUE]
     return value
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from services.placement.packing.fleet import PARTS, Ask, NodeRoom
-from services.placement.packing.potential import Fgd, Shortage
+from services.placement.packing.least_waste import LeastWaste
+from services.placement.packing.potential import Fgd
 from services.placement.packing.rating import CPU_MAX_MILLI, Fit, Policy, Rating, closeness, tightest
 
 
@@ -76,8 +77,8 @@ class Random(Policy):
         return ((mixed ^ (mixed >> 31)) * count) >> 64
 
 
-DEFAULT_POLICY: Final = Shortage.name
-POLICIES: Final[tuple[type[Policy], ...]] = (Random, DotProduct, BestFit, FirstFit, Fgd, Shortage, Spread)
+DEFAULT_POLICY: Final = LeastWaste.name
+POLICIES: Final[tuple[type[Policy], ...]] = (Random, DotProduct, BestFit, FirstFit, Fgd, LeastWaste, Spread)
 
 
 def policy_named(name: str) -> Policy:

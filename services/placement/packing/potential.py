@@ -3,15 +3,16 @@
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from services.placement.packing.fleet import PARTS, Ask, Fleet, NodeRoom
+from services.placement.packing.fleet import PARTS, Ask, Fleet, GpuShape, NodeRoom
+from services.placement.packing.hole_values import STEPS as HOLE_STEPS
 from services.placement.packing.rating import Fit, Policy, Rating, tightest
 
 Order = Literal["by-name", "fewest-gpus-first", "most-gpus-first"]
 ORDER_SPAN: Final = 64
-HOLE_STEPS: Final = 1000
+NO_HOLES: Final = (0,) * (HOLE_STEPS + 1)
 WEIGHTS_MAX: Final = 1 << 30
 RATE_MAX: Final = 64 * PARTS
 """A core that feeds so many GPUs is never short."""
@@ -29,8 +30,7 @@ class Potential(Policy):
       where it has no room on the node (CPU, GPUs), else those GPUs that it does not fit on (FGD's fragmentation);
     - less, for each of `shortages`, its weight times the free parts of GPUs beyond those that the node's free CPU can
       feed at so many parts for each core;
-    - plus, for each GPU, `holes` at the thousandths of it that are free;
-    - plus `idle_value` on a node of `idle_gpus` GPUs that are all idle.
+    - plus, for each GPU, `holes` of its kind at the thousandths of it that are free.
     """
 
     name: str
@@ -38,9 +38,8 @@ class Potential(Policy):
     """(class, weight). Labels, memory and grade play no part."""
     shortages: tuple[tuple[int, int], ...] = ()
     """(parts of a GPU for each core, weight)"""
-    holes: tuple[int, ...] = (0,) * (HOLE_STEPS + 1)
-    idle_gpus: int = -1
-    idle_value: int = 0
+    holes: Mapping[GpuShape, tuple[int, ...]] = field(default_factory=dict)
+    """{kind of GPU: [thousandths free]}; 0 for kinds that are not named."""
     steps: tuple[int, ...] = ()
     """Ascending: a score is how many of them it reaches, so that near-equal places are equal. Empty: it is itself."""
     is_gpu_by_step: bool = False
@@ -55,7 +54,8 @@ class Potential(Policy):
         weights = [weight for _, weight in (*self.typical, *self.shortages)]
         if sum(map(abs, weights)) > WEIGHTS_MAX or any(not 0 <= rate <= RATE_MAX for rate, _ in self.shortages):
             raise ValueError(f"weights add up to at most {WEIGHTS_MAX}, a core feeds at most {RATE_MAX} parts of GPUs")
-        if len(self.holes) != HOLE_STEPS + 1 or max(map(abs, (*self.holes, self.idle_value))) > PARTS * WEIGHTS_MAX:
+        tables = self.holes.values()
+        if any(len(table) != HOLE_STEPS + 1 or max(map(abs, table)) > PARTS * WEIGHTS_MAX for table in tables):
             raise ValueError(f"a hole of each of {HOLE_STEPS + 1} sizes is worth at most {WEIGHTS_MAX} GPUs")
 
     def value(self, room: NodeRoom, cpu_milli: int, free_units: Sequence[int]) -> int:
@@ -65,7 +65,8 @@ class Potential(Policy):
             free * PARTS // gpu.capacity_units if free > 0 else 0 for gpu, free in zip(gpus, free_units, strict=True)
         ]
         total = sum(parts)
-        value = sum(self.holes[free * HOLE_STEPS // PARTS] for free in parts)
+        holes = [self.holes.get(gpu, NO_HOLES) for gpu in gpus]
+        value = sum(of_kind[free * HOLE_STEPS // PARTS] for of_kind, free in zip(holes, parts, strict=True))
         for ask, weight in self.typical:
             needs = [ask.units_on(gpu) for gpu in gpus]
             fits = [need is not None and need <= free for need, free in zip(needs, free_units, strict=True)]
@@ -74,8 +75,7 @@ class Potential(Policy):
             value -= weight * useless
         for rate, weight in self.shortages:
             value -= weight * max(0, total - max(cpu_milli, 0) * rate // 1000)
-        is_idle = all(gpu.capacity_units == free for gpu, free in zip(gpus, free_units, strict=True))
-        return value + (self.idle_value if is_idle and len(gpus) == self.idle_gpus else 0)
+        return value
 
     def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
         before = self.value(room, room.cpu_milli, room.free_units)
@@ -149,42 +149,3 @@ class Fgd(Policy):
 
     def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
         raise AssertionError("FGD rates once it is informed of the classes")
-
-
-class Shortage(Policy):
-    """FGD, and GPUs that the node's CPU cannot feed any more count as lost."""
-
-    name = "shortage"
-
-    def informed(self, fleet: Fleet, classes: Mapping[Ask, int]) -> Policy:
-        typical = typical_classes({ask: count for ask, count in classes.items() if ask.gpu_count})
-        weight = sum(count for _, count in typical) or 1
-        unit = PARTS * weight
-        cores = sum(room.shape.cpu_milli for room in fleet) / 1000
-        gpus = sum(len(room.shape.gpus) for room in fleet)
-        asked_cores = sum(ask.cpu_milli * count for ask, count in classes.items() if ask.gpu_count) / 1000
-        asked_gpus = sum(_gpus_asked(fleet, ask) * count for ask, count in classes.items())
-        rates = [asked_cores / asked_gpus, (asked_cores / asked_gpus + cores / gpus) / 2] if asked_gpus and gpus else []
-        return Potential(
-            name=self.name,
-            typical=typical,
-            shortages=tuple(
-                (min(RATE_MAX, int(PARTS / rate)), round(1.5 / len(rates) * weight)) for rate in rates if rate > 0
-            ),
-            idle_gpus=max((len(room.shape.gpus) for room in fleet), default=0),
-            idle_value=round(0.158 * unit),
-            steps=sigmoid_steps(18, unit),
-        )
-
-    def rate(self, room: NodeRoom, ask: Ask, fits: Sequence[Fit], *, gpu_spread: bool = False) -> Rating:
-        raise AssertionError("this policy rates once it is informed of cluster and classes")
-
-
-def _gpus_asked(fleet: Fleet, ask: Ask) -> float:
-    """In whole GPUs: a size in bytes is of the first GPU that will do."""
-    if not ask.gpu_count:
-        return 0.0
-    if ask.portion is not None:
-        return float(ask.gpu_count * ask.portion)
-    capacity = next((gpu.capacity_units for room in fleet for gpu in room.shape.gpus if ask.units_on(gpu)), 0)
-    return ask.gpu_count * min(1.0, (ask.size_units or 0) / capacity) if capacity else 0.0

@@ -8,7 +8,7 @@ import numpy as np
 from services.placement.packing import columns
 from services.placement.packing.columns import Ints
 from services.placement.packing.fleet import PARTS, Ask, GpuShape
-from services.placement.packing.potential import Order, Potential
+from services.placement.packing.potential import NO_HOLES, Order, Potential
 from services.placement.packing.rating import Policy
 
 FORMULAS: Final = {
@@ -57,8 +57,6 @@ def rules_of(policy: Policy, kinds: Sequence[GpuShape]) -> Ints:
     head[columns.HOST_ORDER] = ORDERS[potential.host_order]
     head[columns.GPU_BY_STEP] = int(potential.is_gpu_by_step)
     head[columns.SINGLE_WEIGHT] = sum(weight for ask, weight in potential.typical if ask.gpu_count <= 1)
-    head[columns.IDLE_GPUS] = potential.idle_gpus
-    head[columns.IDLE_VALUE] = potential.idle_value
     head[columns.STEP_COUNT] = len(potential.steps)
     head[columns.CPU_STEP_COUNT] = len(cpu_steps)
     head[columns.SHORTAGE_COUNT] = len(potential.shortages)
@@ -66,7 +64,8 @@ def rules_of(policy: Policy, kinds: Sequence[GpuShape]) -> Ints:
     table.put(columns.CAPACITY_AT, ints([kind.capacity_units for kind in kinds]))
     table.put(columns.STEPS_AT, ints(potential.steps))
     table.put(columns.CPU_STEPS_AT, ints(cpu_steps))
-    table.put(columns.HOLES_AT, ints(potential.holes))
+    holes = [potential.holes.get(kind, NO_HOLES) for kind in kinds]
+    table.put(columns.HOLES_AT, ints([worth for of_kind in holes for worth in of_kind]))
     table.put(columns.SHORTAGES_AT, ints([number for shortage in potential.shortages for number in shortage]))
     _put_singles(table, singles, cpu_steps, kinds)
     _put_sets(table, several, cpu_steps, kinds)

@@ -44,7 +44,9 @@ class Scaler:
         self.now_s += after_s
         return [outcome for outcome in self.handle(Tick()) if not isinstance(outcome, Timer)]
 
-    def admit(self, name: str, *, cold_after_s: float | None = 20.0, is_training: bool = False) -> None:
+    def admit(
+        self, name: str, *, cold_after_s: float | None = 20.0, is_training: bool = False, replica_count: int = 1
+    ) -> None:
         kind = WorkloadKind.TRAINING if is_training else WorkloadKind.INFERENCE
         engine = EngineKind.TRAINING if is_training else EngineKind.SIMULATED
         spec = DeploymentSpec(
@@ -53,6 +55,7 @@ class Scaler:
             engine=EngineSpec(kind=engine, weights_bytes=GiB),
             share=ShareSpec(request_portion=0.5),
             swap=SwapSpec(cold_after_s=cold_after_s),
+            replica_count=replica_count,
         )
         self.handle(
             DeploymentAdmitted(

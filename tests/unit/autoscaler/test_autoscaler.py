@@ -118,6 +118,20 @@ def test_the_first_wish_brings_a_cold_deployment_back_and_the_next_ones_change_n
     assert [] == scaler.handle(scaler.wanted("a"))
 
 
+@pytest.mark.parametrize(("wished", "expected"), [(0, 1), (1, 1), (3, 3)])
+def test_a_cold_deployment_comes_back_with_as_many_replicas_as_were_wished_for(wished: int, expected: int) -> None:
+    """One that was admitted cold has one: somebody waits for it."""
+    scaler = Scaler()
+    scaler.admit("a", replica_count=wished)
+    if wished:
+        scaler.now_s += 20
+        scaler.handle(scaler.load())
+        assert [scaler.decided("a", 0, "idle for 20 s")] == scaler.tick()
+
+    assert [scaler.decided("a", expected, "1 waiting")] == scaler.handle(scaler.wanted("a"))
+    assert [] == scaler.handle(scaler.wanted("a"))
+
+
 def test_an_operator_brings_a_cold_deployment_back() -> None:
     scaler = cold()
 

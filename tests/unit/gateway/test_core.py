@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from schemas.gateways import LoadSampled, ModelWanted
+from schemas.messages import Fact
 from services.gateway.actions import Bounce, Refuse
 from tests.unit.gateway import fleet
 from tests.unit.gateway.fleet import Story, parked_story, resident_story
@@ -160,6 +161,81 @@ def test_a_cold_model_is_asked_for_without_a_replica() -> None:
     story.arrive()
 
     assert [""] == [wanted.replica_id for wanted in wanted_of(story)]
+
+
+def two_parked() -> Story:
+    """One model with a replica on each of two nodes, both parked."""
+    story = parked_story()
+    story.tell(fleet.joined(node="o", holder_url="http://other"), fleet.proposed(replica="s", node="o"))
+    story.tell(fleet.granted(replica="s", node="o"), fleet.ready(replica="s", node="o", endpoint="http://s"))
+    story.tell(fleet.parked(replica="s", node="o", epoch=4))
+    story.open(node="o", closed=("s",))
+    story.actions.clear()
+    return story
+
+
+def asked_for(story: Story) -> list[str]:
+    return [signal.replica_id for signal in wanted_of(story)]
+
+
+def test_of_several_parked_replicas_one_is_asked_for_and_serves_all_that_wait() -> None:
+    story = two_parked()
+    story.arrive()
+    story.arrive()
+    story.pass_time(0.3)
+    assert {"r"} == set(asked_for(story))
+
+    story.tell(fleet.resident(replica="r", epoch=1))
+    story.open("r")
+    for request, _ in story.dispatched():
+        story.note(story.core.first_byte(request, now_s=story.now_s))
+
+    assert {"r"} == {replica for _, replica in story.dispatched()}
+    assert {"r"} == set(asked_for(story))
+
+
+def test_while_one_replica_is_resident_nobody_waits_for_another() -> None:
+    story = two_parked()
+    story.tell(fleet.resident(replica="s", node="o", epoch=4, endpoint="http://s"))
+    story.open("s", node="o")
+
+    request = story.arrive()
+
+    assert [(request, "s")] == story.dispatched()
+    assert [] == asked_for(story)
+
+
+@pytest.mark.parametrize(
+    ("turned", "expected"),
+    [
+        (fleet.draining(replica="r"), "s"),
+        (fleet.starting(replica="r"), "s"),
+        (fleet.waking(replica="r"), "r"),
+        (fleet.failed(replica="r"), "s"),
+        (fleet.released("r"), "s"),
+    ],
+)
+def test_the_replica_that_can_be_there_soonest_is_asked_for(turned: Fact, expected: str) -> None:
+    story = two_parked()
+    story.tell(turned)
+
+    story.arrive()
+
+    assert [expected] == asked_for(story)
+
+
+def test_a_replica_on_a_node_whose_holder_is_silent_is_asked_for_last() -> None:
+    """Facts say that it is resident, and its node may be gone: the parked one elsewhere can be had."""
+    story = two_parked()
+    story.tell(fleet.resident(replica="r", epoch=1))
+    story.open("r", term_s=1.0)
+    story.pass_time(1.0)
+
+    story.arrive()
+    assert ["s"] == asked_for(story)
+
+    story.open("r")
+    assert ["r"] == [replica for _, replica in story.dispatched()]
 
 
 def test_every_wish_is_repeated_when_the_bus_is_back() -> None:

@@ -112,6 +112,25 @@ async def test_a_deadline_that_is_over_before_the_question_is_asked_is_one() -> 
     assert not connection._questions
 
 
+async def test_an_answer_to_an_earlier_attempt_answers_a_later_one() -> None:
+    """A server with a backlog answers late: it must not be asked for ever, each time too early given up."""
+    connection, transport = connected()
+    reply = connection.new_reply()
+    with pytest.raises(Unanswered):
+        await connection.ask("s", b"", timeout_s=0, reply=reply)
+    bodies: list[bytes] = []
+
+    async def ask_again() -> None:
+        bodies.append((await connection.ask("s", b"", reply=reply)).body)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(ask_again)
+        await anyio.wait_all_tasks_blocked()
+        transport.answer(0, b"late")
+
+    assert bodies == [b"late"]
+
+
 async def test_a_question_that_is_asked_while_the_server_is_away_is_not_kept_for_later() -> None:
     connection, transport = connected()
     connection.lost()

@@ -94,34 +94,45 @@ class Agent:
         self.state: NodeState = SERVICE.new_state(settings)
         self.now_s = 100.0
         self.seq = 0
-        self.handle(
-            NodeProbed(
-                machine_id="m",
-                gpus=gpus or (gpu(),),
-                host_budget_bytes=host_gib * GiB,
-                holder_url="http://node-0:7070",
-                label="software GPU",
-            )
+        self.history: list[Fact] = []
+        """Every fact that was folded, its own and those that it was handed."""
+        self._probed = NodeProbed(
+            machine_id="m",
+            gpus=gpus or (gpu(),),
+            host_budget_bytes=host_gib * GiB,
+            holder_url="http://node-0:7070",
+            label="software GPU",
         )
+        self.handle(self._probed)
+
+    def probed(self) -> NodeProbed:
+        """What a look at its node finds: all as it was at first."""
+        return self._probed
+
+    def context(self) -> Context:
+        return Context(now_s=self.now_s, writer_epoch=1, cause_seq=self.seq)
 
     def handle(self, item: Any) -> list[Outcome]:
         """What the core decides; its facts are folded as the shell folds them, and the invariants hold after it."""
         self.seq += 1
         self.now_s += 1.0
         if isinstance(item, Fact):
-            SERVICE.evolve(self.state, item)
+            self._fold(item)
         observe = SERVICE.observers.get(type(item))
         if observe is not None:
             observe(self.state, item, self.now_s)
-        ctx = Context(now_s=self.now_s, writer_epoch=1, cause_seq=self.seq)
-        outcomes = list(SERVICE.handlers[type(item)](self.state, item, ctx))
+        outcomes = list(SERVICE.handlers[type(item)](self.state, item, self.context()))
         for outcome in outcomes:
             if isinstance(outcome, Fact):
                 fact = decode(encode(outcome))
                 assert isinstance(fact, Fact)
-                SERVICE.evolve(self.state, fact)
+                self._fold(fact)
         SERVICE.check_invariants(self.state)
         return outcomes
+
+    def _fold(self, fact: Fact) -> None:
+        self.history.append(fact)
+        SERVICE.evolve(self.state, fact)
 
     def lease(self, name: str) -> Replica:
         return self.state.replicas[name]

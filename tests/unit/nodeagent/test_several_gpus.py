@@ -167,6 +167,22 @@ def test_a_younger_wake_does_not_overtake_an_older_one_that_waits_on_another_gpu
     assert "WakeEngine wide" in outline(agent.handle(agent.has_parked("right")))
 
 
+def test_bytes_that_an_older_wake_waits_to_use_are_not_given_to_a_younger_one_whose_own_victims_are_late() -> None:
+    """`wide` has all that it needs on the left and waits for the right; then `late` finds its own victim busy."""
+    agent = agent_of_two()
+    agent.parked("wide", 60, gpu_uuids=BOTH)
+    agent.parked("late", 15, gpu_uuid="gpu-0")
+    agent.resident("left", 60, gpu_uuid="gpu-0")
+    agent.resident("slow", 17, gpu_uuid="gpu-0")
+    agent.resident("right", 70, gpu_uuid="gpu-1")
+    agent.handle(agent.wake("wide", "left", "right"))
+    agent.handle(agent.wake("late", "slow"))
+
+    assert ["ReplicaParked left"] == outline(agent.handle(agent.has_parked("left")))
+    assert ["ParkAbandoned slow", "WakeRefused late"] == outline(agent.handle(agent.stayed("slow")))
+    assert "WakeEngine wide" in outline(agent.handle(agent.has_parked("right")))
+
+
 def test_bytes_beyond_what_an_older_wake_needs_there_begin_a_younger_one() -> None:
     agent = agent_of_two()
     agent.parked("wide", 30, gpu_uuids=BOTH)

@@ -45,28 +45,31 @@ WRITER_EPOCH = 7
 
 
 class Swapper:
-    """One GPU of 80 GiB to give; parked replicas leave 1 GiB. Time stands still unless a test moves it."""
+    """GPUs of 80 GiB to give, one by default; parked replicas leave 1 GiB. Time stands still unless a test moves it."""
 
-    def __init__(self, settings: SwapperSettings | None = None) -> None:
+    def __init__(self, settings: SwapperSettings | None = None, *, gpu_count: int = 1) -> None:
         self.state: FleetState = SERVICE.new_state(settings or SwapperSettings())
         self.now_s = 1000.0
-        offer = GpuOffer(
-            gpu_uuid=GPU,
-            index=0,
-            name="H100",
-            capacity_bytes=82 * GiB,
-            reserve_bytes=2 * GiB,
-            grade=IsolationGrade.DRIVER,
-            grade_reason="as the test says",
-            link_bytes_per_s=50e9,
-            is_software=True,
+        offers = tuple(
+            GpuOffer(
+                gpu_uuid=f"gpu-{index}",
+                index=index,
+                name="H100",
+                capacity_bytes=82 * GiB,
+                reserve_bytes=2 * GiB,
+                grade=IsolationGrade.DRIVER,
+                grade_reason="as the test says",
+                link_bytes_per_s=50e9,
+                is_software=True,
+            )
+            for index in range(gpu_count)
         )
         self.handle(
             NodeJoined(
                 node=NODE,
                 at_s=self.now_s,
                 machine_id="m",
-                gpus=(offer,),
+                gpus=offers,
                 host_budget_bytes=1000 * GiB,
                 holder_url="",
                 label="software GPU",
@@ -114,7 +117,10 @@ class Swapper:
         is_parkable: bool = True,
         warm_window_s: float = 300.0,
         minimum_residency_s: float = 0.5,
+        gpu_uuids: tuple[str, ...] = (GPU,),
+        gang_id: str = "",
     ) -> None:
+        """`gib` is of each of its GPUs."""
         spec = DeploymentSpec(
             name=name,
             kind=WorkloadKind.TRAINING if is_training else WorkloadKind.INFERENCE,
@@ -127,25 +133,37 @@ class Swapper:
                 is_parkable=is_parkable, warm_window_s=warm_window_s, minimum_residency_s=minimum_residency_s
             ),
         )
-        share = ShareProposal(
-            replica_id=name, shard_index=0, gpu_uuid=GPU, request_bytes=gib * GiB, limit_bytes=gib * GiB
+        shares = tuple(
+            ShareProposal(
+                replica_id=name, shard_index=index, gpu_uuid=uuid, request_bytes=gib * GiB, limit_bytes=gib * GiB
+            )
+            for index, uuid in enumerate(gpu_uuids)
         )
-        lease = Lease(
-            replica_id=name,
-            shard_index=0,
-            gpu_uuid=GPU,
-            request_bytes=gib * GiB,
-            granted_bytes=gib * GiB,
-            limit_bytes=gib * GiB,
-            residue_bytes=GiB,
-            lease_epoch=1,
+        leases = tuple(
+            Lease(
+                replica_id=name,
+                shard_index=share.shard_index,
+                gpu_uuid=share.gpu_uuid,
+                request_bytes=gib * GiB,
+                granted_bytes=gib * GiB,
+                limit_bytes=gib * GiB,
+                residue_bytes=GiB,
+                lease_epoch=1,
+            )
+            for share in shares
         )
         proposal = ReplicaProposal(
-            replica_id=name, deployment_id=f"d-{name}", tenant="default", deployment=spec, shares=(share,)
+            replica_id=name, deployment_id=f"d-{name}", tenant="default", deployment=spec, shares=shares
         )
-        self.handle(
-            LeaseGranted(node=NODE, at_s=self.now_s, proposal_id=f"p-{name}", leases=(lease,), replicas=(proposal,))
+        granted = LeaseGranted(
+            node=NODE,
+            at_s=self.now_s,
+            proposal_id=f"p-{name}",
+            leases=leases,
+            replicas=(proposal,),
+            gang_id=gang_id,
         )
+        self.handle(granted)
 
     def resident(self, name: str, gib: int, **values: Any) -> None:
         self.granted(name, gib, **values)
@@ -189,7 +207,7 @@ class Swapper:
         return ReplicaParked(
             **self._names(name),
             wake_epoch=self.epoch(name) + 1,
-            residue_bytes=GiB,
+            residue_bytes=GiB * len(self.state.replicas[name].share_bytes),
             host_bytes=10 * GiB,
             copied_bytes=0,
             park_s=0.1,

@@ -17,7 +17,7 @@ from tests.unit.placement.packing.fleets import GPU, fleet_of, node, share
 STORY = """
 import sys
 from tests.unit.placement.packing.fleets import GPU, node, packer_of, share
-packer = packer_of("shortage", **{f"n{i}": node(GPU) for i in range(int(sys.argv[1]))})
+packer = packer_of("least-waste", **{f"n{i}": node(GPU) for i in range(int(sys.argv[1]))})
 packer.observed(share(300))
 assert packer.choose(share(300)).node == "n0"
 print(sorted({"numpy", "numba"} & sys.modules.keys()))
