@@ -182,6 +182,12 @@ class Inventory(Protocol):
     def utilization_fraction(self, gpu_uuid: str) -> float | None:
         """Part of the last sample period (1/6 to 1 s) in which a kernel ran, 0 to 1; None: the driver does not say."""
 
+    def peer_bytes_per_s(self, gpu_uuid: str) -> Mapping[str, float]:
+        """`{uuid of another GPU of this host: rate of the direct links to it}`, in one direction.
+
+        One that is not named has no direct link, or the driver does not say.
+        """
+
     def limits_support(self, gpu_uuid: str) -> LimitsSupport:
         """Whether the driver can limit groups of processes on this GPU. Never raises for a mere no."""
 

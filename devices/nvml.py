@@ -28,6 +28,7 @@ from devices.api import (
     NotReady,
     NotSupported,
 )
+from devices.links import NVLINK_BYTES_PER_S, Link, direct_rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # The software driver says in its driver version what it is.
 _SOFTWARE_DRIVER_MARK = "softgpu"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+_NVLINK = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
 # A burst of faults is drained in one call up to this many; the rest comes with the next.
 _FAULTS_PER_CALL_MAX = 64
 
@@ -101,7 +103,7 @@ class NvmlInventory:
             name=str(call("nvmlDeviceGetName", handle)),
             capacity_bytes=int(memory.total),
             reserved_bytes=int(memory.reserved),
-            pci_bus_id=str(call("nvmlDeviceGetPciInfo", handle).busId),
+            pci_bus_id=_text(call("nvmlDeviceGetPciInfo", handle).busId),
             link_generation=_optional("nvmlDeviceGetMaxPcieLinkGeneration", handle),
             link_width_count=_optional("nvmlDeviceGetMaxPcieLinkWidth", handle),
             is_software=_SOFTWARE_DRIVER_MARK in self._driver_version,
@@ -130,6 +132,20 @@ class NvmlInventory:
             return float(call("nvmlDeviceGetUtilizationRates", self._handle(gpu_uuid)).gpu) / 100
         except NotSupported:
             return None
+
+    def peer_bytes_per_s(self, gpu_uuid: str) -> Mapping[str, float]:
+        handle = self._handle(gpu_uuid)
+        links = _links(handle)
+        if not links:
+            return {}
+        peers = {}
+        for gpu in self.gpus():
+            reach = None
+            if gpu.uuid != gpu_uuid:
+                reach = _optional("nvmlDeviceGetP2PStatus", handle, self._handle(gpu.uuid), _NVLINK)
+            if reach == pynvml.NVML_P2P_STATUS_OK:
+                peers[gpu.uuid] = gpu.pci_bus_id
+        return direct_rates(links, peers)
 
     def limits_support(self, gpu_uuid: str) -> LimitsSupport:
         handle = self._handle(gpu_uuid)
@@ -210,12 +226,32 @@ class NvmlInventory:
             raise NotFound(call=error.call, code=error.code, detail=gpu_uuid) from error
 
 
-def _optional(name: str, handle: Any) -> int | None:
+def _optional(name: str, *arguments: Any) -> int | None:
     """A number that some devices do not have."""
     try:
-        return int(call(name, handle))
+        return int(call(name, *arguments))
     except NotSupported:
         return None
+
+
+def _links(handle: Any) -> list[Link]:
+    """The active NVLinks of a GPU whose rate is known."""
+    found = []
+    for number in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if _optional("nvmlDeviceGetNvLinkState", handle, number) != pynvml.NVML_FEATURE_ENABLED:
+                continue
+            rate = NVLINK_BYTES_PER_S.get(_optional("nvmlDeviceGetNvLinkVersion", handle, number) or 0)
+            remote = call("nvmlDeviceGetNvLinkRemotePciInfo", handle, number)
+        except (InvalidUse, NotSupported):
+            continue  # A GPU with fewer links than NVML can count.
+        if rate is not None:
+            found.append(Link(remote_bus_id=_text(remote.busId), bytes_per_s=rate))
+    return found
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _pointer(handle: Any) -> int | None:

@@ -76,6 +76,12 @@ class VirtualInventory:
         self._check_open()
         return self._host.gpu(gpu_uuid).utilization_fraction
 
+    def peer_bytes_per_s(self, gpu_uuid: str) -> Mapping[str, float]:
+        """None: virtual GPUs have no direct links."""
+        self._check_open()
+        self._host.gpu(gpu_uuid)
+        return {}
+
     def limits_support(self, gpu_uuid: str) -> LimitsSupport:
         self._check_open()
         self._host.gpu(gpu_uuid)

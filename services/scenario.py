@@ -4,10 +4,11 @@
 
 A block is a few commands, `----`, and what happened until the next blank line. Lines that begin with `#` are prose.
 
-- `cluster nodes=1 gpus=2 host_gib=4096 gateways=0 standbys`: begin; time counts from here. Without gateways, clients
-  want models themselves; with them requests go through the real core, one gateway after another
+- `cluster nodes=1 gpus=2 host_gib=4096 gateways=0 alive_s=0 standbys`: begin; time counts from here. Without gateways,
+  clients want models themselves; with them requests go through the real core, one gateway after another. With `alive_s`
+  agents say so often that they are there, and a node that falls silent is lost
 - `deploy NAME portion=0.3` or `gib=30`, and `limit_portion= limit_gib= weights_gb= start_s= priority= warm_s= stay_s=
-  cold_s= grade= training fixed`
+  cold_s= grade= training fixed`, and `gpus= replicas= gang`
 - `request NAME count=1`, `requests last_s=0.5` (how long each is in flight), `park NAME`, `wake NAME`, `retire NAME`
 - `kill SERVICE down_s=1`: placement, swapper, autoscaler or a node's name (its agent; engines run on)
 - `kill-engine NAME`, `explain NAME`, `advance SECONDS`, `show` (who holds what on each GPU, in GiB)
@@ -34,6 +35,7 @@ from schemas.deployments import (
     EngineKind,
     EngineSpec,
     IsolationGrade,
+    PlacementSpec,
     ShareSpec,
     SwapSpec,
     WorkloadKind,
@@ -120,7 +122,11 @@ class Conversation:
             node_count=int(values.get("nodes", "1")),
             gpu_count=int(values.get("gpus", "1")),
             host_budget_bytes=int(values.get("host_gib", "4096")) * GiB,
-            shape=Shape(gateway_count=int(values.get("gateways", "0")), has_standbys="standbys" in names),
+            shape=Shape(
+                gateway_count=int(values.get("gateways", "0")),
+                has_standbys="standbys" in names,
+                alive_s=float(values.get("alive_s", "0")),
+            ),
         )
         self._begun_at_s = self.system.simulation.now_s
         self._answered.clear()
@@ -148,7 +154,10 @@ class Conversation:
                 limit_portion=None if limit_portion is None else float(limit_portion),
                 limit_bytes=None if limit_gib is None else int(limit_gib) * GiB,
                 minimum_grade=None if grade is None else IsolationGrade(grade),
+                gpu_count=int(values.get("gpus", "1")),
             ),
+            replica_count=int(values.get("replicas", "1")),
+            placement=PlacementSpec(is_gang="gang" in flags),
             priority=values.get("priority"),
             swap=SwapSpec(
                 is_parkable="fixed" not in flags,

@@ -181,6 +181,10 @@ class Shape:
     has_standbys: bool = False
     """A second instance of placement, swapper and autoscaler each."""
     route_term_s: float = 1.0
+    alive_s: float = 0.0
+    """How often node agents say that they are there. 0: never, so that no node is lost by its silence; each time is a
+    delivery more for each placement."""
+    placement: PlacementSettings = field(default_factory=PlacementSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     swapper: SwapperSettings = field(default_factory=SwapperSettings)
     autoscaler: AutoscalerSettings = field(default_factory=AutoscalerSettings)
@@ -239,7 +243,7 @@ class SimulatedSystem:
         self.random = random.Random(f"{seed}/system")  # Reproducible by design.
         self._command_count = 0
         settings = {
-            "placement": PlacementSettings(),
+            "placement": self.shape.placement,
             "swapper": swapper or self.shape.swapper,
             "autoscaler": self.shape.autoscaler,
         }
@@ -278,7 +282,8 @@ class SimulatedSystem:
         self.hosts[node] = host
         self.nodes[node] = _Node(host, routes)
         writer = f"node.{node}"
-        member = simulation.add(agent, NodeAgentSettings(node=node), writer=writer, world=host, is_journaled=True)
+        settings = NodeAgentSettings(node=node, alive_s=self.shape.alive_s)
+        member = simulation.add(agent, settings, writer=writer, world=host, is_journaled=True)
         host.agent_life = lambda: member.life
 
     def command(self, command: Command) -> None:

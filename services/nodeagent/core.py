@@ -13,6 +13,7 @@ from schemas.messages import fact_filter, started_filter
 from schemas.nodes import (
     LeaseGranted,
     LeaseReleased,
+    NodeAlive,
     NodeJoined,
     ParkAbandoned,
     ReplicaDraining,
@@ -28,6 +29,7 @@ from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed, R
 from services.nodeagent import state as fold
 from services.nodeagent.inputs import (
     AdoptEngine,
+    AliveDue,
     EngineEffect,
     EngineInput,
     GangHoldOver,
@@ -54,7 +56,7 @@ def reads(node: str) -> Sequence[str]:
 def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
     """Look at the node before anything is taken up; what is begun meanwhile is not begun a second time."""
     state.observed.left = {replica_id: replica.step for replica_id, replica in state.replicas.items()}
-    return [ProbeNode(), *hold_timers(state)]
+    return [ProbeNode(), *hold_timers(state), *_alive_later(state, ctx, after_s=0.0)]
 
 
 def check_invariants(state: NodeState) -> None:
@@ -109,10 +111,24 @@ def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[
         host_budget_bytes=probed.host_budget_bytes,
         holder_url=probed.holder_url,
         label=probed.label,
+        cpu_millicores=probed.cpu_millicores,
+        memory_bytes=probed.memory_bytes,
+        labels=state.settings.labels,
     )
     here = {gpu.gpu_uuid for gpu in probed.gpus}
     gone = [replica for replica in state.replicas.values() if not replica.share_bytes.keys() <= here]
     return [joined, *_given_up(state, gone, ctx), *resume(state, here)]
+
+
+@SERVICE.on(AliveDue)
+def alive_due(state: NodeState, due: AliveDue, ctx: Context) -> Sequence[Outcome]:
+    """A signal, not a fact: nobody needs to know later that it was there."""
+    alive = NodeAlive(node=state.settings.node, machine_id=state.machine_id, writer_epoch=ctx.writer_epoch)
+    return [alive, *_alive_later(state, ctx, after_s=state.settings.alive_s)]
+
+
+def _alive_later(state: NodeState, ctx: Context, *, after_s: float) -> list[Timer]:
+    return [Timer(due_s=ctx.now_s + after_s, input=AliveDue())] if state.settings.alive_s > 0 else []
 
 
 def _given_up(state: NodeState, replicas: Sequence[Replica], ctx: Context) -> Iterator[Outcome]:

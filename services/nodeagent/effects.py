@@ -116,12 +116,16 @@ class NodeEffects:
         pids = frozenset(engine.pid for engine in view.engines) | {os.getpid()}
         offers = await self._guard.offers(self._settings, our_pids=pids)
         is_software = any(offer.is_software for offer in offers)
+        budget_bytes = self._settings.host_budget_bytes or host_bytes("MemAvailable") // 2
+        cpu_count, memory_bytes = os.cpu_count(), host_bytes("MemTotal")
         return NodeProbed(
             machine_id=kept_machine_id(Path(self._settings.state_dir)),
             gpus=offers,
-            host_budget_bytes=self._settings.host_budget_bytes or available_host_bytes() // 2,
+            host_budget_bytes=budget_bytes,
             holder_url=self._settings.holder_url,
             label="software GPU" if is_software else "real GPU",
+            cpu_millicores=None if cpu_count is None else 1000 * cpu_count,
+            memory_bytes=max(0, memory_bytes - budget_bytes) if memory_bytes else None,
         )
 
     # --- Engines ------------------------------------------------------------------------------------------------------
@@ -432,9 +436,13 @@ def engine_environment() -> dict[str, str]:
     }
 
 
-def available_host_bytes() -> int:
-    """Memory that could be taken without swapping, as the kernel estimates it; 0 when it does not say."""
+def host_bytes(name: str) -> int:
+    """A line of the kernel's account of memory; 0 when it does not say.
+
+    ``MemAvailable`` could be taken without swapping, as the kernel estimates it; ``MemTotal`` stays the same while
+    engines come and go.
+    """
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0

@@ -72,6 +72,7 @@ class Guard:
             grade_reason=grade.reason,
             link_bytes_per_s=LINK_GB_PER_S.get(gpu.link_generation or 4, 26.0) * lanes_fraction * GB,
             is_software=gpu.is_software,
+            peer_bytes_per_s=dict(self._inventory.peer_bytes_per_s(gpu.uuid)),
         )
 
     def _grade(self, gpu_uuid: str) -> _Grade:

@@ -22,6 +22,9 @@ class NodeProbed(Input):
     host_budget_bytes: int
     holder_url: str
     label: str
+    cpu_millicores: int | None = None
+    memory_bytes: int | None = None
+    """What replicas may ask of the host, the budget for parked weights left out; None: it cannot be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +132,11 @@ class EngineLost(EngineInput):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartDue(EngineInput):
     """Time to try a failed start again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliveDue(Input):
+    """Time to say again that this agent is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

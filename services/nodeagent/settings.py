@@ -22,6 +22,10 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     engine_host: str = "127.0.0.1"
     """Where this agent and gateways reach the engines. Not loopback: engines listen on every interface of their network
     and answer whoever comes, so give them a network of their own."""
+    labels: dict[str, str] = {}
+    """What the operator says of this host, for deployments to select by; as JSON: ``{"zone": "a"}``."""
+    alive_s: float = 2.0
+    """How often the agent says that it is there. Placement gives a node up that is silent for long. 0: never."""
     reserve_bytes: int = 2 * GiB
     """Kept free on each GPU: driver allocations that leases cannot see.
 

@@ -16,7 +16,15 @@ from schemas.orders import ParkOrdered, WakeOrdered
 from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed
 from schemas.units import GiB
 from services.nodeagent.core import SERVICE as NODEAGENT
-from services.nodeagent.inputs import AdoptEngine, GangHoldOver, ParkEngine, StartEngine, StopEngine, WakeEngine
+from services.nodeagent.inputs import (
+    AdoptEngine,
+    AliveDue,
+    GangHoldOver,
+    ParkEngine,
+    StartEngine,
+    StopEngine,
+    WakeEngine,
+)
 from services.nodeagent.state import NodeState
 from services.swarm.checks import Books
 from tests.unit.nodeagent import builders as nodes
@@ -245,7 +253,7 @@ def restarted(alone: Alone) -> None:
     alone.pending.clear()
     for outcome in NODEAGENT.on_start(state, alone.agent.context()):
         if isinstance(outcome, Timer):
-            assert isinstance(outcome.input, GangHoldOver), outcome
+            assert isinstance(outcome.input, GangHoldOver | AliveDue), outcome
     alone.handle(alone.agent.probed())
 
 

@@ -58,6 +58,14 @@ class InventoryContract:
 
         assert fraction is None or 0 <= fraction <= 1
 
+    def test_direct_links_lead_to_other_gpus_of_the_host_at_some_rate(self, world: World) -> None:
+        uuids = {gpu.uuid for gpu in world.inventory.gpus()}
+        for uuid in uuids:
+            rates = world.inventory.peer_bytes_per_s(uuid)
+
+            assert rates.keys() <= uuids - {uuid}
+            assert all(rate > 0 for rate in rates.values())
+
     def test_no_fault_is_an_empty_answer(self, world: World) -> None:
         assert world.inventory.faults(wait_s=0) == ()
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from kit.outcomes import Context, Outcome
+from kit.outcomes import Context, Outcome, Timer
 from schemas.deployments import IsolationGrade
-from schemas.nodes import GpuOffer, LeaseRefused, LeaseReleased, NodeJoined, RefusalReason
+from schemas.nodes import GpuOffer, LeaseRefused, LeaseReleased, NodeAlive, NodeJoined, RefusalReason
 from schemas.units import GiB
 from services.nodeagent.core import SERVICE
-from services.nodeagent.inputs import NodeProbed, ProbeNode, StartEngine, StopEngine
+from services.nodeagent.inputs import AliveDue, NodeProbed, ProbeNode, StartEngine, StopEngine
+from services.nodeagent.settings import NodeAgentSettings
 from tests.unit.nodeagent.builders import NODE, Agent, gpu, outline, proposal, release, replica, start_of
 
 
@@ -212,7 +213,37 @@ def agent_with(name: str, step: str) -> Agent:
 def test_a_new_agent_looks_at_its_node_first() -> None:
     agent = Agent()
 
-    assert [ProbeNode()] == list(SERVICE.on_start(agent.state, context()))
+    assert ProbeNode() == SERVICE.on_start(agent.state, context())[0]
+
+
+def test_an_agent_says_that_it_is_there_from_its_start_on_and_keeps_no_history_of_it() -> None:
+    agent = Agent()
+    (first,) = [o for o in SERVICE.on_start(agent.state, context()) if isinstance(o, Timer)]
+    assert Timer(due_s=context().now_s, input=AliveDue()) == first
+
+    alive, again = agent.handle(first.input)
+
+    assert NodeAlive(node=NODE, machine_id="m", writer_epoch=1) == alive
+    assert Timer(due_s=agent.now_s + agent.state.settings.alive_s, input=AliveDue()) == again
+
+
+def test_an_agent_that_shall_not_say_so_is_silent() -> None:
+    state = SERVICE.new_state(NodeAgentSettings(alive_s=0.0))
+
+    assert [ProbeNode()] == list(SERVICE.on_start(state, context()))
+
+
+def test_a_node_tells_what_its_host_has_and_how_its_operator_calls_it() -> None:
+    state = SERVICE.new_state(NodeAgentSettings(node=NODE, labels={"zone": "a"}))
+    probed = NodeProbed(
+        machine_id="m", gpus=(gpu(),), host_budget_bytes=GiB, holder_url="", label="software GPU", cpu_millicores=8000,
+        memory_bytes=64 * GiB,
+    )  # fmt: skip
+
+    joined = SERVICE.handlers[NodeProbed](state, probed, context())[0]
+
+    assert isinstance(joined, NodeJoined)
+    assert (8000, 64 * GiB, {"zone": "a"}) == (joined.cpu_millicores, joined.memory_bytes, joined.labels)
 
 
 @pytest.mark.parametrize(
