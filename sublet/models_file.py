@@ -191,10 +191,11 @@ def _findings_of(error: Any, path: Path_) -> Iterator[Finding]:
             hint = suggestion(str(value), error.validator_value)
             choices = ", ".join(error.validator_value)
             yield Finding(path=path, message=f"unknown {setting} '{_shown(value)}'; use one of {choices}", hint=hint)
-        case "maximum":
-            message = f"{setting} {_shown(value)} is more than one GPU; a replica on several GPUs is not supported yet"
-            yield Finding(path=path, message=message, hint="for a size add its unit, for example 20GiB")
-        case "minProperties":
+        case "maximum" if error.validator_value == PORTION_MAX:
+            message = f"{setting} {_shown(value)} is more than one GPU"
+            hint = "for a size add its unit, for example 20GiB; for two GPUs write `gpus: 2` and the share of each"
+            yield Finding(path=path, message=message, hint=hint)
+        case "minProperties" if path == ("models",):
             yield Finding(path=path, message=f"{setting} must not be empty", hint="add a model below it")
         case "pattern" if "x-name" in error.schema:
             yield Finding(path=path, key=str(value), message=f"'{_shown(value)}' is no model name; {expects}")
@@ -243,6 +244,8 @@ def _semantic_findings(settings: Mapping[str, Any]) -> Iterator[Finding]:
         message = f"the limit {_shown(limit_value)} is below the request {_shown(written)}"
         yield Finding(path=limit_path, message=message, hint="raise the limit or lower the share")
     yield from _oversized(settings)
+    if settings.get("gang") is True and settings.get("replicas", 1) == 1:
+        yield Finding(path=("gang",), message="a gang of one replica is no gang", hint="add `replicas: 2` or more")
     engine, kind = settings.get("engine"), settings.get("kind")
     if kind == "training" and engine not in (None, "training"):
         yield Finding(path=("engine",), message="a training job needs engine training", hint="leave `engine` out")
@@ -254,11 +257,11 @@ def _oversized(settings: Mapping[str, Any]) -> Iterator[Finding]:
     """Well-formed sizes and durations that no number on the wire can hold."""
     share = settings.get("share")
     inner = {("share", key): value for key, value in share.items()} if isinstance(share, dict) else {}
-    amounts = {(key,): settings.get(key) for key in ("weights", "share", "limit")} | inner
+    amounts = {(key,): settings.get(key) for key in ("weights", "share", "limit", "memory")} | inner
     for path, value in amounts.items():
         if isinstance(value, str) and SIZE.fullmatch(value) and bytes_of(value) is None:
             yield Finding(path=path, message=f"{_shown(value)} is larger than any memory")
-    for key in _DURATIONS:
+    for key in (*_DURATIONS, *_BOUNDS):
         value = settings.get(key)
         if isinstance(value, str) and DURATION.fullmatch(value) and seconds_of(value) is None:
             yield Finding(path=(key,), message=f"{_shown(value)} is longer than any time")
@@ -296,8 +299,9 @@ def _translate(name: str, settings: Mapping[str, Any]) -> contract.DeploymentSpe
     engine = settings.get("engine") or ("training" if kind == "training" else "simulated")
     weights_bytes = bytes_of(settings["weights"])
     assert weights_bytes is not None, settings
-    seconds = {key: seconds_of(settings[key]) for key in _DURATIONS if key in settings}
+    seconds = {key: seconds_of(settings[key]) for key in (*_DURATIONS, *_BOUNDS) if key in settings}
     swap = {field: seconds[key] for key, field in _DURATIONS.items() if key in seconds and field}
+    bounds = {field: seconds[key] for key, field in _BOUNDS.items() if key in seconds}
     if "parkable" in settings:
         swap["is_parkable"] = settings["parkable"]
     return contract.DeploymentSpec(
@@ -314,9 +318,32 @@ def _translate(name: str, settings: Mapping[str, Any]) -> contract.DeploymentSpe
         priority=settings.get("priority"),
         is_preemptible=settings.get("preemptible"),
         swap=contract.SwapSpec(**swap),  # type: ignore[arg-type]  # Durations are set where their key is.
+        replica_count=settings.get("replicas", 1),
+        host=contract.HostSpec(
+            cpu_millicores=round(settings.get("cpu", 0) * 1000),
+            memory_bytes=bytes_of(settings["memory"]) or 0 if "memory" in settings else 0,
+        ),
+        placement=_placement(settings, bounds),
     )
 
 
+def _placement(settings: Mapping[str, Any], bounds: Mapping[str, float | None]) -> contract.PlacementSpec:
+    strategy = settings.get("strategy", {})
+    inner = strategy if isinstance(strategy, dict) else {"node": strategy, "gpu": strategy}
+    return contract.PlacementSpec(
+        gpu_models=tuple(settings.get("gpu_models", ())),
+        node_labels=dict(settings.get("node_labels", {})),
+        node_strategy=inner.get("node", "binpack"),
+        gpu_strategy=inner.get("gpu", "binpack"),
+        anti_affinity=settings.get("anti_affinity", "none"),
+        is_gang=settings.get("gang", False),
+        is_movable=settings.get("movable", True),
+        **bounds,  # type: ignore[arg-type]  # Durations are set where their key is.
+    )
+
+
+_BOUNDS: Final = {"minimum_runtime": "minimum_runtime_s", "preemption_delay": "preemption_delay_s"}
+"""Settings that are durations, and their field in `PlacementSpec`."""
 _DURATIONS: Final = {
     "warm": "warm_window_s",
     "cold_after": "cold_after_s",
@@ -342,4 +369,5 @@ def _share(settings: Mapping[str, Any]) -> contract.ShareSpec:
         limit_portion=limit if isinstance(limit, float) else None,
         limit_bytes=limit if isinstance(limit, int) else None,
         minimum_grade=settings.get("minimum_grade"),
+        gpu_count=settings.get("gpus", 1),
     )

@@ -7,7 +7,15 @@ from typing import Any, Final
 
 import msgspec
 
-from schemas.deployments import DEFAULT_PRIORITY, PRIORITIES, EngineKind, IsolationGrade, WorkloadKind
+from schemas.deployments import (
+    DEFAULT_PRIORITY,
+    PRIORITIES,
+    AntiAffinity,
+    EngineKind,
+    IsolationGrade,
+    Strategy,
+    WorkloadKind,
+)
 from schemas.units import ModelName
 
 SIZE_PATTERN: Final = r"^\d+(\.\d+)? ?(B|[KMGT]i?B)$"
@@ -50,7 +58,7 @@ def _model() -> dict[str, Any]:
         "x-expects": "a mapping of settings",
         "required": ["weights", "share"],
         "additionalProperties": False,
-        "properties": {**_what(), **_room(), **_swap()},
+        "properties": {**_what(), **_room(), **_where(), **_swap()},
     }
 
 
@@ -105,6 +113,69 @@ def _room() -> dict[str, Any]:
         },
         "limit": limit,
         "minimum_grade": _choice(IsolationGrade, "Only nodes that enforce the share at least this strongly."),
+    }
+
+
+def _where() -> dict[str, Any]:
+    """How many replicas, on how many GPUs, where, and what they put up with."""
+    return {
+        "gpus": _count("GPUs that one replica spans, all on one node; share and limit are of each. Default: 1.", 2, 64),
+        "replicas": _count("Replicas that run side by side. Default: 1.", 3, 4096),
+        "gang": _yes("All replicas start together, or none does. Default: false."),
+        "cpu": {
+            "description": "CPU cores of the host that one replica asks for. Default: 0, not counted.",
+            "examples": [4],
+            "type": "number",
+            "minimum": 0,
+            "x-expects": "a number of cores such as 4 or 0.5",
+        },
+        "memory": _size("Host memory that one replica asks for beside its parked weights. Default: 0.", "16GiB"),
+        "gpu_models": {
+            "description": "Names of GPUs, any of which will do; a part of the name is enough. Default: any.",
+            "examples": [["H100", "H200"]],
+            "type": "array",
+            "x-expects": "a list of names of GPUs such as [H100, H200]",
+            "items": {"type": "string", "minLength": 1, "x-expects": "the name of a GPU such as H100"},
+        },
+        "node_labels": {
+            "description": "Only nodes that carry all of these labels.",
+            "examples": [{"zone": "a"}],
+            "type": "object",
+            "x-expects": "a mapping from labels to values",
+            "additionalProperties": {"type": "string", "x-expects": "a text"},
+        },
+        "strategy": {
+            "description": "Fill what is partly used, or keep apart; for nodes and GPUs, or each for itself. "
+            "Default: binpack.",
+            "type": ["string", "object"],
+            "pattern": f"^({'|'.join(Strategy)})$",
+            "x-expects": f"{' or '.join(Strategy)}, or a mapping with node and gpu",
+            "minProperties": 1,
+            "additionalProperties": False,
+            "properties": {
+                "node": _choice(Strategy, "For nodes. Default: binpack."),
+                "gpu": _choice(Strategy, "For the GPUs of a node. Default: binpack."),
+            },
+        },
+        "anti_affinity": _choice(AntiAffinity, "Which place two replicas of the model never share. Default: none."),
+        "movable": _yes("May it be moved to another GPU, behind a ready replacement. Default: true."),
+        "minimum_runtime": _duration("Once running, it is not preempted sooner. Default: 0s.", "10m"),
+        "preemption_delay": _duration("So long it waits for free room before it displaces others. Default: 0s.", "30s"),
+    }
+
+
+def _yes(description: str) -> dict[str, Any]:
+    return {"description": description, "type": "boolean", "x-expects": "true or false"}
+
+
+def _count(description: str, example: int, most: int) -> dict[str, Any]:
+    return {
+        "description": description,
+        "examples": [example],
+        "type": "integer",
+        "minimum": 1,
+        "maximum": most,
+        "x-expects": f"a whole number from 1 to {most}",
     }
 
 

@@ -43,7 +43,7 @@ modells: 1
 
 
 NO_SHARE = "share must be a part of one GPU such as 0.3, or a size such as 20GiB; found"
-MANY_GPUS = "is more than one GPU; a replica on several GPUs is not supported yet"
+MANY_GPUS = "is more than one GPU"
 START = "not YAML: while"
 
 
@@ -68,9 +68,9 @@ models.yaml:3:14: weights must be a size with its unit, for example 14.5GB; foun
 models.yaml:5:5: unknown setting 'limt'
     5 |     limt: 0.4
       |     ^^^^  did you mean 'limit'?
-models.yaml:8:12: share 1.5 is more than one GPU; a replica on several GPUs is not supported yet
+models.yaml:8:12: share 1.5 is more than one GPU
     8 |     share: 1.5
-      |            ^^^  for a size add its unit, for example 20GiB
+      |            ^^^  for a size add its unit, for example 20GiB; for two GPUs write `gpus: 2` and the share of each
 models.yaml:9:15: unknown priority 'hihg'; use one of very-low, low, medium-low, medium, medium-high, high, very-high
     9 |     priority: hihg
       |               ^^^^  did you mean 'high'?
@@ -265,6 +265,71 @@ def test_the_library_is_as_strict_as_the_file() -> None:
 
     assert len(caught.value.facts) == 2
     assert "unknown setting 'limt' - did you mean 'limit'?" in caught.value.facts
+
+
+def test_a_replica_may_span_gpus_and_say_where_it_goes() -> None:
+    text = """
+models:
+  giant:
+    weights: 240GB
+    share: 0.9
+    gpus: 4
+    replicas: 2
+    gang: true
+    cpu: 16.5
+    memory: 64GiB
+    gpu_models: [H100, H200]
+    node_labels: {zone: a}
+    strategy: {node: spread}
+    anti_affinity: node
+    movable: false
+    minimum_runtime: 10m
+    preemption_delay: 30s
+"""
+
+    (giant,) = parse(text)
+
+    assert (giant.share.gpu_count, giant.replica_count) == (4, 2)
+    assert giant.host == contract.HostSpec(cpu_millicores=16_500, memory_bytes=64 * 1024**3)
+    assert giant.placement == contract.PlacementSpec(
+        gpu_models=("H100", "H200"),
+        node_labels={"zone": "a"},
+        node_strategy="spread",
+        gpu_strategy="binpack",
+        anti_affinity="node",
+        is_gang=True,
+        is_movable=False,
+        minimum_runtime_s=600.0,
+        preemption_delay_s=30.0,
+    )
+
+
+def test_one_word_is_the_strategy_of_nodes_and_of_gpus() -> None:
+    (chat,) = parse("models:\n  chat: {weights: 1GB, share: 0.3, strategy: spread}\n")
+
+    assert (chat.placement.node_strategy, chat.placement.gpu_strategy) == ("spread", "spread")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("gpus: 0", "gpus must be a whole number from 1 to 64; found '0'"),
+        ("gpus: 65", "gpus must be a whole number from 1 to 64; found '65'"),
+        ("replicas: many", "replicas must be a whole number from 1 to 4096; found 'many'"),
+        ("cpu: -1", "cpu must be a number of cores such as 4 or 0.5; found '-1'"),
+        ("strategy: pack", "strategy must be binpack or spread, or a mapping with node and gpu; found 'pack'"),
+        ("strategy: {nod: spread}", "unknown setting 'nod'"),
+        ("anti_affinity: nodes", "unknown anti_affinity 'nodes'; use one of none, gpu, node"),
+        ("gpu_models: H100", "gpu_models must be a list of names of GPUs such as [H100, H200]; found 'H100'"),
+        ("node_labels: [a]", "node_labels must be a mapping from labels to values; found a list"),
+        ("preemption_delay: 30", "preemption_delay must be a duration with its unit, for example 30s; found '30'"),
+        ("gang: true", "a gang of one replica is no gang"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_told(setting: str, message: str) -> None:
+    text = f"models:\n  chat:\n    weights: 1GB\n    share: 0.3\n    {setting}\n"
+
+    assert messages(text) == [message]
 
 
 def test_every_setting_is_described() -> None:
