@@ -23,7 +23,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 52, 130, 16, 44
 X_FROM: Final = 70
 """Percent of arrivals; before, all policies are equal."""
 COLOURS: Final = {
-    "shortage": "#d1495b",
+    "least-waste": "#d1495b",
     "fgd": "#3d7dca",
     "first-fit": "#2a9d8f",
     "best-fit": "#b8860b",

@@ -76,7 +76,7 @@ def test_a_list_that_asks_for_more_than_130_percent_loses_pods(files: tuple[Path
     assert sum(map(gpu_milli_of, read_pods(files[1]).arrivals(1, 1000))) <= 1300
 
 
-@pytest.mark.parametrize("policy", ["random", "dot-product", "best-fit", "first-fit", "fgd", "shortage", "spread"])
+@pytest.mark.parametrize("policy", ["random", "dot-product", "best-fit", "first-fit", "fgd", "least-waste", "spread"])
 def test_no_run_takes_more_than_there_is(files: tuple[Path, Path], policy: str) -> None:
     cluster, pods = read_cluster(files[0]).times(20), read_pods(files[1])
     run = carry_out(cluster, pods, policy, 7, is_compiled=False)
@@ -143,11 +143,11 @@ def test_the_figures_of_one_list_and_one_policy_have_plain_names(files: tuple[Pa
 
 def test_several_lists_or_policies_are_told_apart(files: tuple[Path, Path]) -> None:
     cluster, pods = read_cluster(files[0]), read_pods(files[1])
-    outcome = placement.measure(cluster, [pods], ["fgd", "shortage"], [1], scale=2, progress=Progress())
+    outcome = placement.measure(cluster, [pods], ["fgd", "least-waste"], [1], scale=2, progress=Progress())
     report = outcome.report()
 
     assert "fgd_allocated_percent_mean" in report.figures
-    assert {"small_over_own_fgd_points", "shortage_decision_us_growth"} <= {bar.name for bar in report.bars}
+    assert {"small_over_own_fgd_points", "least_waste_decision_us_growth"} <= {bar.name for bar in report.bars}
     assert "| small |" in placement_page.text(outcome, "abc")
     assert placement_page.picture(outcome).count("<polyline") == 2
 
