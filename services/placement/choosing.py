@@ -1,25 +1,50 @@
-"""Where a replica goes: the tightest GPU that has room, or the least promised one that it can share by taking turns."""
+"""Where a replica goes: room beside all requests by the packing policy, or a GPU that it can share by taking turns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from schemas.deployments import GRADE_ORDER, DeploymentSpec, ShareSpec
-from schemas.nodes import GpuOffer
-from schemas.placement import Alternative, FailureReason
-from schemas.units import GiB
-from services.placement.state import ClusterState, Node
+from schemas.deployments import AntiAffinity, DeploymentSpec
+from schemas.placement import Alternative, Constraint, FailureReason, ReasonCode, ShareProposal
+from services.placement.demands import Demand, limit_bytes_on
+from services.placement.overcommit import Account, over_use_bytes
+from services.placement.packing.fleet import PARTS, Ask, NodeRoom, Place, unsuited
+from services.placement.rooms import Rooms
+from services.placement.state import ClusterState
+from services.placement.verdicts import Verdict, gib, verdict_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A GPU for one replica, and why."""
+    """A node and GPUs for one replica, and why."""
 
-    node: str
-    gpu_uuid: str
-    request_bytes: int
-    limit_bytes: int
+    place: Place
+    gpu_uuids: tuple[str, ...]
+    limit_bytes: tuple[int, ...]
+    codes: tuple[ReasonCode, ...]
     reason: str
-    alternatives: tuple[Alternative, ...]
+    policy: str = ""
+    alternatives: tuple[Alternative, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+
+    @property
+    def node(self) -> str:
+        return self.place.node
+
+    @property
+    def request_bytes(self) -> tuple[int, ...]:
+        """By shard."""
+        return self.place.units
+
+    def shares(self, replica_id: str) -> tuple[ShareProposal, ...]:
+        """For the replica of that name, one for each GPU."""
+        return tuple(
+            ShareProposal(
+                replica_id=replica_id, shard_index=shard, gpu_uuid=uuid, request_bytes=request, limit_bytes=limit
+            )
+            for shard, (uuid, request, limit) in enumerate(
+                zip(self.gpu_uuids, self.place.units, self.limit_bytes, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,187 +55,209 @@ class NoChoice:
     message: str
     missing_bytes: int
     remedy: str
-    alternatives: tuple[Alternative, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fit:
-    gpu: GpuOffer
-    node: str
-    request_bytes: int
-    left_bytes: int
-    """Allocatable less all requests with this one: negative when replicas must take turns."""
-
-
-def request_bytes_on(gpu: GpuOffer, share: ShareSpec) -> int:
-    """The request in bytes on this GPU. A portion is of allocatable bytes, rounded down, so that 0.5 + 0.5 fits."""
-    if share.request_bytes is not None:
-        return share.request_bytes
-    assert share.request_portion is not None
-    return int(gpu.allocatable_bytes * share.request_portion)
-
-
-def limit_bytes_on(gpu: GpuOffer, share: ShareSpec) -> int:
-    """The limit in bytes, at least the request and at most the GPU's allocatable bytes."""
-    wanted = request_bytes_on(gpu, share)
-    if share.limit_bytes is not None:
-        wanted = max(wanted, share.limit_bytes)
-    elif share.limit_portion is not None:
-        wanted = max(wanted, int(gpu.allocatable_bytes * share.limit_portion))
-    return min(wanted, gpu.allocatable_bytes)
+    alternatives: tuple[Alternative, ...] = ()
+    codes: tuple[ReasonCode, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
 
 
 def choose(
-    state: ClusterState, spec: DeploymentSpec, *, refused_nodes: Sequence[str] = (), closed: Mapping[str, str] = {}
-) -> Choice | NoChoice:
-    """The GPU for one more replica of this deployment.
-
-    First choice: room for its request beside all other requests, on the GPU that is left with the least (best fit; ties
-    to the smaller UUID). Second, for replicas that may be parked: a GPU whose replicas can take turns, where the
-    smallest part is promised already. O(replicas + GPUs).
-    """
-    fits: list[_Fit] = []
-    alternatives: list[Alternative] = []
-    for node, gpu in _gpus(state):
-        verdict = _fit(state, node, gpu, spec, refused_nodes, closed)
-        if isinstance(verdict, _Fit):
-            fits.append(verdict)
-        else:
-            alternatives.append(verdict)
-    roomy = [fit for fit in fits if fit.left_bytes >= 0]
-    if roomy:
-        best = min(roomy, key=lambda fit: (fit.left_bytes, fit.gpu.gpu_uuid))
-        reason = f"tightest fit: {_gib(best.left_bytes)} left to promise"
-    elif fits:
-        best = min(fits, key=lambda fit: (-fit.left_bytes / fit.gpu.allocatable_bytes, fit.gpu.gpu_uuid))
-        reason = f"shares by taking turns: requests exceed the GPU by {_gib(-best.left_bytes)}"
-    else:
-        return _no_choice(state, spec, alternatives)
-    others = [
-        Alternative(node=f.node, gpu_uuid=f.gpu.gpu_uuid, reason=_why_not(f, best)) for f in fits if f is not best
-    ]
-    return Choice(
-        node=best.node,
-        gpu_uuid=best.gpu.gpu_uuid,
-        request_bytes=best.request_bytes,
-        limit_bytes=limit_bytes_on(best.gpu, spec.share),
-        reason=reason,
-        alternatives=(*others, *alternatives),
-    )
-
-
-def _why_not(fit: _Fit, best: _Fit) -> str:
-    """Why a GPU that would do was not chosen."""
-    if fit.left_bytes >= 0:
-        return f"would do too, but {_gib(fit.left_bytes)} would be left to promise"
-    over = f"requests would exceed it by {_gib(-fit.left_bytes)}"
-    return f"would need to take turns: {over}" if best.left_bytes >= 0 else f"is promised more: {over}"
-
-
-def _gpus(state: ClusterState) -> Iterator[tuple[Node, GpuOffer]]:
-    for name in sorted(state.nodes):
-        node = state.nodes[name]
-        for uuid in sorted(node.gpus):
-            yield node, node.gpus[uuid]
-
-
-def _fit(
     state: ClusterState,
-    node: Node,
-    gpu: GpuOffer,
     spec: DeploymentSpec,
-    refused_nodes: Sequence[str],
-    closed: Mapping[str, str],
-) -> _Fit | Alternative:
-    """Whether and how it fits this GPU."""
+    *,
+    now_s: float,
+    deployment_id: str = "",
+    refused_nodes: Collection[str] = (),
+    besides: Sequence[Choice] = (),
+) -> Choice | NoChoice:
+    """The place for one more replica of this deployment, or why there is none. Changes nothing that lasts.
 
-    def no(reason: str, short_by_bytes: int = 0) -> Alternative:
-        return Alternative(node=node.name, gpu_uuid=gpu.gpu_uuid, reason=reason, short_by_bytes=max(0, short_by_bytes))
-
-    if node.name in closed:
-        return no(closed[node.name])
-    if node.name in refused_nodes:
-        return no("the node refused it")
-    minimum = spec.share.minimum_grade
-    if minimum is not None and GRADE_ORDER.index(gpu.grade) > GRADE_ORDER.index(minimum):
-        return no(f"grade '{gpu.grade}' is weaker than the demanded '{minimum}'")
-    request_bytes = request_bytes_on(gpu, spec.share)
-    if request_bytes > gpu.allocatable_bytes:
-        return no("larger than the GPU", request_bytes - gpu.allocatable_bytes)
-    if spec.swap.is_parkable:
-        over_bytes = _host_bytes(state, node.name) + spec.engine.weights_bytes - node.host_budget_bytes
-        if over_bytes > 0:
-            return no("no host memory for its parked weights", over_bytes)
-    fixed, resting, largest, promised = _account(state, gpu.gpu_uuid)
-    residue_bytes = min(state.settings.residue_bytes, request_bytes)
-    if spec.swap.is_parkable:
-        resting, largest = resting + residue_bytes, max(largest, request_bytes - residue_bytes)
-    else:
-        fixed += request_bytes
-    short_bytes = fixed + resting + largest - gpu.allocatable_bytes
-    if short_bytes > 0:
-        return no("no room", short_bytes)
-    left_bytes = gpu.allocatable_bytes - promised - request_bytes
-    return _Fit(gpu=gpu, node=node.name, request_bytes=request_bytes, left_bytes=left_bytes)
-
-
-def _account(state: ClusterState, gpu_uuid: str) -> tuple[int, int, int, int]:
-    """(always resident, residues of those that park, largest share above its residue among them, all requests)."""
-    fixed = resting = largest = promised = 0
-    for replica in state.on_gpu(gpu_uuid):
-        request_bytes = replica.request_on(gpu_uuid)
-        promised += request_bytes
-        if replica.is_parkable:
-            residue_bytes = replica.residue_on(gpu_uuid)
-            resting += residue_bytes
-            largest = max(largest, request_bytes - residue_bytes)
-        else:
-            fixed += request_bytes
-    return fixed, resting, largest, promised
-
-
-def _host_bytes(state: ClusterState, node: str) -> int:
-    return sum(r.weights_bytes for r in state.on_node(node) if r.is_parkable)
-
-
-def _no_choice(state: ClusterState, spec: DeploymentSpec, alternatives: list[Alternative]) -> NoChoice:
-    """The reason that is nearest to a solution: what is short by least."""
-    if not alternatives:
-        return NoChoice(
-            reason=FailureReason.NO_NODE,
-            message="no node has joined yet",
-            missing_bytes=0,
-            remedy="start a node agent; the deployment is placed as soon as one joins",
-            alternatives=(),
+    First, room for its request beside all other requests, where the packing policy wants it. Second, GPUs whose
+    replicas can take turns (`overcommit`), those of which the smallest part is promised. `besides`: what was chosen for
+    the same deployment in the input at hand. Without room for any equal demand the answer costs nothing until
+    something grows.
+    """
+    rooms = state.index.rooms
+    rooms.open_until(now_s, state.nodes)
+    demand = state.index.demand_of(deployment_id, spec)
+    near = _Nearness(state, demand, deployment_id, besides)
+    excluded = (*refused_nodes, *near.nodes)
+    verdict = rooms.verdict(demand, now_s, excluded, near.gpus)
+    if verdict is None:
+        ask = rooms.ask_of(demand)
+        found = None if ask is None else _place(state, demand, ask, excluded, near.gpus, now_s, deployment_id)
+        if found is not None:
+            return _choice(state, spec, *found)
+        verdict = verdict_of(
+            state, demand, now_s=now_s, refused_nodes=refused_nodes, near_nodes=near.nodes, near_gpus=near.gpus
         )
-    short = [a for a in alternatives if a.short_by_bytes]
-    nearest = min(short, key=lambda a: (a.short_by_bytes, a.gpu_uuid)) if short else alternatives[0]
-    missing = nearest.short_by_bytes
-    where = f"{nearest.node}/{nearest.gpu_uuid[:12]}"
-    reasons = {
-        "larger than the GPU": (FailureReason.LARGER_THAN_ANY_GPU, f"use a share smaller by {_gib(missing)}"),
-        "no host memory for its parked weights": (
-            FailureReason.NO_HOST_MEMORY,
-            f"raise the node's host budget by {_gib(missing)}, or retire a parked model",
-        ),
-        "no room": (FailureReason.NO_GPU_HAS_ROOM, f"retire a deployment, or use a share smaller by {_gib(missing)}"),
-        "the node is lost": (FailureReason.NO_NODE, "see why its node agent is silent"),
-        "the node is quarantined: it came and went": (FailureReason.NO_NODE, "it is tried when the quarantine ends"),
-        "the node refused it": (FailureReason.REFUSED_BY_NODE, "see the node's reason in the events"),
-    }
-    reason, remedy = reasons.get(
-        nearest.reason,
-        (FailureReason.GRADE_NOT_AVAILABLE, "lower the minimum grade, or add a node that can enforce it"),
-    )
-    by = f" by {_gib(missing)}" if missing else ""
+        rooms.remember(demand, now_s, verdict, excluded, near.gpus)
+    return no_choice(spec, verdict)
+
+
+def no_choice(spec: DeploymentSpec, verdict: Verdict) -> NoChoice:
     return NoChoice(
-        reason=reason,
-        message=f"{spec.name} fits no GPU; nearest is {where}: {nearest.reason}{by}",
-        missing_bytes=missing,
-        remedy=remedy,
-        alternatives=tuple(alternatives),
+        reason=verdict.reason,
+        message=verdict.message_for(spec.name),
+        missing_bytes=verdict.missing_bytes,
+        remedy=verdict.remedy,
+        alternatives=verdict.alternatives,
+        codes=verdict.codes,
+        constraints=verdict.constraints,
     )
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GiB:.1f} GiB"
+@dataclass(slots=True)
+class _Nearness:
+    """Where replicas of the same deployment are already, as far as they must keep apart."""
+
+    nodes: tuple[str, ...] = ()
+    gpus: frozenset[tuple[str, int]] = frozenset()
+    """(node, position)"""
+
+    def __init__(self, state: ClusterState, demand: Demand, deployment_id: str, besides: Sequence[Choice]) -> None:
+        self.nodes, self.gpus = (), frozenset()
+        if demand.anti_affinity is AntiAffinity.NONE:
+            return
+        siblings = state.index.of_deployment.get(deployment_id, {}).values()
+        if demand.anti_affinity is AntiAffinity.NODE:
+            self.nodes = tuple(sorted({r.node for r in siblings} | {c.node for c in besides}))
+            return
+        positions = state.index.rooms.positions
+        there = {
+            (replica.node, positions[replica.node][uuid])
+            for replica in siblings
+            for uuid in replica.gpu_uuids
+            if uuid in positions.get(replica.node, {})
+        }
+        self.gpus = frozenset(there | {(c.node, gpu) for c in besides for gpu in c.place.gpu_indices})
+
+
+def _place(
+    state: ClusterState,
+    demand: Demand,
+    ask: Ask,
+    excluded: tuple[str, ...],
+    left_out: frozenset[tuple[str, int]],
+    now_s: float,
+    deployment_id: str,
+) -> tuple[Place, bool] | None:
+    """The place, and whether it is shared by taking turns."""
+    rooms = state.index.rooms
+    if demand.weights_bytes:
+        excluded = (*excluded, *rooms.without_park_memory(demand.weights_bytes))
+    with _LeftOut(rooms, left_out):
+        packer = rooms.packer(spreads_nodes=demand.spreads_nodes)
+        place = packer.choose(ask, without_nodes=excluded, gpu_spread=demand.spreads_gpus)
+    if place is not None:
+        return place, False
+    place = _turns(state, demand, ask, frozenset(excluded), left_out, now_s, deployment_id)
+    return None if place is None else (place, True)
+
+
+class _LeftOut:
+    """While open, these GPUs have nothing left to give."""
+
+    def __init__(self, rooms: Rooms, gpus: frozenset[tuple[str, int]]) -> None:
+        self._rooms = rooms
+        self._taken = [
+            (node, gpu, left) for node, gpu in sorted(gpus) if (left := rooms.fleet.nodes[node].free_units[gpu]) > 0
+        ]
+
+    def __enter__(self) -> None:
+        for node, gpu, left in self._taken:
+            self._rooms.fleet.take(node, (gpu,), (left,))
+
+    def __exit__(self, *_: object) -> None:
+        for node, gpu, left in self._taken:
+            self._rooms.fleet.give(node, (gpu,), (left,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A GPU that could be shared. Ordered by how much is promised there already, in parts of it."""
+
+    promised_parts: int
+    gpu: int
+    units: int
+    account: Account
+
+
+def _turns(
+    state: ClusterState,
+    demand: Demand,
+    ask: Ask,
+    excluded: frozenset[str],
+    left_out: frozenset[tuple[str, int]],
+    now_s: float,
+    deployment_id: str,
+) -> Place | None:
+    """GPUs whose replicas can take turns with one more, the least promised ones; ties by node and position.
+
+    O(nodes x GPUs), once until something grows.
+    """
+    rooms = state.index.rooms
+    found: list[tuple[int, str, list[_Turn]]] = []
+    for room in rooms.fleet:
+        if unsuited(room, ask, excluded):
+            continue
+        turns = sorted(_turns_on(state, room, demand, ask, left_out), key=lambda t: (t.promised_parts, t.gpu))
+        if len(turns) >= ask.gpu_count:
+            chosen = turns[: ask.gpu_count]
+            found.append((chosen[-1].promised_parts, room.name, chosen))
+    found.sort(key=lambda entry: entry[:2])
+    for _, node, chosen in found:
+        if all(_use_allows(state, node, turn, demand, now_s, deployment_id) for turn in chosen):
+            ordered = sorted(chosen, key=lambda turn: turn.gpu)
+            return Place(node, tuple(t.gpu for t in ordered), tuple(t.units for t in ordered))
+    return None
+
+
+def _turns_on(
+    state: ClusterState, room: NodeRoom, demand: Demand, ask: Ask, left_out: frozenset[tuple[str, int]]
+) -> Iterator[_Turn]:
+    for gpu, account in enumerate(state.index.rooms.accounts[room.name]):
+        units = ask.units_on(room.shape.gpus[gpu])
+        if units is None or not 0 < account.allocatable_bytes >= units or (room.name, gpu) in left_out:
+            continue
+        residue_bytes = min(state.settings.residue_bytes, units) if demand.is_parkable else 0
+        if account.short_with(units, residue_bytes, is_parkable=demand.is_parkable) <= 0:
+            promised = account.allocatable_bytes - account.left_bytes(units)
+            yield _Turn(promised * PARTS // account.allocatable_bytes, gpu, units, account)
+
+
+def _use_allows(state: ClusterState, node: str, turn: _Turn, demand: Demand, now_s: float, deployment_id: str) -> bool:
+    """The third bound, where requests exceed the GPU."""
+    if turn.account.left_bytes(turn.units) >= 0:
+        return True
+    over_bytes = over_use_bytes(
+        state,
+        node,
+        turn.gpu,
+        turn.units,
+        is_parkable=demand.is_parkable,
+        now_s=now_s,
+        deployment_id=deployment_id,
+    )
+    return over_bytes <= 0
+
+
+def _choice(state: ClusterState, spec: DeploymentSpec, place: Place, is_shared: bool) -> Choice:  # noqa: FBT001
+    rooms = state.index.rooms
+    accounts = rooms.accounts[place.node]
+    uuids = tuple(rooms.gpu_uuids[place.node][gpu] for gpu in place.gpu_indices)
+    offers = state.nodes[place.node].gpus
+    left = min(accounts[gpu].left_bytes(units) for gpu, units in zip(place.gpu_indices, place.units, strict=True))
+    takes_turns = is_shared and left < 0
+    reason = (
+        f"shares by taking turns: requests exceed the GPU by {gib(-left)}"
+        if takes_turns
+        else f"room beside all requests: {gib(left)} left to promise"
+    )
+    return Choice(
+        place=place,
+        gpu_uuids=uuids,
+        limit_bytes=tuple(limit_bytes_on(offers[uuid], spec.share) for uuid in uuids),
+        codes=(ReasonCode.TAKES_TURNS if takes_turns else ReasonCode.ROOM_BESIDE_ALL,),
+        reason=reason,
+        policy="" if is_shared else rooms.packer(spreads_nodes=False).policy.name,
+    )

@@ -27,7 +27,8 @@ from schemas.placement import (
     ParkAsked,
     WakeAsked,
 )
-from services.placement.core import SERVICE, place, release_all
+from services.placement.core import SERVICE
+from services.placement.placing import next_turn, release_all
 from services.placement.state import ClusterState, Deployment
 
 
@@ -97,15 +98,8 @@ def deploy_requested(state: ClusterState, command: DeployRequested, ctx: Context
         deployment=spec,
     )
     outcomes += _admit(command, admitted, f"{spec.name} is admitted", ctx)
-    wish = Deployment(
-        deployment_id=admitted.deployment_id,
-        tenant=ctx.tenant,
-        spec=spec,
-        admitted_at_s=ctx.now_s,
-        revision_count=revision_count,
-        replica_count=spec.replica_count,
-    )
-    return [*outcomes, *place(state, wish, ctx)]
+    # Placed in an input of its own, together with all that comes at the same time; one is enough for all of them.
+    return outcomes if state.index.untold else [*outcomes, next_turn(ctx)]
 
 
 @SERVICE.on(RetireRequested)

@@ -1,10 +1,9 @@
 """Placement's decisions: one fact for every command, a proposal or an explanation for every replica."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from kit.outcomes import Context, Input, Outcome, Timer
+from kit.outcomes import Context, Outcome, Timer
 from kit.service import Service
 from schemas.autoscaler import ReplicasDecided
 from schemas.gateways import LoadSampled
@@ -29,6 +28,8 @@ from schemas.placement import (
     CommandRejected,
     DeploymentAdmitted,
     DeploymentRetired,
+    GangAbandoned,
+    GangCommitted,
     KeyAdded,
     KeyRevoked,
     MoveDecided,
@@ -43,20 +44,14 @@ from schemas.placement import (
     QuotaSet,
     ReleaseProposed,
     RepackAsked,
-    ReplicaProposal,
-    ShareProposal,
     WakeAsked,
 )
 from services.placement import folds as fold
-from services.placement import moves, observed, presence, tenants
-from services.placement.choosing import Choice, choose
+from services.placement import gangs, moves, observed, presence, tenants
+from services.placement.gangs import GangDue, PlaceNext
+from services.placement.placing import next_turn, place_missing, place_soon, release, release_all
 from services.placement.presence import LookAround, QuarantineOver, SettleReturned
-from services.placement.state import ClusterState, Deployment, Replica, new_state
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlaceNext(Input):
-    """Go on with the deployments that came after the one that was proposed."""
+from services.placement.state import ClusterState, new_state
 
 
 def reads(node: str) -> Sequence[str]:
@@ -64,16 +59,20 @@ def reads(node: str) -> Sequence[str]:
 
 
 def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
-    return [*place_missing(state, ctx), *presence.begin(state, ctx)]
+    return [next_turn(ctx), *gangs.begin(state, ctx), *presence.begin(state, ctx)]
 
 
 def check_invariants(state: ClusterState) -> None:
-    """Every admitted deployment is placed, or it is known why not, or it comes after one that was just proposed."""
-    is_going_on = any(replica.state == "proposed" for replica in state.replicas.values())
-    for deployment in state.deployments.values():
-        placed = state.placed_count(deployment.deployment_id)
-        explained = bool(deployment.problem) or placed >= deployment.replica_count or is_going_on
-        assert explained, f"{deployment.spec.name} is neither placed nor explained"
+    """Who is not placed waits; gangs are held as a whole; nobody is counted twice."""
+    for deployment_id, deployment in state.deployments.items():
+        lacks = state.placed_count(deployment_id) < deployment.replica_count
+        assert lacks == (deployment_id in state.waiting), f"{deployment.spec.name} lacks replicas: {lacks}"
+        is_told = bool(deployment.problem) or deployment_id in state.index.untold
+        assert is_told or not lacks, f"{deployment.spec.name} is neither placed nor explained nor due"
+    for gang in state.gangs.values():
+        for ids in gang.replica_ids.values():
+            held = [state.replicas[replica_id].is_held for replica_id in ids if replica_id in state.replicas]
+            assert all(held), f"{gang.gang_id} is not complete, and a part of it may start"
 
 
 SERVICE: Service[ClusterState] = Service(
@@ -82,7 +81,7 @@ SERVICE: Service[ClusterState] = Service(
     reads=reads,
     on_start=on_start,
     check_invariants=check_invariants,
-    state_version=2,
+    state_version=3,
     inbox_cursor=lambda state: state.inbox_seq,
 )
 _FOLDS: tuple[tuple[type, Any], ...] = (
@@ -97,6 +96,8 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (PlacementProposed, fold.fold_proposed),
     (PlacementFailed, fold.fold_failed_placement),
     (ReleaseProposed, fold.fold_release),
+    (GangCommitted, fold.fold_committed),
+    (GangAbandoned, fold.fold_abandoned),
     (NodeJoined, fold.fold_joined),
     (LeaseGranted, fold.fold_granted),
     (LeaseRefused, fold.fold_refused),
@@ -127,119 +128,36 @@ for _kind, _fold in _FOLDS:
 # --- Placing ----------------------------------------------------------------------------------------------------------
 
 
-def place_missing(state: ClusterState, ctx: Context) -> Iterator[Outcome]:
-    """Try every deployment that lacks a replica, in the order of admission; each may take what the last one left.
-
-    One proposal per input, because it changes the account that the next decision needs. The others follow at once, not
-    when the node answers: it may be away for long.
-    """
-    wishes = [state.deployments[deployment_id] for deployment_id in state.waiting]
-    missing = sorted(wishes, key=lambda d: (d.admitted_at_s, d.deployment_id))
-    for deployment in missing:
-        outcomes = place(state, deployment, ctx)
-        yield from outcomes
-        if any(isinstance(outcome, PlacementProposed) for outcome in outcomes):
-            if deployment is not missing[-1]:
-                yield Timer(due_s=ctx.now_s, input=PlaceNext())
-            return
-
-
-def place(state: ClusterState, deployment: Deployment, ctx: Context) -> list[Outcome]:
-    """A proposal for its next replica, or the reason why there is none (once, not at each try)."""
-    spec = deployment.spec
-    number = deployment.created_count + 1
-    replica_id = f"{_slug(spec.name)}-{deployment.deployment_id}-{number}"
-    refused = deployment.refused_nodes
-    if len(refused) < state.settings.refusal_count:
-        refused = ()  # A refusal may be a matter of a stale view: ask again on a fresh one, a bounded number of times.
-    choice = choose(state, spec, refused_nodes=refused, closed=presence.closed(state, ctx.now_s))
-    if isinstance(choice, Choice):
-        share = ShareProposal(
-            replica_id=replica_id,
-            shard_index=0,
-            gpu_uuid=choice.gpu_uuid,
-            request_bytes=choice.request_bytes,
-            limit_bytes=choice.limit_bytes,
-        )
-        proposal = ReplicaProposal(
-            replica_id=replica_id,
-            deployment_id=deployment.deployment_id,
-            tenant=deployment.tenant,
-            deployment=spec,
-            shares=(share,),
-        )
-        return [
-            PlacementProposed(
-                at_s=ctx.now_s,
-                proposal_id=f"{replica_id}-{len(deployment.refused_nodes)}",
-                node=choice.node,
-                replicas=(proposal,),
-                reason=choice.reason,
-                alternatives=choice.alternatives,
-            )
-        ]
-    if deployment.problem == choice.message:
-        return []
-    return [
-        PlacementFailed(
-            at_s=ctx.now_s,
-            deployment_id=deployment.deployment_id,
-            replica_id=replica_id,
-            model=spec.name,
-            reason=choice.reason,
-            message=choice.message,
-            missing_bytes=choice.missing_bytes,
-            remedy=choice.remedy,
-            alternatives=choice.alternatives,
-        )
-    ]
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c == "-" else "-" for c in name.lower())[:40].strip("-")
-
-
-def release_all(state: ClusterState, deployment: Deployment, reason: str, ctx: Context) -> list[Outcome]:
-    return [
-        _release(replica, reason, ctx)
-        for replica in state.replicas_of(deployment.deployment_id)
-        if not replica.is_releasing
-    ]
-
-
-def _release(replica: Replica, reason: str, ctx: Context) -> ReleaseProposed:
-    return ReleaseProposed(at_s=ctx.now_s, node=replica.node, replica_id=replica.replica_id, reason=reason)
+@SERVICE.on(PlaceNext)
+def place_next(state: ClusterState, due: PlaceNext, ctx: Context) -> Sequence[Outcome]:
+    return place_missing(state, ctx)
 
 
 @SERVICE.on(NodeJoined)
 def node_joined(state: ClusterState, fact: NodeJoined, ctx: Context) -> Sequence[Outcome]:
-    return _back(state, fact.node, ctx) or list(place_missing(state, ctx))
-
-
-@SERVICE.on(PlaceNext)
-def place_next(state: ClusterState, due: PlaceNext, ctx: Context) -> Sequence[Outcome]:
-    return list(place_missing(state, ctx))
+    return _back(state, fact.node, ctx) or place_soon(state, ctx)
 
 
 @SERVICE.on(LeaseGranted)
 def lease_granted(state: ClusterState, fact: LeaseGranted, ctx: Context) -> Sequence[Outcome]:
-    """Go on with the next deployment; a replica that nobody wants any more is released at once."""
-    outcomes: list[Outcome] = []
-    for lease in fact.leases:
-        replica = state.replicas.get(lease.replica_id)
-        if replica is not None and replica.deployment_id not in state.deployments and not replica.is_releasing:
-            outcomes.append(_release(replica, "its deployment was retired meanwhile", ctx))
-    return [*outcomes, *place_missing(state, ctx)]
+    """A gang that is complete starts; a replica that nobody wants any more is released at once."""
+    outcomes: list[Outcome] = gangs.settle(state, ctx) if fact.gang_id else []
+    for replica_id in dict.fromkeys(lease.replica_id for lease in fact.leases):
+        replica = state.replicas.get(replica_id)
+        if replica is None or replica.is_releasing or replica.is_held or replica.deployment_id in state.deployments:
+            continue
+        outcomes.append(release(replica, "its deployment was retired meanwhile", ctx))
+    return outcomes
 
 
 @SERVICE.on(LeaseRefused)
 def lease_refused(state: ClusterState, fact: LeaseRefused, ctx: Context) -> Sequence[Outcome]:
-    return [*moves.advanced(state, ctx), *place_missing(state, ctx)]
+    return [*gangs.settle(state, ctx), *moves.advanced(state, ctx), next_turn(ctx)]
 
 
 @SERVICE.on(LeaseReleased)
 def lease_released(state: ClusterState, fact: LeaseReleased, ctx: Context) -> Sequence[Outcome]:
-    return [*moves.advanced(state, ctx), *place_missing(state, ctx)]
+    return [*gangs.settle(state, ctx), *moves.advanced(state, ctx), *place_soon(state, ctx)]
 
 
 @SERVICE.on(ReplicaReady)
@@ -248,15 +166,32 @@ def replica_ready(state: ClusterState, fact: ReplicaReady, ctx: Context) -> Sequ
     return list(moves.advanced(state, ctx))
 
 
+@SERVICE.on(ReplicaFailed)
+def replica_failed(state: ClusterState, fact: ReplicaFailed, ctx: Context) -> Sequence[Outcome]:
+    """One that failed for good leaves its place to others."""
+    return place_soon(state, ctx) if fact.is_final else []
+
+
+@SERVICE.on(GangDue)
+def gang_due(state: ClusterState, due: GangDue, ctx: Context) -> Sequence[Outcome]:
+    if due.gang_id not in state.gangs:
+        return []
+    missing_count = len(state.gangs[due.gang_id].missing)
+    reason = f"{missing_count} of its leases did not come in time"
+    return [*gangs.give_up(state, due.gang_id, reason, ctx), next_turn(ctx)]
+
+
 @SERVICE.on(ReplicasDecided)
 def replicas_decided(state: ClusterState, fact: ReplicasDecided, ctx: Context) -> Sequence[Outcome]:
-    """Zero is cold: every replica is released. More: the missing ones are placed."""
+    """Zero is cold: every replica is released. Fewer: those that serve least. More: the missing ones are placed."""
     deployment = state.deployments.get(fact.deployment_id)
     if deployment is None:
         return []
     if fact.replica_count == 0:
         return release_all(state, deployment, f"scaled to zero: {fact.reason}", ctx)
-    return list(place_missing(state, ctx))
+    reason = f"scaled to {fact.replica_count}: {fact.reason}"
+    surplus = presence.surplus(state, fact.deployment_id)
+    return [*(release(replica, reason, ctx) for replica in surplus), *place_soon(state, ctx)]
 
 
 # --- Nodes that come and go -------------------------------------------------------------------------------------------
@@ -264,7 +199,7 @@ def replicas_decided(state: ClusterState, fact: ReplicasDecided, ctx: Context) -
 
 @SERVICE.observing(LoadSampled)
 def observe_load(state: ClusterState, sample: LoadSampled, now_s: float) -> None:
-    observed.observe_load(state.observed, sample, now_s)
+    observed.observe_load(state.observed, sample, now_s, settings=state.settings)
 
 
 @SERVICE.observing(NodeAlive)
@@ -288,14 +223,14 @@ def _back(state: ClusterState, node: str, ctx: Context) -> list[Outcome]:
 
 @SERVICE.on(QuarantineOver)
 def quarantine_over(state: ClusterState, due: QuarantineOver, ctx: Context) -> Sequence[Outcome]:
-    return list(place_missing(state, ctx))
+    return [next_turn(ctx)]
 
 
 @SERVICE.on(LookAround)
 def look_around(state: ClusterState, due: LookAround, ctx: Context) -> Sequence[Outcome]:
     """Nodes that fell silent are lost, and their replicas are placed elsewhere at once."""
     lost = presence.lost(state, ctx)
-    again = [Timer(due_s=ctx.now_s, input=PlaceNext())] if lost else []
+    again = [next_turn(ctx)] if lost else []
     return [*lost, *again, *moves.advanced(state, ctx), presence.look_later(state, ctx)]
 
 

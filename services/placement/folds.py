@@ -25,6 +25,8 @@ from schemas.placement import (
     CommandFact,
     DeploymentAdmitted,
     DeploymentRetired,
+    GangAbandoned,
+    GangCommitted,
     KeyAdded,
     KeyRevoked,
     MoveDecided,
@@ -39,7 +41,8 @@ from schemas.placement import (
     ReleaseProposed,
     RepackAsked,
 )
-from services.placement.state import Claim, ClusterState, Deployment, Key, Move, Node, Repacking, Replica
+from services.placement.settings import PlacementSettings
+from services.placement.state import Claim, ClusterState, Deployment, Gang, Key, Move, Node, Repacking, Replica
 
 HOUR_S: Final = 3600.0
 
@@ -76,6 +79,7 @@ def fold_retired(state: ClusterState, fact: DeploymentRetired) -> None:
     deployment = state.deployments.pop(fact.deployment_id, None)
     if deployment is not None:
         index.drop_deployment(deployment)
+        state.observed.uses.forget(fact.deployment_id)
 
 
 def fold_key_added(state: ClusterState, fact: KeyAdded) -> None:
@@ -101,7 +105,6 @@ def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
             gang_id=fact.gang_id,
             residue_bytes=state.settings.residue_bytes,
         )
-        add_replica(state, replica)
         deployment = state.deployments.get(proposal.deployment_id)
         if deployment is not None:
             if not any(c.replica_id == proposal.replica_id for c in _claims_of(state, deployment)):
@@ -109,6 +112,18 @@ def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
             deployment.problem = deployment.remedy = ""
             deployment.alternatives, deployment.constraints = fact.alternatives, fact.constraints
             deployment.codes = fact.codes
+        add_replica(state, replica)
+        if fact.gang_id:
+            _join_gang(state, fact, replica)
+
+
+def _join_gang(state: ClusterState, fact: PlacementProposed, replica: Replica) -> None:
+    gang = state.gangs.get(fact.gang_id)
+    if gang is None:
+        gang = Gang(gang_id=fact.gang_id, deployment_id=replica.deployment_id, proposed_at_s=fact.at_s)
+        state.gangs[fact.gang_id] = gang
+    gang.replica_ids[fact.node] = (*gang.replica_ids.get(fact.node, ()), replica.replica_id)
+    gang.missing[replica.replica_id] = fact.node
 
 
 def fold_failed_placement(state: ClusterState, fact: PlacementFailed) -> None:
@@ -117,6 +132,61 @@ def fold_failed_placement(state: ClusterState, fact: PlacementFailed) -> None:
         deployment.problem, deployment.remedy = fact.message, fact.remedy
         deployment.alternatives, deployment.constraints = fact.alternatives, fact.constraints
         deployment.codes = fact.codes
+        if deployment.gang_attempt_count >= state.settings.gang_attempt_count:
+            deployment.gang_attempt_count = 0
+            deployment.gang_not_before_s = fact.at_s + state.settings.gang_pause_max_s
+        state.index.count(fact.deployment_id)
+
+
+def fold_committed(state: ClusterState, fact: GangCommitted) -> None:
+    """This node's part may start."""
+    gang = state.gangs.get(fact.gang_id)
+    if gang is None:
+        return
+    gang.replica_ids.pop(fact.node, None)
+    for replica_id in fact.replica_ids:
+        replica = state.replicas.get(replica_id)
+        if replica is not None:
+            replica.is_held = False
+    deployment = state.deployments.get(gang.deployment_id)
+    if deployment is not None:
+        deployment.gang_attempt_count = 0
+    if not gang.replica_ids:
+        del state.gangs[fact.gang_id]
+
+
+def fold_abandoned(state: ClusterState, fact: GangAbandoned) -> None:
+    """This node's part goes back; each lease still ends by its own fact."""
+    for replica_id in fact.replica_ids:
+        replica = state.replicas.get(replica_id)
+        if replica is not None:
+            replica.is_releasing = True
+    gang = state.gangs.get(fact.gang_id)
+    if gang is None:
+        return
+    gang.replica_ids.pop(fact.node, None)
+    if gang.replica_ids:
+        return
+    del state.gangs[fact.gang_id]
+    deployment = state.deployments.get(gang.deployment_id)
+    if deployment is not None:
+        deployment.gang_not_before_s = fact.at_s + gang_pause_s(state.settings, deployment.gang_attempt_count)
+        deployment.gang_attempt_count += 1
+        deployment.problem = f"its gang was given up: {fact.reason}"
+        deployment.remedy = "it is tried again after a pause"
+        state.index.count(gang.deployment_id)
+
+
+def gang_pause_s(settings: PlacementSettings, attempt_count: int) -> float:
+    """Before the next try, after so many that were given up before this one."""
+    return min(settings.gang_pause_s * 2.0 ** min(attempt_count, 32), settings.gang_pause_max_s)
+
+
+def _part_ended(state: ClusterState, replica: Replica, problem: str) -> None:
+    """A lease of it was refused or has ended; of a gang that is not complete, so has the gang."""
+    gang = state.gangs.get(replica.gang_id)
+    if gang is not None and replica.is_held:
+        gang.problem = gang.problem or problem
 
 
 def fold_release(state: ClusterState, fact: ReleaseProposed) -> None:
@@ -261,6 +331,8 @@ def fold_lost(state: ClusterState, fact: NodeLost) -> None:
         deployment = state.deployments.get(replica.deployment_id)
         if deployment is not None and not deployment.problem:
             deployment.problem, deployment.remedy = f"{fact.node} is lost", "another place is being looked for"
+            index.count(replica.deployment_id)
+    index.rooms.set_open(node)
 
 
 def fold_returned(state: ClusterState, fact: NodeReturned) -> None:
@@ -273,6 +345,7 @@ def fold_returned(state: ClusterState, fact: NodeReturned) -> None:
         deployment = state.deployments.get(replica.deployment_id)
         if deployment is not None and replica.deployment_id not in state.waiting:
             deployment.problem = deployment.remedy = ""
+    index.rooms.set_open(node)
 
 
 def losses(times_s: Sequence[float], now_s: float, *, window_s: float) -> tuple[float, ...]:
@@ -296,8 +369,10 @@ def fold_joined(state: ClusterState, fact: NodeJoined) -> None:
         "machine_id": fact.machine_id,
     }
     known = state.nodes.get(fact.node)
-    state.nodes[fact.node] = replace(known, **offer) if known is not None else Node(name=fact.node, **offer)
-    state.index.touch_node(state.nodes[fact.node])
+    index = state.index
+    node = replace(known, **offer) if known is not None else Node(name=fact.node, **offer)
+    state.nodes[fact.node] = node
+    index.set_node(node)
     _ask_refused_again(state)
 
 
@@ -314,7 +389,9 @@ def fold_granted(state: ClusterState, fact: LeaseGranted) -> None:
         replica.granted_bytes = tuple(granted_bytes for _, granted_bytes, _ in leases)
         replica.residue_bytes = tuple(residue_bytes for _, _, residue_bytes in leases)
         replica.wake_epoch = 1
-        state.index.touch(replica)
+        if replica.is_held and replica.gang_id in state.gangs:
+            state.gangs[replica.gang_id].missing.pop(replica_id, None)
+        state.index.remeasured(replica)
         deployment = state.deployments.get(replica.deployment_id)
         if deployment is not None and deployment.displaced_by and replica.deployment_id not in state.waiting:
             deployment.displaced_by = ""
@@ -326,20 +403,26 @@ def fold_granted(state: ClusterState, fact: LeaseGranted) -> None:
 def fold_refused(state: ClusterState, fact: LeaseRefused) -> None:
     for replica_id in fact.replica_ids:
         replica = drop_replica(state, replica_id)
-        deployment = state.deployments.get(replica.deployment_id) if replica is not None else None
+        if replica is None:
+            continue
+        _part_ended(state, replica, f"{fact.node} refused: {fact.message}")
+        deployment = state.deployments.get(replica.deployment_id)
         if deployment is not None:
             deployment.refused_nodes = (*deployment.refused_nodes, fact.node)
             if deployment.deployment_id in state.waiting:  # Else only the second copy of one that moves was refused.
                 deployment.problem = f"{fact.node} refused: {fact.message}"
             state.index.refused[deployment.deployment_id] = deployment
+            state.index.count(deployment.deployment_id)
 
 
 def fold_released(state: ClusterState, fact: LeaseReleased) -> None:
     released = state.replicas.get(fact.replica_id)
     was_waiting = released is None or released.deployment_id in state.waiting
     drop_replica(state, fact.replica_id)
-    if released is not None and not was_waiting:
-        _lacks_from(state, released.deployment_id, fact.at_s)
+    if released is not None:
+        _part_ended(state, released, f"a lease on {fact.node} ended: {fact.reason}")
+        if not was_waiting:
+            _lacks_from(state, released.deployment_id, fact.at_s)
     _ask_refused_again(state)
 
 
@@ -369,7 +452,7 @@ def fold_parked(state: ClusterState, fact: ReplicaParked) -> None:
     replica = _move(state, fact.replica_id, "parked", fact.at_s)
     if replica is not None:
         replica.wake_epoch, replica.residue_bytes = fact.wake_epoch, fact.residues(len(replica.shares))
-        state.index.touch(replica)
+        state.index.remeasured(replica)
 
 
 def fold_resident(state: ClusterState, fact: ReplicaResident) -> None:

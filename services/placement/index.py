@@ -1,14 +1,17 @@
 """What placement's state knows, laid out for its questions: answers cost what they hold, not what there is.
 
-Derived: made anew from the state at any time, kept up by the folds, and no part of digest or snapshot. Every
+Derived: made anew from the state at any time, kept up by the folds, and no part of digest or snapshot (ADR 0015). Every
 map keeps the order of proposals, so that one that was made anew equals one that was kept up.
 """
 
 from typing import TYPE_CHECKING
 
+from services.placement.demands import Demand, demand_of
 from services.placement.occupancy import Occupancy
+from services.placement.rooms import Rooms
 
 if TYPE_CHECKING:
+    from schemas.deployments import DeploymentSpec
     from services.placement.state import Claim, ClusterState, Deployment, Node, Replica
 
 
@@ -37,6 +40,14 @@ class Index:
         self.unsettled: dict[str, Claim] = {}
         """{preemption_id: claim whose victims have left, or that has lost its sense}"""
         self._occupancy: Occupancy | None = None
+        self.untold: dict[str, Deployment] = {}
+        """{deployment_id: deployment that lacks replicas and was not told why}"""
+        self.waiting_alike: dict[Demand, dict[str, Deployment]] = {}
+        """{demand: those of the waiting that have it}"""
+        self.rooms = Rooms(state.settings)
+        self._demands: dict[str, Demand] = {}
+        for node in state.nodes.values():
+            self.rooms.set_node(node, (), ())
         for deployment in state.deployments.values():
             self.add_deployment(deployment)
         for replica in state.replicas.values():
@@ -68,23 +79,68 @@ class Index:
         """It is gone from the state already. A newer one may have its name."""
         if self.named.get((deployment.tenant, deployment.spec.name)) is deployment:
             del self.named[deployment.tenant, deployment.spec.name]
-        self.waiting.pop(deployment.deployment_id, None)
+        self._satisfy(deployment)
         self.refused.pop(deployment.deployment_id, None)
+        self._demands.pop(deployment.deployment_id, None)
         self.unsettled.update(self.claims_of.get(deployment.deployment_id, {}))
 
     def count(self, deployment_id: str) -> None:
-        """Its wish or its replicas changed: does it lack some?"""
+        """Its wish, its replicas or its problem changed: does it lack some, and does it know why?"""
         deployment = self._state.deployments.get(deployment_id)
         if deployment is None:
             return
         claims = self.claims_of.get(deployment_id, {})
-        surplus_count = self.placed_counts.get(deployment_id, 0) + len(claims) - deployment.replica_count
-        if surplus_count < 0:
-            self.waiting[deployment_id] = deployment
-            return
-        self.waiting.pop(deployment_id, None)
+        surplus_count = -self.lacking_count(deployment)
         if surplus_count > 0:
             self.unsettled.update(list(claims.items())[-surplus_count:])
+        if surplus_count >= 0:
+            self._satisfy(deployment)
+            return
+        if deployment_id not in self.waiting:
+            self.waiting[deployment_id] = deployment
+            demand = self.demand_of(deployment_id, deployment.spec)
+            self.waiting_alike.setdefault(demand, {})[deployment_id] = deployment
+        if deployment.problem:
+            self.untold.pop(deployment_id, None)
+        else:
+            self.untold[deployment_id] = deployment
+
+    def lacking_count(self, deployment: "Deployment") -> int:
+        """Replicas that are neither placed nor have room made for them; negative for surplus."""
+        claimed_count = len(self.claims_of.get(deployment.deployment_id, {}))
+        return deployment.replica_count - self.placed_counts.get(deployment.deployment_id, 0) - claimed_count
+
+    def _satisfy(self, deployment: "Deployment") -> None:
+        """It lacks nothing, or is gone."""
+        deployment_id = deployment.deployment_id
+        if self.waiting.pop(deployment_id, None) is None:
+            return
+        self.untold.pop(deployment_id, None)
+        demand = self.demand_of(deployment_id, deployment.spec)
+        alike = self.waiting_alike[demand]
+        del alike[deployment_id]
+        if not alike:
+            del self.waiting_alike[demand]
+
+    def demand_of(self, deployment_id: str, spec: "DeploymentSpec") -> Demand:
+        """What each of its replicas needs; of a deployment that is none (yet) too."""
+        known = self._demands.get(deployment_id)
+        if known is None:
+            known = demand_of(spec)
+            if deployment_id in self._state.deployments:
+                self._demands[deployment_id] = known
+        return known
+
+    def due(self, now_s: float) -> "list[Deployment]":
+        """Those of the waiting for which there may be room, or who were not told that there is none; unordered."""
+        found = dict(self.untold)
+        for demand, alike in self.waiting_alike.items():
+            if self.rooms.verdict(demand, now_s) is None:
+                found.update(alike)
+        return list(found.values())
+
+    def has_due(self, now_s: float) -> bool:
+        return bool(self.untold) or any(self.rooms.verdict(d, now_s) is None for d in self.waiting_alike)
 
     # --- Replicas -----------------------------------------------------------------------------------------------------
 
@@ -93,6 +149,8 @@ class Index:
         self.on_node.setdefault(replica.node, {})[replica.replica_id] = replica
         if replica.holds_place:
             self.hold_place(replica)
+        if replica.is_parkable:
+            self.rooms.park(replica.node, replica.weights_bytes)
         if self._counts(replica.node):
             self._add_placed(replica.deployment_id, 1)
 
@@ -101,6 +159,8 @@ class Index:
         _drop(self.on_node, replica.node, replica.replica_id)
         if replica.holds_place:
             self.leave_place(replica)
+        if replica.is_parkable:
+            self.rooms.park(replica.node, -replica.weights_bytes)
         if self._counts(replica.node):
             self._add_placed(replica.deployment_id, -1)
         claim = self.claim_of_victim.pop(replica.replica_id, None)
@@ -108,6 +168,7 @@ class Index:
             self.unsettled[claim.preemption_id] = claim
 
     def hold_place(self, replica: "Replica") -> None:
+        self.rooms.hold(replica)
         for share in replica.shares:
             self.on_gpu.setdefault(share.gpu_uuid, {})[replica.replica_id] = replica
         self.touch(replica)
@@ -116,6 +177,13 @@ class Index:
         """It failed for good, or is gone."""
         for share in replica.shares:
             _drop(self.on_gpu, share.gpu_uuid, replica.replica_id)
+        self.rooms.leave(replica, self.on_gpu)
+        self.touch(replica)
+
+    def remeasured(self, replica: "Replica") -> None:
+        """Its residue is known better."""
+        for share in replica.shares:
+            self.rooms.recount(replica.node, share.gpu_uuid, self.on_gpu)
         self.touch(replica)
 
     # --- Claims -------------------------------------------------------------------------------------------------------
@@ -127,6 +195,7 @@ class Index:
         deployment = self._state.deployments.get(claim.deployment_id)
         if not there or deployment is None or self._has_lost_its_place(claim):
             self.unsettled[claim.preemption_id] = claim
+        self.rooms.claim(claim)
         self.count(claim.deployment_id)
         if self._occupancy is not None:
             self._occupancy.add_claim(claim)
@@ -139,6 +208,7 @@ class Index:
         for victim in claim.victims:
             self.claim_of_victim.pop(victim.replica_id, None)
         self.unsettled.pop(claim.preemption_id, None)
+        self.rooms.unclaim(claim)
         self.count(claim.deployment_id)
         if self._occupancy is not None:
             self._occupancy.drop_claim(claim)
@@ -149,11 +219,11 @@ class Index:
 
     # --- Nodes --------------------------------------------------------------------------------------------------------
 
-    def touch_node(self, node: "Node") -> None:
-        """It joined, or what it offers changed."""
-        for claim in self._state.claims.values():
-            if claim.node == node.name and self._has_lost_its_place(claim):
-                self.unsettled[claim.preemption_id] = claim
+    def set_node(self, node: "Node") -> None:
+        """It joined, for the first time or again, or what it offers changed."""
+        claims = [claim for claim in self._state.claims.values() if claim.node == node.name]
+        self.unsettled.update({c.preemption_id: c for c in claims if self._has_lost_its_place(c)})
+        self.rooms.set_node(node, tuple(self.on_node.get(node.name, {}).values()), claims)
         if self._occupancy is not None:
             self._occupancy.touch_node(node)
 

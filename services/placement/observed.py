@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from schemas.gateways import LoadSampled, ModelLoad
 from schemas.nodes import NodeAlive
+from services.placement.overcommit import Uses
 from services.placement.settings import PlacementSettings
 
 
@@ -30,6 +31,8 @@ class Observed:
     listening_since_s: float | None = None
     """Since then nodes are heard without a pause: a node's silence counts from here at the earliest."""
     gateways: dict[str, GatewayLoad] = field(default_factory=dict)
+    uses: Uses = field(default_factory=Uses)
+    """How much of the time deployments are in use."""
 
 
 def observe_alive(observed: Observed, alive: NodeAlive, now_s: float, *, settings: PlacementSettings) -> None:
@@ -41,9 +44,10 @@ def observe_alive(observed: Observed, alive: NodeAlive, now_s: float, *, setting
     observed.alive_at_s[alive.node] = now_s
 
 
-def observe_load(observed: Observed, sample: LoadSampled, now_s: float) -> None:
+def observe_load(observed: Observed, sample: LoadSampled, now_s: float, *, settings: PlacementSettings) -> None:
     models = {model.deployment_id: model for model in sample.models}
     observed.gateways[sample.gateway] = GatewayLoad(heard_at_s=now_s, models=models)
+    observed.uses.observe(sample, now_s, settings)
 
 
 def is_idle(observed: Observed, deployment_id: str, *, now_s: float, settings: PlacementSettings) -> bool:

@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from schemas.units import MiB
+from services.placement.packing.policies import DEFAULT_POLICY
 
 
 class PlacementSettings(Struct, frozen=True, kw_only=True):
@@ -10,6 +11,27 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
 
     residue_bytes: int = 640 * MiB
     """Device bytes that a parked replica is expected to keep; the node agent checks against its own measure."""
+    policy: str = DEFAULT_POLICY
+    """How room is packed, for deployments that do not ask to be spread; `services.placement.packing.policies`."""
+    concurrent_use_fraction: float = 0.9
+    """Of what always-resident replicas leave of a GPU: so much may be expected to be in use at the same time."""
+    assumed_use_fraction: float = 0.1
+    """Part of the time that a model is assumed to be in use while no gateway has told."""
+    use_window_s: float = 600.0
+    """How far back use is remembered: what was an hour ago counts for nothing."""
+    use_stale_s: float = 30.0
+    """A model of which no gateway spoke for so long is taken to be in use at least as much as is assumed."""
+    use_retry_s: float = 60.0
+    """What did not fit because others are in use too much is tried again after this time."""
+    placed_per_input_count: int = 256
+    """Replicas decided in one input at most; the rest follow in the next one, so that commands are answered between."""
+    gang_hold_s: float = 60.0
+    """So long nodes hold the leases of a gang; placement gives it up after half of that."""
+    gang_attempt_count: int = 5
+    """After so many gangs given up in a row the deployment is told, and left alone for `gang_pause_max_s`."""
+    gang_pause_s: float = 2.0
+    """Before a gang that was given up is tried again; twice as long after each further one."""
+    gang_pause_max_s: float = 300.0
     refusal_count: int = 5
     """After so many refusals in a row a replica is reported as not placed, until a node has more room."""
     remembered_command_count: int = 10_000

@@ -165,6 +165,10 @@ class Deployment:
     """The model that took the place of one of its replicas; empty once it has all of them again."""
     rests_until_s: float = 0.0
     """What was displaced is not placed sooner, so that it does not take and lose a place in turns."""
+    gang_attempt_count: int = 0
+    """Gangs of it that were given up since the last one that started, or since it was told so."""
+    gang_not_before_s: float = 0.0
+    """The next one is not proposed sooner."""
 
 
 @dataclass(slots=True)
@@ -194,6 +198,25 @@ class Quota:
     parts: int | None
     """Millionths of a GPU; None: no limit."""
     over_quota_weight: float
+
+
+@dataclass(slots=True)
+class Gang:
+    """Replicas that start together or not at all, from their proposal until all leases are there or given back."""
+
+    gang_id: str
+    deployment_id: str
+    proposed_at_s: float
+    replica_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """{node: its part}"""
+    missing: dict[str, str] = field(default_factory=dict)
+    """{replica_id: node}, those without a lease"""
+    problem: str = ""
+    """Why it cannot become complete."""
+
+    @property
+    def wanted_count(self) -> int:
+        return sum(len(ids) for ids in self.replica_ids.values())
 
 
 @dataclass(slots=True)
@@ -244,6 +267,8 @@ class ClusterState:
     """{preemption_id: claim}, from its decision to its end."""
     quotas: dict[str, Quota] = field(default_factory=dict)
     """{tenant: quota}; a tenant that is not named has no limit and a weight of 1."""
+    gangs: dict[str, Gang] = field(default_factory=dict)
+    """{gang_id: gang}, those that are not complete"""
     keys: dict[str, Key] = field(default_factory=dict)
     inbox_seq: int = 0
     """The inbox cursor: the highest inbox sequence that a fact names."""

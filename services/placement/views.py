@@ -16,7 +16,9 @@ from schemas.queries import (
     ReplicaView,
 )
 from services.placement.core import SERVICE
+from services.placement.demands import demand_of
 from services.placement.state import ClusterState, Deployment, Node, Replica
+from services.placement.verdicts import alternatives_of
 
 HOLDS_SHARE = frozenset({"starting", "resident", "draining", "waking"})
 
@@ -126,7 +128,7 @@ def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
         is_known=True,
         model=query.model,
         summary=summary,
-        alternatives=deployment.alternatives,
+        alternatives=deployment.alternatives or alternatives_of(state, demand_of(deployment.spec)),
         remedy="" if replicas else deployment.remedy,
         deployment=deployment_view(state, deployment),
     )

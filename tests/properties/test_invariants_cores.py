@@ -292,7 +292,7 @@ def test_the_choice_does_not_depend_on_the_order_in_which_nodes_joined(order: li
     for uuid in order:
         placement.join(placements.gpu(uuid), node=f"node-{uuid[-1]}")
 
-    found = choose(placement.state, placements.spec("a", gib))
+    found = choose(placement.state, placements.spec("a", gib), now_s=0.0)
 
     assert isinstance(found, Choice)
-    assert "gpu-0" == found.gpu_uuid
+    assert ("gpu-0",) == found.gpu_uuids

@@ -42,6 +42,7 @@ from services.nodeagent.inputs import (
 )
 from services.nodeagent.state import NodeState, Residency
 from services.placement.core import SERVICE as PLACEMENT
+from services.placement.gangs import PlaceNext
 from services.swapper import core as swapper_core
 from services.swapper.core import SERVICE as SWAPPER
 from services.swapper.state import FleetState
@@ -264,7 +265,7 @@ def a_swapper_whose_clock_stops_at_a_restart() -> Service[Any]:
 
 
 def a_placement_that_keeps_silent() -> Service[Any]:
-    return without(PLACEMENT, DeployRequested, PlacementFailed)
+    return without(PLACEMENT, PlaceNext, PlacementFailed)
 
 
 def a_placement_that_forgets_who_asked() -> Service[Any]:

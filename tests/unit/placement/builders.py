@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kit.outcomes import Context, Outcome, Reply
+from kit.outcomes import Context, Outcome, Reply, Timer
 from schemas.autoscaler import ReplicasDecided
 from schemas.catalogue import decode, encode
 from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
@@ -24,6 +24,7 @@ from schemas.units import GiB
 from services.placement import commands as _commands  # noqa: F401  # Registers its handlers.
 from services.placement import views as _views  # noqa: F401
 from services.placement.core import SERVICE
+from services.placement.gangs import PlaceNext
 from services.placement.settings import PlacementSettings
 from services.placement.state import ClusterState
 
@@ -72,17 +73,20 @@ def spec(
 class Placement:
     """Commands get rising inbox sequences; parked replicas are expected to leave 1 GiB."""
 
-    def __init__(self, *, tenant: str = "default") -> None:
-        settings = PlacementSettings(residue_bytes=RESIDUE_GIB * GiB)
-        self.state: ClusterState = SERVICE.new_state(settings)
+    def __init__(self, *, tenant: str = "default", settings: dict[str, Any] | None = None) -> None:
+        known = PlacementSettings(**{"residue_bytes": RESIDUE_GIB * GiB, **(settings or {})})
+        self.state: ClusterState = SERVICE.new_state(known)
         self.now_s = 100.0
         self.seq = 0
         self.tenant = tenant
+        self.takes_turns = True
+        """Placing that was asked for follows at once; False: `PlaceNext` is left to the test."""
 
     def handle(self, item: Any) -> list[Outcome]:
         """What the core decides; facts are folded as the shell folds them, and the invariants hold after it."""
-        self.seq += 1
-        self.now_s += 1.0
+        if not isinstance(item, PlaceNext):
+            self.seq += 1
+            self.now_s += 1.0
         if isinstance(item, Fact):
             SERVICE.evolve(self.state, item)
         observe = SERVICE.observers.get(type(item))
@@ -97,7 +101,17 @@ class Placement:
                 assert isinstance(fact, Fact)
                 SERVICE.evolve(self.state, fact)
         SERVICE.check_invariants(self.state)
-        return outcomes
+        return [*self._without_turns(outcomes), *self._turns(outcomes)] if self.takes_turns else outcomes
+
+    def _without_turns(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        return [outcome for outcome in outcomes if not self._is_turn(outcome)]
+
+    def _turns(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Placing that is due at once."""
+        return self.handle(PlaceNext()) if any(self._is_turn(outcome) for outcome in outcomes) else []
+
+    def _is_turn(self, outcome: Outcome) -> bool:
+        return isinstance(outcome, Timer) and isinstance(outcome.input, PlaceNext) and outcome.due_s <= self.now_s
 
     def ask(self, query: Query, *, tenant: str | None = None) -> Any:
         return SERVICE.answers[type(query)](self.state, query, tenant or self.tenant)

@@ -2,13 +2,15 @@
 
 import pytest
 
+from schemas.placement import ReasonCode
 from schemas.units import GiB
-from services.placement.choosing import Choice, NoChoice, choose, limit_bytes_on, request_bytes_on
+from services.placement.choosing import Choice, NoChoice, choose
+from services.placement.demands import limit_bytes_on, request_bytes_on
 from tests.unit.placement.builders import Placement, gpu, spec
 
 
 def choice(placement: Placement, *args: object, **values: object) -> Choice:
-    found = choose(placement.state, spec(*args, **values))  # type: ignore[arg-type]  # Passed through as they are.
+    found = choose(placement.state, spec(*args, **values), now_s=0.0)  # type: ignore[arg-type]  # Passed through as they are.
     assert isinstance(found, Choice), found
     return found
 
@@ -30,26 +32,24 @@ def test_partly_used_gpus_are_filled_before_a_fresh_one_is_touched() -> None:
     placement.join(gpu("gpu-0"), gpu("gpu-1"))
     placement.placed(spec("a", 30))
 
-    assert "gpu-0" == choice(placement, "b", 40).gpu_uuid
+    assert "gpu-0" == choice(placement, "b", 40).gpu_uuids[0]
 
 
-def test_the_tightest_fit_wins_and_the_others_are_told_why_not() -> None:
+def test_the_tightest_fit_wins() -> None:
     placement = Placement()
     placement.join(gpu("gpu-0", allocatable_gib=80), gpu("gpu-1", allocatable_gib=40), gpu("gpu-2", allocatable_gib=20))
 
     chosen = choice(placement, "a", 30)
 
-    assert "gpu-1" == chosen.gpu_uuid
-    assert ["gpu-0", "gpu-2"] == [other.gpu_uuid for other in chosen.alternatives]
-    assert 10 * GiB == chosen.alternatives[1].short_by_bytes
+    assert "gpu-1" == chosen.gpu_uuids[0]
 
 
-def test_ties_go_to_the_smaller_uuid_whatever_the_order_of_joining() -> None:
+def test_ties_go_to_the_smaller_name_whatever_the_order_of_joining() -> None:
     placement = Placement()
-    placement.join(gpu("gpu-7"), node="node-0")
-    placement.join(gpu("gpu-3"), node="node-1")
+    placement.join(gpu("gpu-7"), node="node-1")
+    placement.join(gpu("gpu-9"), node="node-0")
 
-    assert "gpu-3" == choice(placement, "a", 30).gpu_uuid
+    assert "gpu-9" == choice(placement, "a", 30).gpu_uuids[0]
 
 
 def test_when_no_gpu_has_room_for_all_the_least_promised_one_is_shared_by_turns() -> None:
@@ -60,7 +60,10 @@ def test_when_no_gpu_has_room_for_all_the_least_promised_one_is_shared_by_turns(
 
     chosen = choice(placement, "c", 50)
 
-    assert ("gpu-1", "shares by taking turns: requests exceed the GPU by 30.0 GiB") == (chosen.gpu_uuid, chosen.reason)
+    assert ("gpu-1", "shares by taking turns: requests exceed the GPU by 30.0 GiB") == (
+        chosen.gpu_uuids[0],
+        chosen.reason,
+    )
 
 
 def test_what_never_parks_is_not_put_where_it_would_keep_another_from_its_return() -> None:
@@ -68,8 +71,8 @@ def test_what_never_parks_is_not_put_where_it_would_keep_another_from_its_return
     placement.join()
     placement.placed(spec("a", 70))
 
-    assert isinstance(choose(placement.state, spec("fixed", 20, is_parkable=False)), NoChoice)
-    assert isinstance(choose(placement.state, spec("fixed", 10, is_parkable=False)), Choice)
+    assert isinstance(choose(placement.state, spec("fixed", 20, is_parkable=False), now_s=0.0), NoChoice)
+    assert isinstance(choose(placement.state, spec("fixed", 10, is_parkable=False), now_s=0.0), Choice)
 
 
 def test_residues_bound_how_many_can_take_turns() -> None:
@@ -78,7 +81,7 @@ def test_residues_bound_how_many_can_take_turns() -> None:
     placement.join()
     placement.placed(spec("a", 80))
 
-    missing = choose(placement.state, spec("b", 40))
+    missing = choose(placement.state, spec("b", 40), now_s=0.0)
 
     assert isinstance(missing, NoChoice)
     assert GiB == missing.missing_bytes
@@ -90,7 +93,7 @@ def test_a_replica_that_failed_for_good_holds_no_place() -> None:
     placement.placed(spec("fixed", 60, is_parkable=False))
     placement.fail("fixed-d2-1")
 
-    assert "tightest fit: 20.0 GiB left to promise" == choice(placement, "b", 60).reason
+    assert "room beside all requests: 20.0 GiB left to promise" == choice(placement, "b", 60).reason
 
 
 def test_nodes_that_refused_are_left_out_with_that_reason() -> None:
@@ -98,7 +101,10 @@ def test_nodes_that_refused_are_left_out_with_that_reason() -> None:
     placement.join(node="node-0")
     placement.join(gpu("gpu-1"), node="node-1")
 
-    chosen = choose(placement.state, spec("a", 30), refused_nodes=("node-0",))
+    chosen = choose(placement.state, spec("a", 30), now_s=0.0, refused_nodes=("node-0",))
+    missing = choose(placement.state, spec("a", 30), now_s=0.0, refused_nodes=("node-0", "node-1"))
 
     assert isinstance(chosen, Choice)
-    assert ("node-1", "the node refused it") == (chosen.node, chosen.alternatives[0].reason)
+    assert "node-1" == chosen.node
+    assert isinstance(missing, NoChoice)
+    assert (ReasonCode.NODE_REFUSED,) == missing.codes

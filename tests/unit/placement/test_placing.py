@@ -5,9 +5,10 @@ import pytest
 from kit.outcomes import Context, Timer
 from schemas.deployments import IsolationGrade
 from schemas.inbox import RetireRequested
-from schemas.placement import FailureReason, ReleaseProposed
+from schemas.placement import FailureReason, PlacementFailed, PlacementProposed, ReleaseProposed
 from schemas.units import GiB
-from services.placement.core import SERVICE, PlaceNext
+from services.placement.core import SERVICE
+from services.placement.gangs import PlaceNext
 from tests.unit.placement.builders import Placement, failure, gpu, kinds, proposal, spec
 
 
@@ -24,7 +25,7 @@ def test_a_deployment_is_proposed_to_a_node_with_all_that_the_node_needs() -> No
         replica.shares[0].request_bytes,
         replica.shares[0].limit_bytes,
     )
-    assert "tightest fit: 50.0 GiB left to promise" == proposed.reason
+    assert "room beside all requests: 50.0 GiB left to promise" == proposed.reason
 
 
 def test_without_a_node_it_is_explained_and_placed_as_soon_as_one_joins() -> None:
@@ -45,7 +46,7 @@ def test_a_share_larger_than_any_gpu_is_explained_with_the_missing_bytes_and_a_r
 
     assert (FailureReason.LARGER_THAN_ANY_GPU, 10 * GiB) == (failed.reason, failed.missing_bytes)
     assert "use a share smaller by 10.0 GiB" == failed.remedy
-    assert [("gpu-0", 50 * GiB), ("gpu-1", 10 * GiB)] == [(a.gpu_uuid, a.short_by_bytes) for a in failed.alternatives]
+    assert [("gpu-1", 10 * GiB), ("gpu-0", 50 * GiB)] == [(a.gpu_uuid, a.short_by_bytes) for a in failed.alternatives]
 
 
 def test_a_grade_that_cannot_be_had_is_explained() -> None:
@@ -139,31 +140,65 @@ def test_a_node_that_refused_too_often_is_left_out_for_another_one() -> None:
 # --- Several at once --------------------------------------------------------------------------------------------------
 
 
-def test_those_that_wait_are_proposed_one_after_another_without_waiting_for_an_answer() -> None:
-    """The first one's node may be away for long."""
+def test_all_that_wait_are_proposed_in_one_input_together_for_each_node() -> None:
+    """The node answers with one grant, and its stream holds one fact instead of three."""
     placement = Placement()
     for name in "abc":
         placement.deploy(spec(name, 20))
 
-    first = placement.join()
-    second = placement.handle(PlaceNext())
-    third = placement.handle(PlaceNext())
+    (proposed,) = placement.join()
 
-    assert ["PlacementProposed", "Timer"] == kinds(first)
-    assert Timer(due_s=first[0].at_s, input=PlaceNext()) == first[1]  # type: ignore[union-attr]  # A proposal.
-    assert (["PlacementProposed", "Timer"], ["PlacementProposed"]) == (kinds(second), kinds(third))
+    assert isinstance(proposed, PlacementProposed)
+    assert ["a", "b", "c"] == [replica.deployment.name for replica in proposed.replicas]
+    assert "3 replicas: room beside all requests: 60.0 GiB left to promise by the first" == proposed.reason
     assert [] == placement.handle(PlaceNext())
+
+
+def test_one_input_decides_a_bounded_number_and_the_rest_follows_at_once() -> None:
+    placement = Placement(settings={"placed_per_input_count": 2})
+    placement.takes_turns = False
+    for name in "abc":
+        placement.deploy(spec(name, 20))
+    placement.join()
+
+    first = placement.handle(PlaceNext())
+    second = placement.handle(PlaceNext())
+
+    assert (["PlacementProposed", "Timer"], ["PlacementProposed"]) == (kinds(first), kinds(second))
+    assert Timer(due_s=first[0].at_s, input=PlaceNext()) == first[1]  # type: ignore[union-attr]  # A proposal.
+    assert [2, 1] == [len(proposal(outcomes).replicas) for outcomes in (first, second)]
+
+
+def test_a_command_asks_for_placing_once_for_all_that_come_before_it() -> None:
+    placement = Placement()
+    placement.takes_turns = False
+
+    assert "Timer" in kinds(placement.deploy(spec("a", 20)))
+    assert "Timer" not in kinds(placement.deploy(spec("b", 20)))
+
+
+def test_the_higher_priority_is_tried_first_then_the_older_wish() -> None:
+    placement = Placement()
+    for name, priority in [("old", "low"), ("new", "low"), ("urgent", "high")]:
+        placement.deploy(spec(name, 50, is_parkable=False, priority=priority))
+
+    first, *others = placement.join()
+
+    assert isinstance(first, PlacementProposed)
+    assert ["urgent"] == [replica.deployment.name for replica in first.replicas]
+    assert ["old", "new"] == [f.model for f in others if isinstance(f, PlacementFailed)] or not others
 
 
 def test_a_new_instance_goes_on_with_what_is_not_placed() -> None:
     placement = Placement()
     placement.deploy(spec("a", 20))
-    placement.deploy(spec("b", 20))
+    placement.takes_turns = False
     placement.join()
 
-    again = SERVICE.on_start(placement.state, Context(now_s=1.0, writer_epoch=2))
+    again = SERVICE.on_start(placement.state, Context(now_s=placement.now_s, writer_epoch=2))
 
-    assert ["b"] == [proposal(again).replicas[0].deployment.name]
+    assert any(isinstance(outcome, Timer) and isinstance(outcome.input, PlaceNext) for outcome in again)
+    assert ["a"] == [replica.deployment.name for replica in proposal(placement.handle(PlaceNext())).replicas]
 
 
 # --- Facts of others --------------------------------------------------------------------------------------------------

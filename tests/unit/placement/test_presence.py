@@ -46,9 +46,9 @@ class Fleet(Placement):
         return found
 
     def next(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """What the timers among these lead to that are due already."""
+        """These, and what the timers among them lead to that are due already."""
         due = [o for o in outcomes if isinstance(o, Timer) and o.due_s <= self.now_s]
-        return [outcome for timer in due for outcome in self.handle(timer.input)]
+        return [*outcomes, *(outcome for timer in due for outcome in self.handle(timer.input))]
 
     def ready(self, replica_id: str, *, node: str) -> None:
         its = Ready(

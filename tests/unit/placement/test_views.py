@@ -46,7 +46,7 @@ def test_an_explanation_says_why_here_and_why_not_elsewhere() -> None:
 
     placed, not_placed = placement.ask(Explain(model="a")), placement.ask(Explain(model="big"))
 
-    assert "granted on node-0/gpu0, chosen as tightest fit: 30.0 GiB left to promise" == placed.summary
+    assert "granted on node-0/gpu0, chosen as room beside all requests: 30.0 GiB left to promise" == placed.summary
     assert ["larger than the GPU"] == [other.reason for other in placed.alternatives]
     assert not_placed.summary.startswith("not placed: big fits no GPU")
     assert not_placed.remedy

@@ -1,0 +1,228 @@
+"""Missing replicas become proposals, grouped by node; what fits nowhere is explained once, and tried when room grows.
+
+Everything that is due is decided in one input, up to a bound: replicas are booked in the numbers as they are decided,
+and the folds of the proposals book them again. `PlaceNext` asks for it; whoever makes room, or a wish, hands it over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kit.outcomes import Context, Outcome, Timer
+from schemas.placement import (
+    PlacementFailed,
+    PlacementProposed,
+    ReasonCode,
+    ReleaseProposed,
+    ReplicaProposal,
+)
+from services.placement import gangs
+from services.placement.choosing import Choice, NoChoice, choose, no_choice
+from services.placement.gangs import PlaceNext
+from services.placement.state import ClusterState, Deployment, Replica
+from services.placement.tenants import order_of
+
+
+def place_soon(state: ClusterState, ctx: Context) -> list[Timer]:
+    """Have everything placed that is due, in an input of its own, together with what comes at the same time."""
+    return [next_turn(ctx)] if state.index.has_due(ctx.now_s) else []
+
+
+def next_turn(ctx: Context) -> Timer:
+    return Timer(due_s=ctx.now_s, input=PlaceNext())
+
+
+def place_missing(state: ClusterState, ctx: Context) -> list[Outcome]:
+    """Proposals for all that is due, or as much of it as one input may decide; reasons for what fits nowhere."""
+    rooms = state.index.rooms
+    rooms.open_until(ctx.now_s, state.nodes)
+    due = state.index.due(ctx.now_s)
+    if not due:
+        return []
+    turn = _Turn(state, ctx)
+    with rooms.trial():
+        for deployment in order_of(state, due):
+            if turn.is_over:
+                turn.later_s.append(ctx.now_s)
+                break
+            turn.place(deployment)
+    return turn.outcomes()
+
+
+@dataclass(slots=True)
+class _Group:
+    """What one proposal will say."""
+
+    choice: Choice
+    gang_id: str
+    replicas: list[ReplicaProposal] = field(default_factory=list)
+    refusal_count: int = 0
+
+
+class _Turn:
+    """One input's decisions."""
+
+    def __init__(self, state: ClusterState, ctx: Context) -> None:
+        self._state = state
+        self._ctx = ctx
+        self._groups: dict[tuple[str, ...], _Group] = {}
+        self._failures: list[PlacementFailed] = []
+        self._decided_count = 0
+        self.later_s: list[float] = []
+        """When to place again."""
+
+    @property
+    def is_over(self) -> bool:
+        return self._decided_count >= self._state.settings.placed_per_input_count
+
+    def place(self, deployment: Deployment) -> None:
+        if self._ctx.now_s < deployment.rests_until_s:
+            self.later_s.append(deployment.rests_until_s)
+            return
+        missing_count = self._state.index.lacking_count(deployment)
+        if deployment.spec.placement.is_gang:
+            self._place_gang(deployment, missing_count)
+            return
+        chosen: list[Choice] = []
+        while len(chosen) < missing_count:
+            if self.is_over:
+                self.later_s.append(self._ctx.now_s)
+                break
+            self._decided_count += 1
+            choice = self._choose(deployment, chosen)
+            if isinstance(choice, NoChoice):
+                self._fail(deployment, choice, len(chosen))
+                break
+            chosen.append(choice)
+        for count, choice in enumerate(chosen, start=1):
+            self._propose(deployment, choice, count, "")
+
+    def _place_gang(self, deployment: Deployment, missing_count: int) -> None:
+        """All or none; a gang is decided in one input whatever its size."""
+        if self._ctx.now_s < deployment.gang_not_before_s:
+            return  # A timer was set when it was given up.
+        rooms = self._state.index.rooms
+        demand = self._state.index.demand_of(deployment.deployment_id, deployment.spec)
+        question = gangs.question(deployment, missing_count)
+        verdict = rooms.verdict(demand, self._ctx.now_s, question)
+        chosen: list[Choice] = []
+        if verdict is None:
+            with rooms.attempt() as keeps:
+                found: Choice | NoChoice | None = None
+                while len(chosen) < missing_count:
+                    found = self._choose(deployment, chosen)
+                    if isinstance(found, NoChoice):
+                        break
+                    chosen.append(found)
+                if not isinstance(found, NoChoice):
+                    keeps.append(True)
+            if isinstance(found, NoChoice):
+                verdict = gangs.incomplete(found, fit_count=len(chosen), wanted_count=missing_count)
+                rooms.remember(demand, self._ctx.now_s, verdict, question, frozenset())
+        self._decided_count += len(chosen) + 1
+        if verdict is not None:
+            self._fail(deployment, no_choice(deployment.spec, verdict), 0)
+            return
+        gang_id = gangs.id_of(deployment)
+        for count, choice in enumerate(chosen, start=1):
+            self._propose(deployment, choice, count, gang_id)
+
+    def _choose(self, deployment: Deployment, besides: Sequence[Choice]) -> Choice | NoChoice:
+        """A choice is booked at once."""
+        state = self._state
+        refused = deployment.refused_nodes
+        if len(refused) < state.settings.refusal_count:
+            refused = ()  # A refusal may be a matter of a stale view: ask again on a fresh one, some times.
+        choice = choose(
+            state,
+            deployment.spec,
+            now_s=self._ctx.now_s,
+            deployment_id=deployment.deployment_id,
+            refused_nodes=refused,
+            besides=besides,
+        )
+        if isinstance(choice, Choice):
+            demand = state.index.demand_of(deployment.deployment_id, deployment.spec)
+            state.index.rooms.book(deployment.deployment_id, demand, choice.place)
+        return choice
+
+    def _propose(self, deployment: Deployment, choice: Choice, count: int, gang_id: str) -> None:
+        """With others for the same node, unless it was refused before: a group is refused as a whole."""
+        replica_id = name_of(deployment, count)
+        refused = deployment.refused_nodes
+        key = (choice.node, *choice.codes, gang_id, replica_id if refused else "")
+        group = self._groups.setdefault(key, _Group(choice, gang_id, refusal_count=len(refused)))
+        group.replicas.append(
+            ReplicaProposal(
+                replica_id=replica_id,
+                deployment_id=deployment.deployment_id,
+                tenant=deployment.tenant,
+                deployment=deployment.spec,
+                shares=choice.shares(replica_id),
+            )
+        )
+
+    def _fail(self, deployment: Deployment, choice: NoChoice, placed_count: int) -> None:
+        """Once for each reason, not at each try."""
+        if ReasonCode.TURNS_TAKEN in choice.codes:
+            self.later_s.append(self._ctx.now_s + self._state.settings.use_retry_s)
+        if deployment.problem == choice.message and not placed_count:
+            return
+        self._failures.append(
+            PlacementFailed(
+                at_s=self._ctx.now_s,
+                deployment_id=deployment.deployment_id,
+                replica_id=name_of(deployment, placed_count + 1),
+                model=deployment.spec.name,
+                reason=choice.reason,
+                message=choice.message,
+                missing_bytes=choice.missing_bytes,
+                remedy=choice.remedy,
+                alternatives=choice.alternatives,
+                codes=choice.codes,
+                constraints=choice.constraints,
+            )
+        )
+
+    def outcomes(self) -> list[Outcome]:
+        timers = [Timer(due_s=due_s, input=PlaceNext()) for due_s in sorted(set(self.later_s))]
+        held = sorted({group.gang_id for group in self._groups.values() if group.gang_id})
+        timers += [gangs.limit(self._state, gang_id, self._ctx.now_s) for gang_id in held]
+        return [*(self._proposed(group) for group in self._groups.values()), *self._failures, *timers]
+
+    def _proposed(self, group: _Group) -> PlacementProposed:
+        choice, first, count = group.choice, group.replicas[0], len(group.replicas)
+        return PlacementProposed(
+            at_s=self._ctx.now_s,
+            proposal_id=f"{first.replica_id}-{group.refusal_count}",
+            node=choice.node,
+            replicas=tuple(group.replicas),
+            reason=choice.reason if count == 1 else f"{count} replicas: {choice.reason} by the first",
+            codes=(*choice.codes, *([ReasonCode.GANG] if group.gang_id else [])),
+            policy=choice.policy,
+            gang_id=group.gang_id,
+            gang_hold_s=self._state.settings.gang_hold_s if group.gang_id else 0.0,
+        )
+
+
+def name_of(deployment: Deployment, count: int) -> str:
+    """Of its next replica but `count - 1`. Each try has a name of its own, so that no late answer is mistaken."""
+    return f"{_slug(deployment.spec.name)}-{deployment.deployment_id}-{deployment.created_count + count}"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "-" else "-" for c in name.lower())[:40].strip("-")
+
+
+# --- Releases ---------------------------------------------------------------------------------------------------------
+
+
+def release_all(state: ClusterState, deployment: Deployment, reason: str, ctx: Context) -> list[Outcome]:
+    """Of a gang that is not complete every lease goes back at once; all others drain."""
+    here = [replica for replica in state.replicas_of(deployment.deployment_id) if not replica.is_releasing]
+    held = sorted({replica.gang_id for replica in here if replica.is_held})
+    abandoned = [fact for gang_id in held for fact in gangs.abandon(state, gang_id, reason, ctx)]
+    return [*abandoned, *(release(replica, reason, ctx) for replica in here if not replica.is_held)]
+
+
+def release(replica: Replica, reason: str, ctx: Context) -> ReleaseProposed:
+    return ReleaseProposed(at_s=ctx.now_s, node=replica.node, replica_id=replica.replica_id, reason=reason)

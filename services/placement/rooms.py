@@ -1,0 +1,315 @@
+"""The fleet in numbers: what each node and each GPU has left. Kept up by folds, made anew after a restore."""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from schemas.placement import ReasonCode
+from services.placement.demands import GRADE_RANKS, Demand, base_bytes
+from services.placement.overcommit import Account
+from services.placement.packing.fleet import Ask, Fleet, GpuShape, NodeShape, Place
+from services.placement.packing.index import Packer
+from services.placement.packing.policies import policy_named
+
+if TYPE_CHECKING:
+    from schemas.nodes import GpuOffer
+    from services.placement.settings import PlacementSettings
+    from services.placement.state import Claim, Node, Replica
+    from services.placement.verdicts import Verdict
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a replica took, so that exactly that is given back."""
+
+    node: str
+    gpus: tuple[int, ...]
+    units: tuple[int, ...]
+    cpu_milli: int
+    memory_bytes: int
+
+
+@dataclass(slots=True)
+class _Booked:
+    """What was decided within a trial, with what it changed."""
+
+    place: Place
+    demand: Demand
+    accounts: list[tuple[Account, tuple[int, int, int, int, int]]]
+
+
+_Question = tuple[Demand, tuple[str, ...], frozenset[tuple[str, int]]]
+
+
+class Rooms:
+    """Numbers of all nodes. Between inputs they are what the facts say; within `trial` also what was just decided."""
+
+    def __init__(self, settings: "PlacementSettings") -> None:
+        self._settings = settings
+        self.fleet = Fleet()
+        self.gpu_uuids: dict[str, tuple[str, ...]] = {}
+        """{node: its GPUs in the order of the fleet's shape}"""
+        self.positions: dict[str, dict[str, int]] = {}
+        """{node: {gpu_uuid: its place in that order}}"""
+        self.accounts: dict[str, list[Account]] = {}
+        """{node: [account by GPU]}"""
+        self.park_left: dict[str, int] = {}
+        """{node: host bytes left for weights of parked replicas}"""
+        self.growth = 0
+        """Raised whenever something that did not fit may fit now."""
+        self._park_order: list[tuple[int, str]] = []
+        self._held: dict[str, _Held] = {}
+        self._packers: dict[str, Packer] = {}
+        self._asks: dict[Demand, Ask | None] = {}
+        self._asks_of = -1
+        self._quarantined: dict[str, float] = {}
+        self._verdicts: dict[_Question, tuple[Verdict, float]] = {}
+        """{question: (answer, until when it holds)}"""
+        self._verdicts_of = -1
+        self._booked: list[_Booked] | None = None
+        """None outside of a trial."""
+
+    # --- Nodes --------------------------------------------------------------------------------------------------------
+
+    def set_node(self, node: "Node", replicas: Sequence["Replica"], claims: Sequence["Claim"]) -> None:
+        """As it joined, or joined again with other GPUs, labels or strangers; with all that it has."""
+        offers = sorted(
+            (gpu for gpu in node.gpus.values() if base_bytes(gpu)), key=lambda gpu: (gpu.index, gpu.gpu_uuid)
+        )
+        shape = _shape_of(node, offers)
+        known = self.fleet.nodes.get(node.name)
+        uuids = tuple(gpu.gpu_uuid for gpu in offers)
+        if known is None or known.shape != shape or self.gpu_uuids[node.name] != uuids:
+            if known is not None:
+                self.fleet.remove_node(node.name)
+            self.fleet.add_node(node.name, shape)
+            self.gpu_uuids[node.name] = uuids
+            self.positions[node.name] = {uuid: position for position, uuid in enumerate(uuids)}
+            self.accounts[node.name] = [Account(gpu.allocatable_bytes) for gpu in offers]
+            for replica in replicas:
+                self._held.pop(replica.replica_id, None)
+                if replica.holds_place:
+                    self.hold(replica)
+            for claim in claims:
+                self.claim(claim)
+        for position, gpu in enumerate(offers):
+            self.fleet.set_foreign(node.name, position, base_bytes(gpu) - gpu.allocatable_bytes)
+            self.accounts[node.name][position].allocatable_bytes = gpu.allocatable_bytes
+        parked = sum(replica.weights_bytes for replica in replicas if replica.is_parkable)
+        self._set_park(node.name, node.host_budget_bytes - parked)
+        self.set_open(node)
+
+    def set_open(self, node: "Node") -> None:
+        """It was lost, came back, or is in quarantine: call it when one of these changes."""
+        self._quarantined.pop(node.name, None)
+        if node.quarantine_until_s > 0:
+            self._quarantined[node.name] = node.quarantine_until_s
+        self.fleet.set_open(node.name, node.lost_at_s is None and not node.quarantine_until_s)
+        self.growth += 1
+
+    def open_until(self, now_s: float, nodes: "dict[str, Node]") -> None:
+        """Open those whose quarantine is over."""
+        for name in [name for name, until_s in self._quarantined.items() if until_s <= now_s]:
+            del self._quarantined[name]
+            self.fleet.set_open(name, nodes[name].lost_at_s is None)
+            self.growth += 1
+
+    # --- Replicas -----------------------------------------------------------------------------------------------------
+
+    def hold(self, replica: "Replica") -> None:
+        """It is promised its place."""
+        positions = self.positions.get(replica.node)
+        if positions is None:
+            return
+        known = [share for share in replica.shares if share.gpu_uuid in positions]
+        held = _Held(
+            replica.node,
+            tuple(positions[share.gpu_uuid] for share in known),
+            tuple(share.request_bytes for share in known),
+            replica.cpu_millicores,
+            replica.memory_bytes,
+        )
+        self._held[replica.replica_id] = held
+        self.fleet.take(held.node, held.gpus, held.units, held.cpu_milli, held.memory_bytes)
+        accounts = self.accounts[replica.node]
+        for position, share in zip(held.gpus, known, strict=True):
+            residue_bytes = replica.residue_on(share.gpu_uuid) if replica.is_parkable else 0
+            accounts[position].add(share.request_bytes, residue_bytes, is_parkable=replica.is_parkable)
+
+    def leave(self, replica: "Replica", on_gpu: "dict[str, dict[str, Replica]]") -> None:
+        """Its place is free. `on_gpu`: who is promised a place, without it."""
+        held = self._held.pop(replica.replica_id, None)
+        if held is None:
+            return
+        self.fleet.give(held.node, held.gpus, held.units, held.cpu_milli, held.memory_bytes)
+        for position in held.gpus:
+            self.recount(held.node, self.gpu_uuids[held.node][position], on_gpu)
+        self.growth += 1
+
+    def recount(self, node: str, gpu_uuid: str, on_gpu: "dict[str, dict[str, Replica]]") -> None:
+        """A residue was measured, or somebody left."""
+        position = self.positions.get(node, {}).get(gpu_uuid)
+        if position is not None:
+            self.accounts[node][position].recount(gpu_uuid, on_gpu.get(gpu_uuid, {}).values())
+
+    def claim(self, claim: "Claim") -> None:
+        """Keep its room from everybody, also before it is free."""
+        self._claim(claim, 1)
+
+    def unclaim(self, claim: "Claim") -> None:
+        self._claim(claim, -1)
+        self.growth += 1
+
+    def _claim(self, claim: "Claim", sign: int) -> None:
+        positions = self.positions.get(claim.node, {})
+        for uuid, size in zip(claim.gpu_uuids, claim.request_bytes, strict=True):
+            if uuid in positions:
+                self.fleet.take(claim.node, (positions[uuid],), (sign * size,))
+                self.accounts[claim.node][positions[uuid]].claimed_bytes += sign * size
+
+    def park(self, node: str, weights_bytes: int) -> None:
+        """Book host memory for parked weights (negative: give back)."""
+        if node in self.park_left and weights_bytes:
+            self._set_park(node, self.park_left[node] - weights_bytes)
+            self.growth += weights_bytes < 0
+
+    def without_park_memory(self, weights_bytes: int) -> list[str]:
+        """Nodes that have no host memory for so many bytes of parked weights."""
+        return [name for _, name in self._park_order[: bisect_left(self._park_order, (weights_bytes, ""))]]
+
+    def _set_park(self, node: str, left_bytes: int) -> None:
+        old = self.park_left.get(node)
+        if old is not None:
+            del self._park_order[bisect_left(self._park_order, (old, node))]
+        self.park_left[node] = left_bytes
+        insort(self._park_order, (left_bytes, node))
+
+    # --- Questions ----------------------------------------------------------------------------------------------------
+
+    def ask_of(self, demand: Demand) -> Ask | None:
+        """In the packer's words; None when the fleet has no such GPU model."""
+        if self._asks_of != self.fleet.membership_version:
+            self._asks.clear()
+            self._asks_of = self.fleet.membership_version
+        if demand not in self._asks:
+            self._asks[demand] = self._ask_of(demand)
+        return self._asks[demand]
+
+    def _ask_of(self, demand: Demand) -> Ask | None:
+        if not demand.gpu_models:
+            return demand.ask(frozenset())
+        there = {gpu.model for room in self.fleet for gpu in room.shape.gpus}
+        fitting = frozenset(model for model in there if any(part in model.lower() for part in demand.gpu_models))
+        return demand.ask(fitting) if fitting else None
+
+    def packer(self, *, spreads_nodes: bool) -> Packer:
+        name = "spread" if spreads_nodes else self._settings.policy
+        if name not in self._packers:
+            self._packers[name] = Packer(self.fleet, policy_named(name))
+        return self._packers[name]
+
+    def verdict(
+        self,
+        demand: Demand,
+        now_s: float,
+        without_nodes: tuple[str, ...] = (),
+        without_gpus: frozenset[tuple[str, int]] = frozenset(),
+    ) -> "Verdict | None":
+        """Why there is no room for this demand, where that was found out since something grew last."""
+        if self._verdicts_of != self.growth:
+            return None
+        known = self._verdicts.get((demand, without_nodes, without_gpus))
+        return known[0] if known is not None and now_s < known[1] else None
+
+    def remember(
+        self,
+        demand: Demand,
+        now_s: float,
+        verdict: "Verdict",
+        without_nodes: tuple[str, ...],
+        without_gpus: frozenset[tuple[str, int]],
+    ) -> None:
+        """A cache: without it the same is found out again. What hangs on expected use holds for a while only."""
+        if self._verdicts_of != self.growth:
+            self._verdicts, self._verdicts_of = {}, self.growth
+        hangs_on_use = any(c.code is ReasonCode.TURNS_TAKEN for c in verdict.constraints)
+        until_s = now_s + self._settings.use_retry_s if hangs_on_use else math.inf
+        self._verdicts[demand, without_nodes, without_gpus] = verdict, until_s
+
+    # --- Several decisions in one input -------------------------------------------------------------------------------
+
+    @contextmanager
+    def trial(self, *, is_supposed: bool = False) -> Iterator[None]:
+        """What is booked inside is undone at the end: the folds of the facts that were decided book it again.
+
+        `is_supposed`: no fact will follow, so what was found not to fit inside may fit again.
+        """
+        assert self._booked is None, "a trial within a trial"
+        self._booked = []
+        verdicts = dict(self._verdicts)
+        try:
+            yield
+        finally:
+            self._unbook(0)
+            self._booked = None
+            if is_supposed:
+                self._verdicts = verdicts
+
+    @contextmanager
+    def attempt(self) -> Iterator[list[bool]]:
+        """Within a trial: what is booked inside stays only when `True` is put into the list."""
+        assert self._booked is not None
+        mark, verdicts = len(self._booked), dict(self._verdicts)
+        keeps: list[bool] = []
+        yield keeps
+        if not keeps:
+            self._unbook(mark)
+            self._verdicts = verdicts
+
+    def book(self, deployment_id: str, demand: Demand, place: Place) -> None:
+        """Within a trial: a replica goes there."""
+        assert self._booked is not None
+        booked = _Booked(place, demand, [])
+        self.fleet.take(place.node, place.gpu_indices, place.units, demand.cpu_millicores, demand.memory_bytes)
+        accounts = self.accounts[place.node]
+        for position, units in zip(place.gpu_indices, place.units, strict=True):
+            account = accounts[position]
+            booked.accounts.append((account, account.saved()))
+            residue_bytes = min(self._settings.residue_bytes, units) if demand.is_parkable else 0
+            account.add(units, residue_bytes, is_parkable=demand.is_parkable)
+            if demand.is_parkable:
+                account.tentative.append((deployment_id, units))
+        if demand.weights_bytes:
+            self._set_park(place.node, self.park_left[place.node] - demand.weights_bytes)
+        self._booked.append(booked)
+
+    def _unbook(self, mark: int) -> None:
+        assert self._booked is not None
+        while len(self._booked) > mark:
+            booked = self._booked.pop()
+            place, demand = booked.place, booked.demand
+            self.fleet.give(place.node, place.gpu_indices, place.units, demand.cpu_millicores, demand.memory_bytes)
+            for account, saved in booked.accounts:
+                account.restore(saved)
+            if demand.weights_bytes:
+                self._set_park(place.node, self.park_left[place.node] + demand.weights_bytes)
+
+
+def _shape_of(node: "Node", offers: Sequence["GpuOffer"]) -> NodeShape:
+    """Portions are of capacity less the reserve; what strangers use is set beside it."""
+    gpus = tuple(
+        GpuShape(model=gpu.name, capacity_units=base_bytes(gpu), grade_rank=GRADE_RANKS[gpu.grade]) for gpu in offers
+    )
+    links: tuple[tuple[int, ...], ...] = ()
+    if any(gpu.peer_bytes_per_s for gpu in offers):
+        links = tuple(tuple(int(a.peer_bytes_per_s.get(b.gpu_uuid, 0.0)) for b in offers) for a in offers)
+    return NodeShape(
+        cpu_milli=node.cpu_millicores or 0,
+        memory_bytes=node.memory_bytes or 0,
+        gpus=gpus,
+        labels=frozenset(f"{key}={value}" for key, value in node.labels.items()),
+        links=links,
+    )
