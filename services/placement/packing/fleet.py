@@ -120,6 +120,7 @@ class Fleet:
         self.nodes: dict[str, NodeRoom] = {}
         self.names: list[str] = []
         """Sorted: the order in which equal nodes are taken."""
+        self.gpu_count = 0
         self.membership_version = 0
         """Grows with each node that comes or goes."""
         self._watchers: list[dict[str, None]] = []
@@ -146,11 +147,13 @@ class Fleet:
             foreign_units=[0] * len(shape.gpus),
         )
         insort(self.names, name)
+        self.gpu_count += len(shape.gpus)
         self.membership_version += 1
         self._changed(name)
 
     def remove_node(self, name: str) -> None:
         """With all that it held."""
+        self.gpu_count -= len(self.nodes[name].shape.gpus)
         del self.nodes[name]
         del self.names[bisect_left(self.names, name)]
         self.membership_version += 1

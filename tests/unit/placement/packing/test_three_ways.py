@@ -9,7 +9,7 @@ import pytest
 from kit.settings import SettingsError
 from services.placement import main
 from services.placement.packing import compiled
-from services.placement.packing.index import SCANNED_NODES_MAX, Packer
+from services.placement.packing.index import SCANNED_GPUS_MAX, Packer
 from services.placement.packing.policies import policy_named
 from tests.architecture.sources import ROOT
 from tests.unit.placement.packing.fleets import GPU, fleet_of, node, share
@@ -25,7 +25,7 @@ print(sorted({"numpy", "numba"} & sys.modules.keys()))
 
 
 @pytest.mark.parametrize(
-    ("nodes", "loaded"), [(2, "[]"), (SCANNED_NODES_MAX, "[]"), (SCANNED_NODES_MAX + 1, "['numpy']")]
+    ("nodes", "loaded"), [(2, "[]"), (SCANNED_GPUS_MAX, "[]"), (SCANNED_GPUS_MAX + 1, "['numpy']")]
 )
 def test_small_fleets_load_neither_numpy_nor_numba(nodes: int, loaded: str) -> None:
     ran = subprocess.run(
@@ -37,7 +37,7 @@ def test_small_fleets_load_neither_numpy_nor_numba(nodes: int, loaded: str) -> N
 
 def test_a_fleet_that_grows_and_shrinks_over_the_border_is_seen_whole_on_both_sides() -> None:
     packer = Packer(fleet_of(a=node(GPU)), policy_named("first-fit"))
-    for i in range(SCANNED_NODES_MAX):
+    for i in range(SCANNED_GPUS_MAX):
         packer.fleet.add_node(f"b{i:02}", node(GPU))
     packer.fleet.take("a", [0], [900])
     assert "b00" == getattr(packer.choose(share(200)), "node", None)
