@@ -5,22 +5,24 @@ the answers outside the measured time.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from benchmarks.report import Value
 from benchmarks.scale_agents import StandIn
-from benchmarks.scale_stage import GPUS_PER_NODE, NODE_COUNT, NODE_COUNT_QUICK, TENANT, training
+from benchmarks.scale_stage import GPUS_PER_NODE, IS_COMPILED, NODE_COUNT, NODE_COUNT_QUICK, TENANT, training
 from benchmarks.sections import Measured, Setting, Wanted
 from kit.bus import Entry, Stored
 from kit.inbox import inbox_delivery
-from kit.processor import Processor
+from kit.outcomes import Timer
+from kit.processor import Delivery, Processor, Released
 from kit.runner import INPUTS_PER_BATCH_MAX
 from schemas.catalogue import decode, encode
 from schemas.inbox import DeployRequested
 from schemas.messages import command_subject
 from schemas.placement import PlacementProposed
 from services.placement.core import SERVICE
-from services.placement.main import HANDLERS
+from services.placement.main import HANDLERS, prepare_compiled
 from services.placement.settings import PlacementSettings
 from services.placement.state import ClusterState
 
@@ -57,17 +59,25 @@ class CoreAlone:
             self._settle()
 
     def _settle(self) -> None:
-        """Facts to their nodes, their answers back, until nobody has anything to say."""
-        while entries := self.processor.take_batch().entries:
+        """Facts to their nodes, timers that are due and the nodes' answers back, until nobody has anything to say."""
+        while not (batch := self.processor.take_batch()).is_empty:
             touched: dict[str, StandIn] = {}
-            for stored in self._commit(entries):
+            for stored in self._commit(batch.entries):
                 fact = decode(stored.body)
                 if isinstance(fact, PlacementProposed):
                     self.proposed_count += len(fact.replicas)
                     touched[fact.node] = self.nodes[fact.node]
                     touched[fact.node].receive(fact, stored.seq)
+            self._fire(batch.released)
             for node in touched.values():
                 self._hand_in(node)
+
+    def _fire(self, released: Sequence[Released]) -> None:
+        began_s = time.perf_counter()
+        for item in released:
+            if isinstance(item.outcome, Timer) and item.outcome.due_s <= self._now_s:
+                self.processor.receive(Delivery(input=item.outcome.input, now_s=self._now_s))
+        self.busy_s += time.perf_counter() - began_s
 
     def _hand_in(self, node: StandIn) -> None:
         answers = self._stored(node.take()[0])
@@ -109,6 +119,8 @@ class CoreAlone:
 async def measure(setting: Setting) -> Measured:
     """See `benchmarks.sections`."""
     node_count = setting.count(NODE_COUNT, NODE_COUNT_QUICK)
+    if IS_COMPILED:
+        prepare_compiled()
     core = CoreAlone(node_count)
     core.busy_s = 0.0
     count = GPUS_PER_NODE * node_count

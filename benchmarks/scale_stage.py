@@ -1,5 +1,6 @@
 """A server, hundreds of stand-in node agents, and the real placement service in a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -45,6 +46,8 @@ STALL_S: Final = 30.0
 """Nothing moves for so long: the scenario has failed."""
 FSYNC_COUNT: Final = 300
 LOG_LINES_SHOWN: Final = 3
+IS_COMPILED: Final = importlib.util.find_spec("numba") is not None
+"""As the operator of so many nodes would have it (docs/adr/0012); without numba the plain index runs."""
 COMMAND: Final = (sys.executable, "-m", "services", "placement")
 ROOT: Final = Path(__file__).resolve().parents[1]
 
@@ -158,6 +161,7 @@ async def placement(folder: Path, url: str) -> AsyncIterator["subprocess.Popen[b
         **os.environ,
         "SUBLET_PLACEMENT_NATS_URL": url,
         "SUBLET_PLACEMENT_HEALTH_PORT": str(port),
+        "SUBLET_PLACEMENT_COMPILED": "true" if IS_COMPILED else "false",
         "SUBLET_LOG_LEVEL": "WARNING",
     }
     with (folder / "placement.log").open("wb") as log:

@@ -372,6 +372,7 @@ class _Live(Generic[S]):
             self._queries.add(item)
             return
         await self._passed(Step.RECEIVED, item)
+        before_count = len(self._processor.batch.released)
         if isinstance(item, Stored):
             await self._handle_stored(item)
         else:
@@ -386,7 +387,7 @@ class _Live(Generic[S]):
             self.keeper.handled(1)
             self._runner.status.snapshot_count = self.keeper.taken_count
         await self._passed(Step.HANDLED, item)
-        await self._send_ahead()
+        await self._send_ahead(before_count)
 
     async def _handle_stored(self, stored: Stored) -> None:
         processor = self._processor
@@ -416,9 +417,11 @@ class _Live(Generic[S]):
         except BusError as error:  # It stays in history; a full store must not end the service.
             self._runner._log.warning("no dead letter", extra={"subject": stored.subject, "reason": str(error)})
 
-    async def _send_ahead(self) -> None:
+    async def _send_ahead(self, before_count: int) -> None:
+        """Of what was released since, not of the whole batch again for each of its inputs."""
         waiting = self._processor.batch.released
-        ahead = [item for item in waiting if isinstance(item.outcome, Order) and item.outcome.goes_ahead]
+        since = waiting[before_count:]
+        ahead = [item for item in since if isinstance(item.outcome, Order) and item.outcome.goes_ahead]
         for item in ahead:
             waiting.remove(item)
             await self._publish(item)
