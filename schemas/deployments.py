@@ -181,12 +181,13 @@ def problems_of(spec: DeploymentSpec) -> list[str]:
             )
     if share.request_portion is not None and share.request_portion > 1:
         problems.append(
-            f"share: {share.request_portion:g} is more than one GPU; a replica on several GPUs is not supported yet."
+            f"share: {share.request_portion:g} is more than one GPU; say the part of each GPU, at most 1, "
+            "and how many GPUs as gpu_count."
         )
+    if share.request_bytes == 0:
+        problems.append("share: request_bytes is 0; a replica needs some memory on its GPU.")
     if spec.priority is not None and spec.priority not in PRIORITIES:
         problems.append(f"priority: '{spec.priority}' is unknown; use one of {', '.join(PRIORITIES)}.")
     if spec.kind is WorkloadKind.TRAINING and spec.engine.kind is not EngineKind.TRAINING:
         problems.append("engine: a training deployment needs engine kind 'training'.")
-    if spec.replica_count > 1:
-        problems.append("replica_count: more than one replica is not supported yet; use 1.")
     return problems

@@ -6,7 +6,7 @@ from typing import Any
 from kit.outcomes import Context, Outcome, Reply, Timer
 from schemas.autoscaler import ReplicasDecided
 from schemas.catalogue import decode, encode
-from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
+from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, PlacementSpec, ShareSpec, SwapSpec
 from schemas.inbox import DeployRequested
 from schemas.messages import Command, Fact, Query
 from schemas.nodes import (
@@ -31,11 +31,21 @@ from services.placement.state import ClusterState
 RESIDUE_GIB = 1
 
 
-def gpu(uuid: str, *, allocatable_gib: int = 80, grade: IsolationGrade = IsolationGrade.DRIVER) -> GpuOffer:
+def gpu(
+    uuid: str,
+    *,
+    allocatable_gib: int = 80,
+    grade: IsolationGrade = IsolationGrade.DRIVER,
+    name: str = "H100",
+    foreign_gib: int = 0,
+    peers: dict[str, float] | None = None,
+) -> GpuOffer:
     return GpuOffer(
         gpu_uuid=uuid,
         index=int(uuid[-1]) if uuid[-1].isdigit() else 0,
-        name="H100",
+        name=name,
+        foreign_bytes=foreign_gib * GiB,
+        peer_bytes_per_s=peers or {},
         capacity_bytes=(allocatable_gib + 2) * GiB,
         reserve_bytes=2 * GiB,
         grade=grade,
@@ -51,11 +61,15 @@ def spec(
     *,
     portion: float | None = None,
     limit_gib: int | None = None,
+    limit_portion: float | None = None,
+    gpu_count: int = 1,
     weights_gib: int = 10,
     is_parkable: bool = True,
     minimum_grade: IsolationGrade | None = None,
+    placing: dict[str, Any] | None = None,
     **values: Any,
 ) -> DeploymentSpec:
+    """`placing`: fields of `PlacementSpec`."""
     return DeploymentSpec(
         name=name,
         engine=EngineSpec(weights_bytes=weights_gib * GiB),
@@ -63,8 +77,11 @@ def spec(
             request_bytes=None if gib is None else gib * GiB,
             request_portion=portion,
             limit_bytes=None if limit_gib is None else limit_gib * GiB,
+            limit_portion=limit_portion,
             minimum_grade=minimum_grade,
+            gpu_count=gpu_count,
         ),
+        placement=PlacementSpec(**(placing or {})),
         swap=SwapSpec(is_parkable=is_parkable),
         **values,
     )
@@ -118,7 +135,7 @@ class Placement:
 
     # --- Inputs -------------------------------------------------------------------------------------------------------
 
-    def join(self, *gpus: GpuOffer, node: str = "node-0", host_gib: int = 1000) -> list[Outcome]:
+    def join(self, *gpus: GpuOffer, node: str = "node-0", host_gib: int = 1000, **values: Any) -> list[Outcome]:
         joined = NodeJoined(
             node=node,
             at_s=self.now_s,
@@ -127,6 +144,7 @@ class Placement:
             host_budget_bytes=host_gib * GiB,
             holder_url="",
             label="software GPU",
+            **values,
         )
         return self.handle(joined)
 

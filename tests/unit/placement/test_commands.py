@@ -98,10 +98,10 @@ def test_another_wish_for_a_name_releases_and_replaces_the_old_one() -> None:
 
 
 def test_an_unsound_wish_is_rejected_with_every_reason_at_once() -> None:
-    outcomes = Placement().deploy(spec("a", 30, limit_gib=20, priority="urgent", replica_count=2))
+    outcomes = Placement().deploy(spec("a", portion=1.5, limit_portion=1.2, priority="urgent"))
 
     assert ("CommandRejected", "rejected", "SUB-ADM-001") == verdict(outcomes)
-    for part in ("is below the request", "'urgent' is unknown", "more than one replica"):
+    for part in ("is below the request", "'urgent' is unknown", "how many GPUs as gpu_count"):
         assert part in message(outcomes)
     assert ["CommandRejected", "Reply"] == kinds(outcomes)
 
