@@ -3,23 +3,17 @@
 The account is anew, from facts alone (`Books`). No two wakes may wait for each other for ever, whatever they span.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.outcomes import Effect, Outcome, Timer, Under
-from schemas.catalogue import decode, encode
+from kit.outcomes import Effect, Outcome, Under
 from schemas.messages import Fact
 from schemas.orders import ParkOrdered, WakeOrdered
-from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed
 from schemas.units import GiB
-from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.inputs import (
     AdoptEngine,
-    AliveDue,
-    GangHoldOver,
     ParkEngine,
     StartEngine,
     StopEngine,
@@ -27,10 +21,10 @@ from services.nodeagent.inputs import (
 )
 from services.nodeagent.state import NodeState
 from services.swarm.checks import Books
+from tests.properties.wide import GPUS, Alone
 from tests.unit.nodeagent import builders as nodes
 from tests.unit.swapper.builders import Swapper
 
-GPUS = ("gpu-0", "gpu-1", "gpu-2")
 many = settings(max_examples=60, deadline=None)
 
 Wide = tuple[int, frozenset[str]]
@@ -137,129 +131,21 @@ def states(state: NodeState) -> dict[str, str]:
     return {name: replica.residency.value for name, replica in state.replicas.items()}
 
 
-STEPS = ("propose", "gang", "commit", "abandon", "over", "release", "wake", "park", "end", "stay", "lose", "restart")
-
-
-@dataclass
-class Alone:
-    """A node agent to which anything happens; its own invariants and the account from facts hold after each step."""
-
-    agent: nodes.Agent = field(default_factory=lambda: nodes.Agent(*(nodes.gpu(i) for i in range(len(GPUS)))))
-    books: Books = field(default_factory=lambda: Books(gpus={u: nodes.gpu(i) for i, u in enumerate(GPUS)}))
-    pending: list[Effect] = field(default_factory=list)
-    committed: set[str] = field(default_factory=set)
-    """Gangs."""
-    gang_of: dict[str, str] = field(default_factory=dict)
-
-    def handle(self, item: Any) -> None:
-        for outcome in self.agent.handle(item):
-            if isinstance(outcome, Fact):
-                self.books.hear(outcome)
-            elif isinstance(outcome, StartEngine):
-                gang_id = self.gang_of.get(outcome.replica.replica_id, "")
-                assert not gang_id or gang_id in self.committed, f"{outcome.replica.replica_id} started too soon"
-                self.pending.append(outcome)
-            elif isinstance(outcome, Effect):
-                self.pending.append(outcome)
-            else:
-                assert isinstance(outcome, Timer), outcome
-
-
 @settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_on_every_gpu_leases_never_exceed_it_whatever_wide_replicas_and_gangs_do(data: st.DataObject) -> None:
-    alone = Alone()
-    agent = alone.agent
-    for number in range(data.draw(st.integers(1, 25), label="steps")):
-        step = data.draw(st.sampled_from(STEPS), label="step")
-        names = sorted(agent.state.replicas)
-        name = data.draw(st.sampled_from(names), label="name") if names else ""
-        replica = agent.state.replicas.get(name)
-        match step:
-            case "propose" | "gang":
-                gang_id = f"g{number}" if step == "gang" else ""
-                shapes = data.draw(st.lists(wides, min_size=1, max_size=2), label="shapes")
-                alone.handle(proposed(alone, number, shapes, gang_id))
-            case "commit" if replica is not None and name in alone.gang_of:
-                alone.committed.add(alone.gang_of[name])
-                alone.handle(gang_fact(GangCommitted, alone, name))
-            case "abandon" if replica is not None and name in alone.gang_of:
-                alone.handle(gang_fact(GangAbandoned, alone, name, reason="somebody refused"))
-            case "over" if replica is not None and replica.held_for:
-                agent.now_s = max(agent.now_s, replica.hold_ends_s)
-                alone.handle(GangHoldOver(gang_id=replica.held_for))
-                assert name not in agent.state.replicas, "a held lease outlives its hold"
-            case "release" if replica is not None:
-                alone.handle(nodes.release(name))
-            case "wake" if replica is not None:
-                alone.handle(agent.wake(name, *data.draw(st.sets(st.sampled_from(names)), label="victims")))
-            case "park" if replica is not None:
-                alone.handle(agent.park(name))
-            case "end" if alone.pending:
-                effect: Any = alone.pending.pop(data.draw(st.integers(0, len(alone.pending) - 1)))
-                end(alone, effect)
-            case "stay" if replica is not None:
-                alone.handle(agent.stayed(name))
-            case "lose" if replica is not None:
-                alone.handle(agent.lost(name))
-            case "restart":
-                restarted(alone)
-            case _:
-                continue
-    for uuid in GPUS:
-        assert agent.state.held_bytes(uuid) == alone.books.sums.get(uuid, 0), "the agent and the account differ"
-
-
-def proposed(alone: Alone, number: int, shapes: list[Wide], gang_id: str) -> PlacementProposed:
-    replicas = tuple(
-        nodes.replica(f"r{number}-{part}", gib, gpu_uuids=tuple(sorted(gpus)))
-        for part, (gib, gpus) in enumerate(shapes)
-    )
-    if gang_id:
-        alone.gang_of.update({replica.replica_id: gang_id for replica in replicas})
-    return PlacementProposed(
-        at_s=0.0, proposal_id=f"p{number}", node=nodes.NODE, replicas=replicas, reason="", gang_id=gang_id,
-        gang_hold_s=30.0 if gang_id else 0.0,
-    )  # fmt: skip
-
-
-def gang_fact(kind: Any, alone: Alone, name: str, **values: str) -> Any:
-    gang_id = alone.gang_of[name]
-    members = tuple(sorted(other for other, of in alone.gang_of.items() if of == gang_id))
-    return kind(at_s=0.0, node=nodes.NODE, gang_id=gang_id, replica_ids=members, **values)
-
-
-def end(alone: Alone, effect: Any) -> None:
-    agent, name = alone.agent, effect.replica.replica_id
-    if name not in agent.state.replicas:
-        return
-    match effect:
-        case StartEngine():
-            alone.handle(agent.started(name))
-        case ParkEngine():
-            alone.handle(agent.has_parked(name))
-        case WakeEngine():
-            alone.handle(agent.woken(name))
-        case StopEngine():
-            alone.handle(agent.stopped(name))
-
-
-def restarted(alone: Alone) -> None:
-    """The next life begins with what the facts say, and nothing on its way."""
-    state = NODEAGENT.new_state(alone.agent.state.settings)
-    for fact in alone.agent.history:
-        NODEAGENT.evolve(state, decode(encode(fact)))  # type: ignore[arg-type]  # Facts alone are in it.
-    alone.agent.state = state
-    alone.pending.clear()
-    for outcome in NODEAGENT.on_start(state, alone.agent.context()):
-        if isinstance(outcome, Timer):
-            assert isinstance(outcome.input, GangHoldOver | AliveDue), outcome
-    alone.handle(alone.agent.probed())
+@given(data=st.data(), step_count=st.integers(1, 25))
+def test_on_every_gpu_leases_never_exceed_it_whatever_wide_replicas_and_gangs_do(
+    data: st.DataObject, step_count: int
+) -> None:
+    """And no part of a gang starts before its commit, and none is held beyond its time."""
+    Alone(lambda options: data.draw(st.sampled_from(options))).play(step_count)
 
 
 def test_the_account_of_two_gpus_is_not_that_of_one() -> None:
     """Seen to count: 50 of 80 on both leaves 30 on either."""
-    alone = Alone()
-    alone.handle(nodes.proposal(nodes.replica("wide", 50, gpu_uuids=GPUS[:2])))
+    books = Books(gpus={uuid: nodes.gpu(index) for index, uuid in enumerate(GPUS)})
+    agent = nodes.Agent(*(nodes.gpu(index) for index in range(len(GPUS))))
+    for outcome in agent.handle(nodes.proposal(nodes.replica("wide", 50, gpu_uuids=GPUS[:2]))):
+        if isinstance(outcome, Fact):
+            books.hear(outcome)
 
-    assert [50 * GiB, 50 * GiB, 0] == [alone.books.sums.get(uuid, 0) for uuid in GPUS]
+    assert [50 * GiB, 50 * GiB, 0] == [books.sums.get(uuid, 0) for uuid in GPUS]

@@ -2,15 +2,16 @@
 
 from typing import Final
 
-from tests.properties.planted import alone_bugs, core_bugs, shell_bugs
+from tests.properties.planted import alone_bugs, core_bugs, gang_bugs, shell_bugs
 from tests.properties.planted.bug import Bug
 
-BUGS: Final[tuple[Bug, ...]] = (*core_bugs.BUGS, *alone_bugs.BUGS, *shell_bugs.BUGS)
-SOUND: Final[tuple[Bug, ...]] = (core_bugs.SOUND, alone_bugs.SOUND, shell_bugs.SOUND)
+BUGS: Final[tuple[Bug, ...]] = (*core_bugs.BUGS, *alone_bugs.BUGS, *gang_bugs.BUGS, *shell_bugs.BUGS)
+SOUND: Final[tuple[Bug, ...]] = (core_bugs.SOUND, alone_bugs.SOUND, gang_bugs.SOUND, shell_bugs.SOUND)
 """Nothing planted: what the same seeds find here is a real fault, or a check that cries wolf."""
 KNOWN_SEEDS: Final[dict[str, int]] = {
     "a chain that stops at nonsense": 11,
     "a fold in stream order": 1,
+    "a gang that starts before its commit": 1,
     "a park that is told before it has happened": 1,
     "a placement that answers twice": 5,
     "a placement that drops the minimum grade": 1,
@@ -22,6 +23,8 @@ KNOWN_SEEDS: Final[dict[str, int]] = {
     "a wake that waits for bytes that nobody gives": 3,
     "a writer that goes on after a conflict": 8,
     "an account that forgets the reserve": 1,
+    "an agent that forgets a held gang when it returns": 23,
+    "an agent that forgets to end a held gang": 3,
     "an agent that forgets what it had begun": 17,
     "an agent that obeys late orders": 36,
     "an agent that starts anew instead of adopting": 16,

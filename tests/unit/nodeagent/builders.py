@@ -3,6 +3,7 @@
 from typing import Any
 
 from kit.outcomes import Context, Effect, Outcome, Timer
+from kit.service import Service
 from schemas.catalogue import decode, encode
 from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
 from schemas.messages import Fact
@@ -89,9 +90,11 @@ def release(name: str, *, node: str = NODE) -> ReleaseProposed:
 class Agent:
     """One agent whose writer epoch is 1 and whose proposals come with rising sequences."""
 
-    def __init__(self, *gpus: GpuOffer, host_gib: int = 1000) -> None:
+    def __init__(self, *gpus: GpuOffer, host_gib: int = 1000, service: Service[NodeState] = SERVICE) -> None:
+        """`service`: another one to run in place of the real one; tests plant faults that checks must find."""
+        self.service = service
         settings = NodeAgentSettings(node=NODE, residue_bytes=RESIDUE_GIB * GiB)
-        self.state: NodeState = SERVICE.new_state(settings)
+        self.state: NodeState = service.new_state(settings)
         self.now_s = 100.0
         self.seq = 0
         self.history: list[Fact] = []
@@ -118,21 +121,21 @@ class Agent:
         self.now_s += 1.0
         if isinstance(item, Fact):
             self._fold(item)
-        observe = SERVICE.observers.get(type(item))
+        observe = self.service.observers.get(type(item))
         if observe is not None:
             observe(self.state, item, self.now_s)
-        outcomes = list(SERVICE.handlers[type(item)](self.state, item, self.context()))
+        outcomes = list(self.service.handlers[type(item)](self.state, item, self.context()))
         for outcome in outcomes:
             if isinstance(outcome, Fact):
                 fact = decode(encode(outcome))
                 assert isinstance(fact, Fact)
                 self._fold(fact)
-        SERVICE.check_invariants(self.state)
+        self.service.check_invariants(self.state)
         return outcomes
 
     def _fold(self, fact: Fact) -> None:
         self.history.append(fact)
-        SERVICE.evolve(self.state, fact)
+        self.service.evolve(self.state, fact)
 
     def lease(self, name: str) -> Replica:
         return self.state.replicas[name]
