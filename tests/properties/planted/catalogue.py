@@ -26,7 +26,7 @@ KNOWN_SEEDS: Final[dict[str, int]] = {
     "an agent that forgets a held gang when it returns": 23,
     "an agent that forgets to end a held gang": 3,
     "an agent that forgets what it had begun": 17,
-    "an agent that obeys late orders": 36,
+    "an agent that obeys late orders": 471,
     "an agent that starts anew instead of adopting": 16,
     "an inbox cursor one behind": 1,
     "facts after the cursor never handled": 2,
