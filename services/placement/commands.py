@@ -11,6 +11,7 @@ from schemas.inbox import (
     KeyCreateRequested,
     KeyRevokeRequested,
     ParkRequested,
+    RepackRequested,
     RetireRequested,
     Verdict,
     WakeRequested,
@@ -25,8 +26,10 @@ from schemas.placement import (
     KeyAdded,
     KeyRevoked,
     ParkAsked,
+    RepackAsked,
     WakeAsked,
 )
+from services.placement import repacking
 from services.placement.core import SERVICE
 from services.placement.placing import next_turn, release_all
 from services.placement.state import ClusterState, Deployment
@@ -143,6 +146,24 @@ def wake_requested(state: ClusterState, command: WakeRequested, ctx: Context) ->
         return _reject(command, "SUB-SWP-002", f"{command.model} is not placed: {why}", ctx)
     fact = WakeAsked(**_command(command, ctx), deployment_id=deployment.deployment_id)
     return _admit(command, fact, f"{command.model} is being woken", ctx)
+
+
+@SERVICE.on(RepackRequested)
+def repack_requested(state: ClusterState, command: RepackRequested, ctx: Context) -> Sequence[Outcome]:
+    """Say how many GPUs moves can free, and begin as many moves as may run at once."""
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    if ctx.tenant != state.settings.operator_tenant:
+        message = f"only the operator's tenant ('{state.settings.operator_tenant}') may ask for moves"
+        return _reject(command, "SUB-OPR-001", message, ctx)
+    plan = repacking.planned(state, move_count_max=command.move_count_max, now_s=ctx.now_s)
+    count, move_count = len(plan.freed), len(plan.steps)
+    fact = RepackAsked(**_command(command, ctx), move_count_max=command.move_count_max, gpus_freed=count)
+    message = (
+        f"{count} GPU{'' if count == 1 else 's'} can be freed by {move_count} move{'' if move_count == 1 else 's'}"
+    )
+    moves = repacking.begin(state, plan, repacking.ASKED, ctx)
+    return [*_admit(command, fact, message if count else "no GPU can be freed by moves that are allowed", ctx), *moves]
 
 
 @SERVICE.on(KeyCreateRequested)

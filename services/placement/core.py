@@ -47,10 +47,11 @@ from schemas.placement import (
     WakeAsked,
 )
 from services.placement import folds as fold
-from services.placement import gangs, moves, observed, presence, tenants
+from services.placement import gangs, moves, observed, presence, repacking, tenants
 from services.placement.gangs import GangDue, PlaceNext
 from services.placement.placing import next_turn, place_missing, place_soon, release, release_all
-from services.placement.presence import LookAround, QuarantineOver, SettleReturned
+from services.placement.presence import LookAround, QuarantineOver, SettleReturned, Trim
+from services.placement.repacking import MoveOn, TidyUp
 from services.placement.state import ClusterState, new_state
 
 
@@ -59,7 +60,7 @@ def reads(node: str) -> Sequence[str]:
 
 
 def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
-    return [next_turn(ctx), *gangs.begin(state, ctx), *presence.begin(state, ctx)]
+    return [next_turn(ctx), *gangs.begin(state, ctx), *presence.begin(state, ctx), repacking.look_later(state, ctx)]
 
 
 def check_invariants(state: ClusterState) -> None:
@@ -152,18 +153,18 @@ def lease_granted(state: ClusterState, fact: LeaseGranted, ctx: Context) -> Sequ
 
 @SERVICE.on(LeaseRefused)
 def lease_refused(state: ClusterState, fact: LeaseRefused, ctx: Context) -> Sequence[Outcome]:
-    return [*gangs.settle(state, ctx), *moves.advanced(state, ctx), next_turn(ctx)]
+    return [*gangs.settle(state, ctx), *_move_on(state, ctx), next_turn(ctx)]
 
 
 @SERVICE.on(LeaseReleased)
 def lease_released(state: ClusterState, fact: LeaseReleased, ctx: Context) -> Sequence[Outcome]:
-    return [*gangs.settle(state, ctx), *moves.advanced(state, ctx), *place_soon(state, ctx)]
+    return [*gangs.settle(state, ctx), *_move_on(state, ctx), *place_soon(state, ctx)]
 
 
 @SERVICE.on(ReplicaReady)
 def replica_ready(state: ClusterState, fact: ReplicaReady, ctx: Context) -> Sequence[Outcome]:
     """A replacement that is ready ends its move."""
-    return list(moves.advanced(state, ctx))
+    return _move_on(state, ctx)
 
 
 @SERVICE.on(ReplicaFailed)
@@ -231,9 +232,37 @@ def look_around(state: ClusterState, due: LookAround, ctx: Context) -> Sequence[
     """Nodes that fell silent are lost, and their replicas are placed elsewhere at once."""
     lost = presence.lost(state, ctx)
     again = [next_turn(ctx)] if lost else []
-    return [*lost, *again, *moves.advanced(state, ctx), presence.look_later(state, ctx)]
+    return [*lost, *again, *_move_on(state, ctx), presence.look_later(state, ctx)]
 
 
 @SERVICE.on(SettleReturned)
 def settle_returned(state: ClusterState, due: SettleReturned, ctx: Context) -> Sequence[Outcome]:
     return list(presence.settled(state, due.node, ctx))
+
+
+@SERVICE.on(Trim)
+def trim(state: ClusterState, due: Trim, ctx: Context) -> Sequence[Outcome]:
+    """What an instance before this one left undone."""
+    return list(presence.trimmed(state, state.deployments, "one too many", ctx))
+
+
+# --- Replicas that are moved ------------------------------------------------------------------------------------------
+
+
+def _move_on(state: ClusterState, ctx: Context) -> list[Outcome]:
+    """Moves that can end do so; then others may begin."""
+    facts = moves.advanced(state, ctx)
+    ended = [state.moves[fact.move_id].deployment_id for fact in facts if isinstance(fact, MoveEnded)]
+    return [*facts, Timer(due_s=ctx.now_s, input=MoveOn(deployment_ids=tuple(ended)))] if ended else []
+
+
+@SERVICE.on(MoveOn)
+def move_on(state: ClusterState, due: MoveOn, ctx: Context) -> Sequence[Outcome]:
+    """A replacement counts now: another copy, of a node that came back meanwhile, may be one too many."""
+    too_many = presence.trimmed(state, due.deployment_ids, "one too many since its move has ended", ctx)
+    return [*too_many, *repacking.begun(state, ctx)]
+
+
+@SERVICE.on(TidyUp)
+def tidy_up(state: ClusterState, due: TidyUp, ctx: Context) -> Sequence[Outcome]:
+    return [*repacking.begun(state, ctx), repacking.look_later(state, ctx)]

@@ -327,11 +327,6 @@ def fold_lost(state: ClusterState, fact: NodeLost) -> None:
     index.lose_node(fact.node)
     node.lost_at_s, node.silent_since_s = fact.at_s, fact.at_s - fact.silent_s
     node.loss_times_s = (*losses(node.loss_times_s, fact.at_s, window_s=state.settings.flap_window_s), fact.at_s)
-    for replica in state.on_node(fact.node):
-        deployment = state.deployments.get(replica.deployment_id)
-        if deployment is not None and not deployment.problem:
-            deployment.problem, deployment.remedy = f"{fact.node} is lost", "another place is being looked for"
-            index.count(replica.deployment_id)
     index.rooms.set_open(node)
 
 

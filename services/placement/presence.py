@@ -4,7 +4,7 @@ Pure. Silence counts only while placement can hear at all: after a restart of it
 while (the bus was away, or placement stood still), every node gets its whole time anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kit.outcomes import Context, Input, Outcome, Timer
@@ -30,9 +30,15 @@ class QuarantineOver(Input):
     """A node may be given something new again."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trim(Input):
+    """Release what is one too many, of whichever deployment."""
+
+
 def begin(state: ClusterState, ctx: Context) -> Iterator[Outcome]:
-    """What has to be looked at again after a start: the tick, nodes that came back, quarantines that will end."""
+    """What has to be looked at after a start: the tick, what is too many, nodes that came back, ends of quarantines."""
     yield look_later(state, ctx)
+    yield Timer(due_s=ctx.now_s + state.settings.return_settle_s, input=Trim())
     for name in sorted(state.nodes):
         node = state.nodes[name]
         if node.lost_at_s is None and node.returned_at_s:
@@ -116,16 +122,29 @@ def surplus(state: ClusterState, deployment_id: str) -> list[Replica]:
     """The replicas of a deployment that are too many, as long as it is wished for at all; the best ones are kept.
 
     Kept are: those nearest to serving; among equals those on nodes that were not lost lately; then the oldest. What is
-    being released, or is on a lost node, is no longer counted; of a replica that is being moved both copies are kept.
+    being released, or is on a lost node, is no longer counted. While a replica is being moved its replacement goes with
+    it: it counts from the end of the move on, when this is asked again.
     """
     deployment = state.deployments.get(deployment_id)
     if deployment is None:
         return []
-    here = [r for r in state.replicas_of(deployment_id) if not r.is_releasing and not state.is_lost(r)]
-    ids = {replica.replica_id for replica in here}
-    moving_count = sum({move.replica_id, move.replacement_id} <= ids for move in state.moves.values())
+    coming = {move.replacement_id for move in state.moves.values()}
+    here = [
+        replica
+        for replica in state.replicas_of(deployment_id)
+        if not replica.is_releasing and not state.is_lost(replica) and replica.replica_id not in coming
+    ]
     here.sort(key=lambda replica: _keeping_order(state, replica))
-    return here[deployment.replica_count + moving_count :]
+    return here[deployment.replica_count :]
+
+
+def trimmed(state: ClusterState, deployment_ids: Iterable[str], reason: str, ctx: Context) -> list[ReleaseProposed]:
+    """Releases of what is one too many of these."""
+    return [
+        ReleaseProposed(at_s=ctx.now_s, node=replica.node, replica_id=replica.replica_id, reason=reason)
+        for deployment_id in sorted(set(deployment_ids))
+        for replica in surplus(state, deployment_id)
+    ]
 
 
 def _keeping_order(state: ClusterState, replica: Replica) -> tuple[int, bool]:
@@ -140,14 +159,5 @@ def settled(state: ClusterState, name: str, ctx: Context) -> list[ReleasePropose
     node = state.nodes.get(name)
     if node is None or node.lost_at_s is not None or ctx.now_s < node.returned_at_s + state.settings.return_settle_s:
         return []
-    deployment_ids = sorted({replica.deployment_id for replica in state.on_node(name)})
-    return [
-        ReleaseProposed(
-            at_s=ctx.now_s,
-            node=replica.node,
-            replica_id=replica.replica_id,
-            reason=f"one too many since {name} is back",
-        )
-        for deployment_id in deployment_ids
-        for replica in surplus(state, deployment_id)
-    ]
+    deployment_ids = [replica.deployment_id for replica in state.on_node(name)]
+    return trimmed(state, deployment_ids, f"one too many since {name} is back", ctx)
