@@ -8,6 +8,7 @@ once; what fits nowhere is dropped; nothing departs.
 import csv
 import gzip
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,14 +165,18 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterable[_Row]:
     """Of a plain or gzipped CSV file with a header."""
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = (
             error.strerror if isinstance(error, OSError) and error.strerror else "it is neither CSV nor gzipped CSV"
         )
         raise InputError(f"{path} cannot be read: {reason}") from error
     reader = csv.DictReader(text.splitlines())
-    missing = [column for column in needed if column not in (reader.fieldnames or ())]
+    try:
+        missing = [column for column in needed if column not in (reader.fieldnames or ())]
+        rows = [_Row(path, line, row) for line, row in enumerate(reader, start=2)]
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as CSV: {error}") from error
     if missing:
         raise InputError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(needed)}")
-    return [_Row(path, line, row) for line, row in enumerate(reader, start=2)]
+    return rows
