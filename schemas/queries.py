@@ -1,5 +1,6 @@
 """Questions to services, and their answers. Request and reply; answers come from acknowledged state."""
 
+from enum import StrEnum
 from typing import Annotated, ClassVar
 
 import msgspec
@@ -7,7 +8,7 @@ from msgspec import Meta, Struct
 
 from schemas.deployments import DeploymentSpec, IsolationGrade
 from schemas.messages import Query
-from schemas.placement import Alternative
+from schemas.placement import Alternative, Constraint, ReasonCode, Victim
 from schemas.units import Bytes, Count, Epoch, Identifier, ModelName, Name, Seconds, Sequence, UnixSeconds
 
 
@@ -36,6 +37,9 @@ class ReplicaView(Struct, frozen=True, kw_only=True):
     last_wake_s: Seconds | None = None
     last_start_s: Seconds | None = None
     problem: str = ""
+    gpu_uuids: tuple[str, ...] = ()
+    """All GPUs that it spans; `gpu_uuid` is the first of them, and the bytes are of all together."""
+    gpu_indices: tuple[int, ...] = ()
 
 
 class DeploymentView(Struct, frozen=True, kw_only=True):
@@ -88,6 +92,16 @@ class NodeView(Struct, frozen=True, kw_only=True):
     host_budget_bytes: Bytes
     host_parked_bytes: Bytes
     joined_at_s: UnixSeconds
+    cpu_millicores: Count | None = None
+    """What replicas may ask of its CPU; None: not told."""
+    cpu_left_millicores: int = 0
+    memory_bytes: Bytes | None = None
+    memory_left_bytes: int = 0
+    labels: dict[str, str] = {}
+    condition: str = "open"
+    """``open``, ``lost`` (silent for too long) or ``quarantined`` (came and went: nothing new goes there)."""
+    condition_until_s: UnixSeconds = 0.0
+    """When the quarantine ends."""
 
 
 class NodeList(Struct, frozen=True, kw_only=True):
@@ -109,8 +123,98 @@ class Explanation(Struct, frozen=True, kw_only=True):
     summary: str = ""
     decisions: tuple["EventView", ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    """The GPUs that come nearest to having room for one more replica."""
     remedy: str = ""
     deployment: DeploymentView | None = None
+    codes: tuple[ReasonCode, ...] = ()
+    """Of the newest decision about it."""
+    policy: str = ""
+    """The packing policy that chose."""
+    constraints: tuple[Constraint, ...] = ()
+    """What speaks against GPUs for one more replica as things are now, counted over all of them."""
+    one_more: str = ""
+    """Where one more replica would go as things are now, or why it would go nowhere."""
+    displaced: tuple[Victim, ...] = ()
+    """Who gave their places to it, newest last."""
+    displaced_by: str = ""
+    """The model that took the place of one of its replicas, while it lacks one."""
+    moves: tuple[str, ...] = ()
+    """Its replicas that are being moved, and where to."""
+
+
+class PlanDeployments(Query, frozen=True, tag="queries.plan_deployments.v1"):
+    """What would become of these wishes, in their order, each on top of the last. Nothing is changed."""
+
+    service: ClassVar[str] = "placement"
+
+    deployments: tuple[DeploymentSpec, ...]
+
+
+class PlanVerdict(StrEnum):
+    NEW = "new"
+    REPLACED = "replaced"
+    """Another wish of that name is deployed; its replicas end when these are admitted."""
+    UNCHANGED = "unchanged"
+    REJECTED = "rejected"
+
+
+class PlannedReplica(Struct, frozen=True, kw_only=True):
+    """One replica and its place, or, with `victims`, the place that is made for it."""
+
+    node: Name
+    gpu_uuids: tuple[str, ...]
+    gpu_indices: tuple[int, ...]
+    request_bytes: tuple[Bytes, ...]
+    """On each of these GPUs."""
+    codes: tuple[ReasonCode, ...]
+    reason: str
+    victims: tuple[Victim, ...] = ()
+
+
+class PlannedDeployment(Struct, frozen=True, kw_only=True):
+    model: ModelName
+    verdict: PlanVerdict
+    wanted_count: Count
+    """Replicas that it shall have."""
+    replicas: tuple[PlannedReplica, ...] = ()
+    problem: str = ""
+    """Why it is rejected, or why not every replica gets a place; empty when all is well."""
+    remedy: str = ""
+    missing_bytes: Bytes = 0
+    codes: tuple[ReasonCode, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What would happen now. Others may be faster: it is no reservation."""
+
+    deployments: tuple[PlannedDeployment, ...]
+    has_room_for_all: bool
+    as_of_seq: Sequence = 0
+
+
+class ListQuotas(Query, frozen=True, tag="queries.list_quotas.v1"):
+    """What tenants are guaranteed and hold; all of them for the operator's tenant, else the asking one's."""
+
+    service: ClassVar[str] = "placement"
+
+
+class QuotaView(Struct, frozen=True, kw_only=True):
+    """In GPUs: the sum of requested portions."""
+
+    tenant: Name
+    gpu_quota: float | None
+    """None: no limit."""
+    over_quota_weight: float
+    used_gpus: float
+    never_preempted_gpus: float
+    """Of those: what workloads hold that are never preempted; bound by the quota."""
+    waiting_count: Count
+    """Deployments that lack replicas."""
+
+
+class QuotaList(Struct, frozen=True, kw_only=True):
+    quotas: tuple[QuotaView, ...]
 
 
 class ListEvents(Query, frozen=True, tag="queries.list_events.v1"):

@@ -167,6 +167,8 @@ class ReplicaView(Struct, frozen=True, kw_only=True):
     last_wake_s: float | None = None
     last_start_s: float | None = None
     problem: str = ""
+    gpu_uuids: tuple[str, ...] = ()
+    gpu_indices: tuple[int, ...] = ()
 
 
 class DeploymentView(Struct, frozen=True, kw_only=True):
@@ -211,6 +213,13 @@ class NodeView(Struct, frozen=True, kw_only=True):
     host_budget_bytes: int
     host_parked_bytes: int
     joined_at_s: float
+    cpu_millicores: int | None = None
+    cpu_left_millicores: int = 0
+    memory_bytes: int | None = None
+    memory_left_bytes: int = 0
+    labels: dict[str, str] = {}
+    condition: str = "open"
+    condition_until_s: float = 0.0
 
 
 class NodeList(Struct, frozen=True, kw_only=True):
@@ -241,6 +250,23 @@ class Alternative(Struct, frozen=True, kw_only=True):
     code: str = "no_gpu_room"
 
 
+class Constraint(Struct, frozen=True, kw_only=True):
+    code: str
+    gpu_count: int
+    node_count: int
+    short_by_bytes: int = 0
+
+
+class Victim(Struct, frozen=True, kw_only=True):
+    replica_id: str
+    deployment_id: str
+    model: str
+    tenant: str
+    priority: int
+    freed_bytes: int
+    reason: str
+
+
 class Explanation(Struct, frozen=True, kw_only=True):
     is_known: bool
     model: str
@@ -249,6 +275,62 @@ class Explanation(Struct, frozen=True, kw_only=True):
     alternatives: tuple[Alternative, ...] = ()
     remedy: str = ""
     deployment: DeploymentView | None = None
+    codes: tuple[str, ...] = ()
+    policy: str = ""
+    constraints: tuple[Constraint, ...] = ()
+    one_more: str = ""
+    displaced: tuple[Victim, ...] = ()
+    displaced_by: str = ""
+    moves: tuple[str, ...] = ()
+
+
+class PlanDeployments(Query, frozen=True, tag="queries.plan_deployments.v1"):
+    deployments: tuple[DeploymentSpec, ...]
+
+
+class PlannedReplica(Struct, frozen=True, kw_only=True):
+    node: str
+    gpu_uuids: tuple[str, ...]
+    gpu_indices: tuple[int, ...]
+    request_bytes: tuple[int, ...]
+    codes: tuple[str, ...]
+    reason: str
+    victims: tuple[Victim, ...] = ()
+
+
+class PlannedDeployment(Struct, frozen=True, kw_only=True):
+    model: str
+    verdict: str
+    wanted_count: int
+    replicas: tuple[PlannedReplica, ...] = ()
+    problem: str = ""
+    remedy: str = ""
+    missing_bytes: int = 0
+    codes: tuple[str, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    deployments: tuple[PlannedDeployment, ...]
+    has_room_for_all: bool
+    as_of_seq: int = 0
+
+
+class ListQuotas(Query, frozen=True, tag="queries.list_quotas.v1"):
+    pass
+
+
+class QuotaView(Struct, frozen=True, kw_only=True):
+    tenant: str
+    gpu_quota: float | None
+    over_quota_weight: float
+    used_gpus: float
+    never_preempted_gpus: float
+    waiting_count: int
+
+
+class QuotaList(Struct, frozen=True, kw_only=True):
+    quotas: tuple[QuotaView, ...]
 
 
 class ListEvents(Query, frozen=True, tag="queries.list_events.v1"):
@@ -309,6 +391,8 @@ ANSWER_OF: Final[dict[type[Query], type[Struct]]] = {
     ListDeployments: DeploymentList,
     ListNodes: NodeList,
     Explain: Explanation,
+    PlanDeployments: Plan,
+    ListQuotas: QuotaList,
     ListEvents: EventList,
     ListKeys: KeyList,
     ReadLogs: LogChunk,

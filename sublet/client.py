@@ -182,6 +182,14 @@ class Client:
         """Why the model is where it is, or why it is not placed; `is_known` is False for no such model."""
         return await self._query(contract.Explain(model=model), contract.Explanation)
 
+    async def plan(self, deployments: Iterable[contract.DeploymentSpec]) -> contract.Plan:
+        """What would become of these, in their order, each on top of the last. Changes nothing."""
+        return await self._query(contract.PlanDeployments(deployments=tuple(deployments)), contract.Plan)
+
+    async def quotas(self) -> contract.QuotaList:
+        """What tenants are guaranteed and hold; for the operator's tenant all of them."""
+        return await self._query(contract.ListQuotas(), contract.QuotaList)
+
     async def events(
         self, *, after_seq: int = 0, model: str = "", limit_count: int = 100, wait_s: float = 0.0
     ) -> contract.EventList:

@@ -45,6 +45,12 @@ class SyncClient:
     def revoke_key(self, key_id: str) -> contract.CommandAnswered:
         return self._wait(self._client.revoke_key(key_id))
 
+    def plan(self, deployments: Iterable[contract.DeploymentSpec]) -> contract.Plan:
+        return self._wait(self._client.plan(deployments))
+
+    def quotas(self) -> contract.QuotaList:
+        return self._wait(self._client.quotas())
+
     def repack(self, *, move_count_max: int = 8) -> contract.CommandAnswered:
         return self._wait(self._client.repack(move_count_max=move_count_max))
 

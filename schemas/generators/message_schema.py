@@ -13,6 +13,8 @@ ANSWER_OF: Final[dict[type[Query], type[msgspec.Struct]]] = {
     queries.ListDeployments: queries.DeploymentList,
     queries.ListNodes: queries.NodeList,
     queries.Explain: queries.Explanation,
+    queries.PlanDeployments: queries.Plan,
+    queries.ListQuotas: queries.QuotaList,
     queries.ListEvents: queries.EventList,
     queries.ListKeys: queries.KeyList,
     queries.ReadLogs: queries.LogChunk,

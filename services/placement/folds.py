@@ -199,6 +199,10 @@ def fold_release(state: ClusterState, fact: ReleaseProposed) -> None:
 # --- Preemption -------------------------------------------------------------------------------------------------------
 
 
+DISPLACED_KEPT: Final = 20
+"""Of those who gave their places to one deployment, so many are remembered for whoever asks."""
+
+
 def _claims_of(state: ClusterState, deployment: Deployment) -> Collection[Claim]:
     return state.index.claims_of.get(deployment.deployment_id, {}).values()
 
@@ -211,6 +215,7 @@ def fold_preemption_decided(state: ClusterState, fact: PreemptionDecided) -> Non
         return
     deployment.created_count += 1
     deployment.problem, deployment.remedy, deployment.codes = fact.reason, "", (ReasonCode.WAITS_FOR_VICTIMS,)
+    deployment.displaced = (*deployment.displaced, *fact.victims)[-DISPLACED_KEPT:]
     for victim in fact.victims:
         displaced = state.deployments.get(victim.deployment_id)
         if displaced is not None:

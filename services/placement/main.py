@@ -3,12 +3,12 @@
 from kit import settings as kit_settings
 from kit.runner import Runner
 from kit.serving import connected, new_instance, serve, service_tracer, shell_settings
-from services.placement import commands, views
+from services.placement import commands, explaining, planning, views
 from services.placement.core import SERVICE
 from services.placement.eventlog import EventLog
 from services.placement.settings import PlacementSettings
 
-HANDLERS = (commands, views)
+HANDLERS = (commands, explaining, planning, views)
 """Modules whose import registers handlers and answers."""
 
 

@@ -3,12 +3,17 @@
 No part of history: lost at a restart, and then unknown, never zero.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from schemas.gateways import LoadSampled, ModelLoad
 from schemas.nodes import NodeAlive
 from services.placement.overcommit import Uses
 from services.placement.settings import PlacementSettings
+
+if TYPE_CHECKING:
+    from services.placement.state import Node
 
 
 @dataclass(slots=True)
@@ -64,3 +69,9 @@ def is_idle(observed: Observed, deployment_id: str, *, now_s: float, settings: P
         if model is not None and model.in_flight_count + model.waiting_count > 0:
             return False
     return is_known
+
+
+def latest_s(observed: Observed, nodes: "Iterable[Node]") -> float:
+    """The newest time that anybody told placement: questions come without one."""
+    heard = [observed.heard_at_s or 0.0, *(load.heard_at_s for load in observed.gateways.values())]
+    return max([*heard, *(node.joined_at_s for node in nodes)])

@@ -161,6 +161,8 @@ class Deployment:
     codes: tuple[ReasonCode, ...] = ()
     short_since_s: float = 0.0
     """Since when it lacks replicas, where it does."""
+    displaced: tuple[Victim, ...] = ()
+    """Who gave their places to it, the newest last, a bounded number."""
     displaced_by: str = ""
     """The model that took the place of one of its replicas; empty once it has all of them again."""
     rests_until_s: float = 0.0

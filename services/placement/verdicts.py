@@ -1,6 +1,5 @@
 """Why nothing fits: every place that was ruled out is counted by its reason, the nearest ones are named."""
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -107,13 +106,10 @@ def verdict_of(
     )
 
 
-def alternatives_of(state: "ClusterState", demand: Demand) -> tuple[Alternative, ...]:
-    """Why GPUs would not do for one more such replica as things are now, the nearest ones; for questions, not facts."""
-    against = [
-        other for room in state.index.rooms.fleet for other in _against(state, demand, room, math.inf, (), (), ())
-    ]
-    against.sort(key=lambda other: (not other.short_by_bytes, other.short_by_bytes))
-    return tuple(against[:ALTERNATIVES_MAX])
+def objections(state: "ClusterState", demand: Demand, now_s: float) -> list[Alternative]:
+    """Every GPU that would not do for one more such replica as things are now, the nearest one first. For questions."""
+    against = [other for room in state.index.rooms.fleet for other in _against(state, demand, room, now_s, (), (), ())]
+    return sorted(against, key=lambda other: (not other.short_by_bytes, other.short_by_bytes))
 
 
 def constraints_of(against: Collection[Alternative]) -> tuple[Constraint, ...]:

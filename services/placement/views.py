@@ -1,24 +1,31 @@
 """Answers to queries: what placement knows, in the words of the client."""
 
+from collections import Counter
+from collections.abc import Sequence
+
+from msgspec import structs
+
+from schemas.placement import Victim
 from schemas.queries import (
     DeploymentList,
     DeploymentView,
-    Explain,
-    Explanation,
     GpuView,
     KeyList,
     KeyView,
     ListDeployments,
     ListKeys,
     ListNodes,
+    ListQuotas,
     NodeList,
     NodeView,
+    QuotaList,
+    QuotaView,
     ReplicaView,
 )
 from services.placement.core import SERVICE
-from services.placement.demands import demand_of
+from services.placement.observed import latest_s
+from services.placement.packing.fleet import PARTS
 from services.placement.state import ClusterState, Deployment, Node, Replica
-from services.placement.verdicts import alternatives_of
 
 HOLDS_SHARE = frozenset({"starting", "resident", "draining", "waking"})
 
@@ -39,14 +46,14 @@ def deployment_view(state: ClusterState, deployment: Deployment) -> DeploymentVi
         deployment_id=deployment.deployment_id,
         tenant=deployment.tenant,
         deployment=deployment.spec,
-        replicas=tuple(_replica_view(state, r) for r in replicas),
+        replicas=tuple(replica_view(state, r) for r in replicas),
         admitted_at_s=deployment.admitted_at_s,
         problem="" if replicas else deployment.problem,
         remedy="" if replicas else deployment.remedy,
     )
 
 
-def _replica_view(state: ClusterState, replica: Replica) -> ReplicaView:
+def replica_view(state: ClusterState, replica: Replica) -> ReplicaView:
     node = state.nodes.get(replica.node)
     gpu_uuid = replica.gpu_uuids[0]
     gpu = node.gpus.get(gpu_uuid) if node is not None else None
@@ -66,6 +73,27 @@ def _replica_view(state: ClusterState, replica: Replica) -> ReplicaView:
         last_wake_s=replica.last_wake_s,
         last_start_s=replica.last_start_s,
         problem=replica.problem,
+        gpu_uuids=replica.gpu_uuids,
+        gpu_indices=gpu_indices(state, replica.node, replica.gpu_uuids),
+    )
+
+
+def gpu_indices(state: ClusterState, node: str, gpu_uuids: Sequence[str]) -> tuple[int, ...]:
+    """Their places on the node; -1 for one that the node does not offer any more."""
+    there = state.nodes[node].gpus if node in state.nodes else {}
+    return tuple(there[uuid].index if uuid in there else -1 for uuid in gpu_uuids)
+
+
+def victims_seen_by(tenant: str, victims: Sequence[Victim]) -> tuple[Victim, ...]:
+    """Without the names of what belongs to others."""
+    hidden = "of-another-tenant"
+    return tuple(
+        victim
+        if victim.tenant == tenant
+        else structs.replace(
+            victim, replica_id=hidden, deployment_id=hidden, model=hidden, tenant=hidden, reason="of lower standing"
+        )
+        for victim in victims
     )
 
 
@@ -102,6 +130,17 @@ def _node_view(state: ClusterState, node: Node) -> NodeView:
         host_budget_bytes=node.host_budget_bytes,
         host_parked_bytes=parked_bytes,
         joined_at_s=node.joined_at_s,
+        cpu_millicores=node.cpu_millicores,
+        cpu_left_millicores=state.index.rooms.fleet.nodes[node.name].cpu_milli,
+        memory_bytes=node.memory_bytes,
+        memory_left_bytes=state.index.rooms.fleet.nodes[node.name].memory_bytes,
+        labels=dict(node.labels),
+        condition="lost"
+        if node.lost_at_s is not None
+        else "open"
+        if node.is_open(latest_s(state.observed, state.nodes.values()))
+        else "quarantined",
+        condition_until_s=node.quarantine_until_s,
     )
 
 
@@ -112,32 +151,25 @@ def _held_bytes(replica: Replica, gpu_uuid: str) -> int:
     return replica.residue_on(gpu_uuid) if replica.state == "parked" else 0
 
 
-@SERVICE.answering(Explain)
-def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
-    """Why here, why not elsewhere, what would help; from the decision's own record, not guessed afterwards."""
-    deployment = state.named(tenant, query.model)
-    if deployment is None:
-        return Explanation(is_known=False, model=query.model, summary=f"there is no deployment '{query.model}'")
-    replicas = state.replicas_of(deployment.deployment_id)
-    if not replicas:
-        cold = deployment.replica_count == 0
-        summary = "cold: scaled to zero, started by the next request" if cold else f"not placed: {deployment.problem}"
-    else:
-        summary = "; ".join(_why(state, replica) for replica in replicas)
-    return Explanation(
-        is_known=True,
-        model=query.model,
-        summary=summary,
-        alternatives=deployment.alternatives or alternatives_of(state, demand_of(deployment.spec)),
-        remedy="" if replicas else deployment.remedy,
-        deployment=deployment_view(state, deployment),
+@SERVICE.answering(ListQuotas)
+def list_quotas(state: ClusterState, query: ListQuotas, tenant: str) -> QuotaList:
+    """Of all tenants for the operator, of the asking one else."""
+    names = {tenant, *state.quotas, *state.index.occupancy.tenants()}
+    seen = sorted(names) if tenant == state.settings.operator_tenant else [tenant]
+    waiting = Counter(state.deployments[deployment_id].tenant for deployment_id in state.waiting)
+    return QuotaList(quotas=tuple(_quota_view(state, name, waiting[name]) for name in seen))
+
+
+def _quota_view(state: ClusterState, tenant: str, waiting_count: int) -> QuotaView:
+    quota, occupancy = state.quotas.get(tenant), state.index.occupancy
+    return QuotaView(
+        tenant=tenant,
+        gpu_quota=quota.parts / PARTS if quota is not None and quota.parts is not None else None,
+        over_quota_weight=quota.over_quota_weight if quota is not None else 1.0,
+        used_gpus=occupancy.used_parts(tenant) / PARTS,
+        never_preempted_gpus=occupancy.fixed_parts(tenant) / PARTS,
+        waiting_count=waiting_count,
     )
-
-
-def _why(state: ClusterState, replica: Replica) -> str:
-    view = _replica_view(state, replica)
-    problem = f" ({replica.problem})" if replica.problem else ""
-    return f"{replica.state}{problem} on {replica.node}/gpu{view.gpu_index}, chosen as {replica.reason}"
 
 
 @SERVICE.answering(ListKeys)

@@ -34,7 +34,10 @@ VERBS: Final = {
     "logs": Listed("Models", "sublet.cli.history:logs", "Show the end of a model's engine log.", "ro"),
     "explain": Listed("Decide", "sublet.cli.history:explain", "Say why a model is where it is, or why not.", "ro"),
     "check": Listed("Decide", "sublet.cli.deploying:check", "Check models files; needs no server.", "ro"),
+    "plan": Listed("Decide", "sublet.cli.deciding:plan", "Say what would become of models files now.", "ro"),
     "nodes": Listed("GPUs", "sublet.cli.looking:nodes", "List GPUs: promised, held, free to promise.", "ro"),
+    "repack": Listed("GPUs", "sublet.cli.deciding:repack", "Free whole GPUs by moving models.", "rw"),
+    "quota": Listed("Access", "sublet.cli.deciding:quota", "Set and list what tenants are guaranteed.", "rw"),
     "keys": Listed("Access", "sublet.cli.access:keys", "Make, list and revoke API keys.", "rw"),
     "events": Listed("History", "sublet.cli.history:events", "Show what happened; -w goes on.", "ro"),
 }

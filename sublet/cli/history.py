@@ -12,6 +12,7 @@ import click
 from sublet import _contract as contract
 from sublet import quantities
 from sublet.cli import output, words
+from sublet.cli.deciding import constraint_lines
 from sublet.cli.session import Session, Verb, model_argument, verb
 from sublet.client import replica_of
 from sublet.errors import NotFound
@@ -132,6 +133,9 @@ def explanation_text(explanation: contract.Explanation, *, now_s: float, places:
         lines.append(f"{explanation.model}  {words.state_text(view, now_s=now_s)}{where}")
     if explanation.summary:
         lines.append(f"  {explanation.summary}")
+    facts = _facts(explanation)
+    if facts:
+        lines += ["", _indented(output.table(["", ""], facts))]
     if explanation.decisions:
         lines += ["", "Decisions", _indented(events_table(explanation.decisions, time_format="clock"))]
     if explanation.alternatives:
@@ -144,10 +148,32 @@ def explanation_text(explanation: contract.Explanation, *, now_s: float, places:
             for other in explanation.alternatives
         ]
         lines += ["", "Other GPUs", _indented(output.table(["", "", ""], rows))]
+    if explanation.constraints:
+        lines += [
+            "",
+            "What rules GPUs out for one more",
+            *(f"  {x}" for x in constraint_lines(explanation.constraints)),
+        ]
     remedy = explanation.remedy or (view.remedy if view is not None else "")
     if remedy:
         lines += ["", f"What would help: {remedy}"]
     return "\n".join(lines)
+
+
+def _facts(explanation: contract.Explanation) -> list[tuple[str, str]]:
+    """Reasons in a few words, who gave way to whom, what moves, and what would be decided about one more."""
+    rows = []
+    if explanation.codes:
+        rows.append(("why", ", ".join(words.CODES.get(code, code.replace("_", " ")) for code in explanation.codes)))
+    if explanation.policy:
+        rows.append(("policy", explanation.policy))
+    rows += [("displaced", f"{one.model} of {one.tenant}: {one.reason}") for one in explanation.displaced]
+    if explanation.displaced_by:
+        rows.append(("displaced by", explanation.displaced_by))
+    rows += [("moving", move) for move in explanation.moves]
+    if explanation.one_more:
+        rows.append(("one more", explanation.one_more))
+    return rows
 
 
 def _missing(short_by_bytes: int) -> str:

@@ -119,7 +119,7 @@ def nodes_table(listed: contract.NodeList, *, is_wide: bool) -> str:
         return "no nodes yet; each GPU host runs one node agent"
     headers = ["GPU", "TYPE", "PROMISED GiB", "HELD GiB", "FREE TO PROMISE", "GRADE"]
     if is_wide:
-        headers += ["READY", "PARKED", "RESERVE GiB", "CAPACITY GiB", "GRADE REASON"]
+        headers += ["READY", "PARKED", "RESERVE GiB", "CAPACITY GiB", "HOST CPU LEFT", "HOST GiB LEFT", "GRADE REASON"]
     rows = [_gpu_cells(node, gpu, is_wide=is_wide) for node in listed.nodes for gpu in node.gpus]
     return "\n".join([output.table(headers, rows), *_footers(listed)])
 
@@ -141,6 +141,8 @@ def _gpu_cells(node: contract.NodeView, gpu: contract.GpuView, *, is_wide: bool)
             str(gpu.parked_count),
             quantities.gib(gpu.reserve_bytes),
             quantities.gib(gpu.capacity_bytes),
+            f"{node.cpu_left_millicores / 1000:g}" if node.cpu_millicores is not None else "-",
+            quantities.gib(max(0, node.memory_left_bytes)) if node.memory_bytes is not None else "-",
             gpu.grade_reason or "-",
         ]
     return cells
@@ -160,4 +162,12 @@ def _footers(listed: contract.NodeList) -> list[str]:
         f"parked in host memory: {hosts}",
     ]
     lines = [f"({'; '.join(part for part in parts if part)})"]
+    away = [f"{node.node} is {node.condition}" for node in listed.nodes if node.condition != "open"]
+    lines += [f"({'; '.join(away)}: nothing new goes there)"] if away else []
+    labelled = [
+        f"{node.node} {' '.join(f'{key}={value}' for key, value in sorted(node.labels.items()))}"
+        for node in listed.nodes
+        if node.labels
+    ]
+    lines += [f"(labels: {'; '.join(labelled)})"] if labelled else []
     return lines + ([f"({words.label_of(labels)})"] if labels else [])

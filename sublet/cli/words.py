@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sublet import _contract as contract
@@ -43,6 +44,36 @@ PHASES: Final = {
 }
 
 
+CODES: Final = {
+    "room_beside_all": "room beside all others",
+    "takes_turns": "shares by taking turns",
+    "room_by_preemption": "others give way",
+    "room_by_moving": "others were moved",
+    "gang": "with its gang",
+    "no_node": "no node has joined",
+    "node_lost": "node is lost",
+    "node_quarantined": "node is quarantined",
+    "node_refused": "node refused it",
+    "gpu_model": "another GPU model",
+    "node_labels": "labels are missing",
+    "anti_affinity": "too near to another replica",
+    "grade_not_available": "isolation too weak",
+    "too_few_gpus": "too few GPUs",
+    "larger_than_gpu": "larger than the GPU",
+    "no_gpu_room": "no room",
+    "turns_taken": "those that share are in use at once",
+    "no_host_cpu": "no CPU left on the host",
+    "no_host_memory": "no host memory left",
+    "no_park_memory": "no host memory for parked weights",
+    "foreign_memory": "memory used by processes of others",
+    "over_quota": "over quota",
+    "gang_incomplete": "not all of its gang fit",
+    "waits_for_victims": "room is being made",
+    "preempted": "gave its place",
+}
+"""Reason codes in a few words."""
+
+
 def state_of(view: contract.DeploymentView) -> State:
     """The state of a deployment: that of its first replica. Words of a newer control plane are shown as they are."""
     if not view.replicas:
@@ -54,6 +85,10 @@ def state_of(view: contract.DeploymentView) -> State:
 def state_text(view: contract.DeploymentView, *, now_s: float) -> str:
     """`○ parked 12 min`: for parked models also since when."""
     state = state_of(view)
+    if len(view.replicas) > 1:
+        signs = [STATES.get(replica.state, state).word for replica in view.replicas]
+        ready = signs.count(READY.word)
+        return f"{READY if ready else state} {ready or signs.count(state.word)} of {len(signs)}"
     if view.replicas and view.replicas[0].state == "parked":
         return f"{state} {quantities.span(max(0.0, now_s - view.replicas[0].since_s))}"
     return str(state)
@@ -85,11 +120,18 @@ def where_text(view: contract.DeploymentView) -> str:
     """`a/gpu0`; only the node while parked or cold."""
     if not view.replicas:
         return "-"
-    replica = view.replicas[0]
-    return replica.node if replica.state == "parked" else place_of(replica)
+    places = list(dict.fromkeys(r.node if r.state == "parked" else place_of(r) for r in view.replicas))
+    return " ".join(places[:2]) + (f" +{len(places) - 2}" if len(places) > 2 else "")
+
+
+def gpus_text(indices: Sequence[int]) -> str:
+    """`gpu0`, or `gpu0+1+2`."""
+    return "gpu" + "+".join(str(index) if index >= 0 else "?" for index in indices)
 
 
 def place_of(replica: contract.ReplicaView) -> str:
+    if len(replica.gpu_indices) > 1:
+        return f"{replica.node}/{gpus_text(replica.gpu_indices)}"
     return f"{replica.node}/gpu{replica.gpu_index}" if replica.gpu_index >= 0 else f"{replica.node}/gpu?"
 
 

@@ -45,6 +45,8 @@ ASKED: dict[str, Callable[[Client], Awaitable[Any]]] = {
     "queries.list_deployments.v1": lambda client: client.deployments(),
     "queries.list_nodes.v1": lambda client: client.nodes(),
     "queries.explain.v1": lambda client: client.explain("chat"),
+    "queries.plan_deployments.v1": lambda client: client.plan([sublet.deployment("chat", weights="1GB", share=0.5)]),
+    "queries.list_quotas.v1": lambda client: client.quotas(),
     "queries.list_events.v1": lambda client: client.events(after_seq=3, model="chat", wait_s=5.0),
     "queries.list_keys.v1": lambda client: client.keys(),
     "queries.read_logs.v1": lambda client: client.logs(node="a", replica_id="r1", after_bytes=7),
@@ -73,7 +75,7 @@ ENUMERATIONS = {
     f"#/$defs/{kind.__name__}"
     for kind in (
         deployments.EngineKind, deployments.WorkloadKind, deployments.IsolationGrade, deployments.Strategy,
-        deployments.AntiAffinity, inbox.Verdict, placement.ReasonCode,
+        deployments.AntiAffinity, inbox.Verdict, placement.ReasonCode, queries.PlanVerdict,
     )
 }  # fmt: skip
 

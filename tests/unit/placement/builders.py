@@ -22,6 +22,8 @@ from schemas.nodes import (
 from schemas.placement import CommandFact, PlacementFailed, PlacementProposed
 from schemas.units import GiB
 from services.placement import commands as _commands  # noqa: F401  # Registers its handlers.
+from services.placement import explaining as _explaining  # noqa: F401
+from services.placement import planning as _planning  # noqa: F401
 from services.placement import views as _views  # noqa: F401
 from services.placement.core import SERVICE
 from services.placement.gangs import PlaceNext

@@ -78,6 +78,8 @@ class FakeControlPlane:
         self.explanation = contract.Explanation(is_known=False, model="")
         self.events: list[contract.EventView] = []
         self.keys: tuple[contract.KeyView, ...] = ()
+        self.plan = contract.Plan(deployments=(), has_room_for_all=True)
+        self.quotas: tuple[contract.QuotaView, ...] = ()
         self.log: dict[str, list[str]] = {}
         self.refusal = ""
         self.clock_s = 0.0
@@ -117,6 +119,10 @@ class FakeControlPlane:
                 return contract.NodeList(nodes=self.nodes)
             case "queries_explain_v1":
                 return self.explanation
+            case "queries_plan_deployments_v1":
+                return self.plan
+            case "queries_list_quotas_v1":
+                return contract.QuotaList(quotas=self.quotas)
             case "queries_list_keys_v1":
                 return contract.KeyList(keys=self.keys)
             case "queries_list_events_v1":

@@ -1,0 +1,78 @@
+"""Why a model is where it is, why it is not elsewhere, who gave way, and what would help."""
+
+from schemas.placement import Alternative, Constraint
+from schemas.queries import Explain, Explanation
+from services.placement.choosing import Choice, NoChoice, choose
+from services.placement.core import SERVICE
+from services.placement.observed import latest_s
+from services.placement.state import ClusterState, Move, Replica
+from services.placement.verdicts import ALTERNATIVES_MAX, constraints_of, objections
+from services.placement.views import deployment_view, gpu_indices, victims_seen_by
+
+
+@SERVICE.answering(Explain)
+def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
+    """The decisions' own records, and what would be decided about one more replica now.
+
+    O(nodes x GPUs), when somebody asks; a decision itself counts nothing of this unless it fails.
+    """
+    deployment = state.named(tenant, query.model)
+    if deployment is None:
+        return Explanation(is_known=False, model=query.model, summary=f"there is no deployment '{query.model}'")
+    replicas = state.replicas_of(deployment.deployment_id)
+    is_short = len(replicas) < deployment.replica_count
+    now_s = latest_s(state.observed, state.nodes.values())
+    now = choose(state, deployment.spec, now_s=now_s, deployment_id=deployment.deployment_id)
+    alternatives, constraints = _against(state, deployment.deployment_id, now_s)
+    if replicas:
+        summary = "; ".join(_why(state, replica) for replica in replicas)
+    elif deployment.replica_count == 0:
+        summary = "cold: scaled to zero, started by the next request"
+    else:
+        summary = f"not placed: {deployment.problem}"
+    codes = tuple(dict.fromkeys(code for replica in replicas for code in replica.codes))
+    return Explanation(
+        is_known=True,
+        model=query.model,
+        summary=summary,
+        alternatives=alternatives,
+        remedy=deployment.remedy if is_short else "",
+        deployment=deployment_view(state, deployment),
+        codes=deployment.codes if is_short and deployment.codes else codes,
+        policy=state.settings.policy,
+        constraints=constraints,
+        one_more=_one_more(state, now),
+        displaced=victims_seen_by(tenant, deployment.displaced),
+        displaced_by=deployment.displaced_by,
+        moves=tuple(
+            _moving(state, move) for move in state.moves.values() if move.deployment_id == deployment.deployment_id
+        ),
+    )
+
+
+def _against(
+    state: ClusterState, deployment_id: str, now_s: float
+) -> tuple[tuple[Alternative, ...], tuple[Constraint, ...]]:
+    """(the nearest GPUs that would not do, all reasons counted), for one more replica as things are now."""
+    demand = state.index.demand_of(deployment_id, state.deployments[deployment_id].spec)
+    against = objections(state, demand, now_s)
+    return tuple(against[:ALTERNATIVES_MAX]), constraints_of(against)
+
+
+def _one_more(state: ClusterState, now: Choice | NoChoice) -> str:
+    if isinstance(now, NoChoice):
+        return now.message
+    gpus = ", ".join(f"gpu{index}" for index in gpu_indices(state, now.node, now.gpu_uuids))
+    return f"would go to {now.node}/{gpus}, {now.reason}"
+
+
+def _moving(state: ClusterState, move: Move) -> str:
+    replacement = state.replicas.get(move.replacement_id)
+    there = f" to {replacement.node}; {move.replacement_id} there is {replacement.state}" if replacement else ""
+    return f"{move.replica_id} moves{there}"
+
+
+def _why(state: ClusterState, replica: Replica) -> str:
+    problem = f" ({replica.problem})" if replica.problem else ""
+    gpus = "+".join(f"gpu{index}" for index in gpu_indices(state, replica.node, replica.gpu_uuids))
+    return f"{replica.state}{problem} on {replica.node}/{gpus}, chosen as {replica.reason}"

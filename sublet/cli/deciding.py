@@ -1,0 +1,165 @@
+"""``sublet plan``, ``repack`` and ``quota``: what would happen, whole GPUs back, and who is guaranteed what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from sublet import _contract as contract
+from sublet import quantities
+from sublet.cli import output, words
+from sublet.cli.deploying import files_option
+from sublet.cli.session import Session, Verb, verb
+from sublet.errors import InvalidInput, NotPlaced
+from sublet.models_file import read_files
+
+VERDICTS = {"new": "+ new", "replaced": "~ replaced", "unchanged": "= unchanged", "rejected": "✗ rejected"}
+
+
+@click.command(cls=Verb, examples=("sublet plan -f models.yaml", "sublet plan -f models.yaml --json | jq .deployments"))
+@files_option
+@verb
+def plan(session: Session, *, files: tuple[Path, ...]) -> int:
+    """Say what would become of models files now: places, who would give way, what is missing.
+
+    Answered by the same decisions that `apply` would meet; nothing is changed or reserved.
+    Exit code 3 when not everything has a place.
+    """
+    specs = read_files(files)
+    answer = session.run(lambda client: client.plan(specs))
+    if session.is_json:
+        session.emit("sublet.plan.v1", contract.plain(answer))
+    else:
+        session.show(plan_text(answer))
+    return 0 if answer.has_room_for_all else NotPlaced.exit_code
+
+
+def plan_text(answer: contract.Plan) -> str:
+    """A row for each replica or group of equal ones, then what is missing and what would help."""
+    if not answer.deployments:
+        return "nothing to plan"
+    rows = [row for planned in answer.deployments for row in _plan_rows(planned)]
+    lines = [output.table(["", "MODEL", "WHERE", "GiB", "WHY"], rows, tones={"✗": "bad", "+": "good", "~": "busy"})]
+    for planned in answer.deployments:
+        victims = [victim for replica in planned.replicas for victim in replica.victims]
+        if victims:
+            names = ", ".join(f"{victim.model} ({victim.tenant})" for victim in victims)
+            lines += ["", f"{planned.model} takes the place of: {names}"]
+        if planned.problem:
+            lines += ["", f"{planned.model}: {planned.problem}"]
+            lines += [f"  {line}" for line in constraint_lines(planned.constraints)]
+            lines += [f"  what would help: {planned.remedy}"] if planned.remedy else []
+    return "\n".join(lines)
+
+
+def _plan_rows(planned: contract.PlannedDeployment) -> list[tuple[str, ...]]:
+    sign = VERDICTS.get(planned.verdict, planned.verdict)
+    if not planned.replicas:
+        why = "rejected" if planned.verdict == "rejected" else "no place" if planned.problem else "cold"
+        return [(sign if not planned.problem else "✗ " + sign[2:], planned.model, "-", "-", why)]
+    groups: dict[tuple[str, str, tuple[str, ...]], list[contract.PlannedReplica]] = {}
+    for replica in planned.replicas:
+        key = (replica.node, words.gpus_text(replica.gpu_indices), replica.codes)
+        groups.setdefault(key, []).append(replica)
+    rows: list[tuple[str, ...]] = []
+    for (node, gpus, _), replicas in groups.items():
+        times = f"  x{len(replicas)}" if len(replicas) > 1 else ""
+        size = quantities.gib(sum(replicas[0].request_bytes))
+        codes = ", ".join(words.CODES.get(code, code.replace("_", " ")) for code in replicas[0].codes)
+        rows.append((sign, planned.model, f"{node}/{gpus}{times}", size, codes))
+    missing = planned.wanted_count - len(planned.replicas)
+    if missing > 0:
+        rows.append(("✗ no place", planned.model, f"{missing} of {planned.wanted_count} replicas", "-", "see below"))
+    return rows
+
+
+def constraint_lines(constraints: Sequence[contract.Constraint]) -> list[str]:
+    """What rules GPUs out, counted; with the least that is missing."""
+    rows = []
+    for one in constraints:
+        gpus = f"{one.gpu_count} {'GPU' if one.gpu_count == 1 else 'GPUs'}"
+        nodes = f"on {one.node_count} {'node' if one.node_count == 1 else 'nodes'}"
+        short = f"at least {quantities.gib(one.short_by_bytes)} GiB missing" if one.short_by_bytes else ""
+        rows.append((gpus, nodes, words.CODES.get(one.code, one.code.replace("_", " ")), short))
+    return output.table(["", "", "", ""], rows).splitlines()
+
+
+@click.command(cls=Verb, examples=("sublet repack", "sublet repack --moves 4"))
+@click.option(
+    "--moves", "move_count_max", type=click.IntRange(1, 1000), default=8, show_default=True,
+    help="Move so many replicas at most.",
+)  # fmt: skip
+@verb
+def repack(session: Session, *, move_count_max: int) -> None:
+    """Free whole GPUs now by moving what may be moved. For the operator's tenant.
+
+    A replica moves behind a ready replacement; `movable: false` stays. `sublet events -w` shows the moves.
+    """
+    answer = session.run(lambda client: client.repack(move_count_max=move_count_max))
+    if session.is_json:
+        session.emit("sublet.repack.v1", contract.plain(answer))
+    else:
+        session.show(answer.message)
+
+
+@click.group(short_help="Set and list what tenants are guaranteed.")
+def quota() -> None:
+    """What tenants are guaranteed, and their part of what others leave."""
+
+
+@quota.command("set", cls=Verb, examples=("sublet quota set acme --gpus 4", "sublet quota set acme --gpus none"))
+@click.argument("tenant", metavar="TENANT")
+@click.option("--gpus", required=True, help="GPUs that it is guaranteed, for example 4 or 2.5; none: no limit.")
+@click.option(
+    "--weight", type=click.FloatRange(min=0), default=1.0, show_default=True,
+    help="Its part of what is left, against the weights of others.",
+)  # fmt: skip
+@verb
+def quota_set(session: Session, *, tenant: str, gpus: str, weight: float) -> None:
+    """Guarantee a tenant so many GPUs. For the operator's tenant.
+
+    What is never preempted stays within the quota; what may be preempted may use more, by weight.
+    """
+    limit = _gpus_of(gpus)
+    answer = session.run(lambda client: client.set_quota(tenant, gpu_quota=limit, over_quota_weight=weight))
+    if session.is_json:
+        session.emit("sublet.quota_set.v1", {"tenant": tenant, **contract.plain(answer)})
+    else:
+        session.show(answer.message)
+
+
+def _gpus_of(text: str) -> float | None:
+    if text == "none":
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e6:
+        raise InvalidInput(f"--gpus {text} is no number of GPUs", fix="write a number such as 4 or 2.5, or none")
+    return number
+
+
+@quota.command("ls", cls=Verb, examples=("sublet quota ls", "sublet quota ls --json"))
+@verb
+def quota_ls(session: Session) -> None:
+    """List tenants: guaranteed, in use, and what waits. Other tenants are shown to the operator only."""
+    listed = session.run(lambda client: client.quotas())
+    if session.is_json:
+        session.emit("sublet.quotas.v1", contract.plain(listed))
+        return
+    rows = [
+        (
+            one.tenant,
+            "no limit" if one.gpu_quota is None else f"{one.gpu_quota:g}",
+            f"{one.over_quota_weight:g}",
+            f"{one.used_gpus:.2f}",
+            f"{one.never_preempted_gpus:.2f}",
+            str(one.waiting_count),
+        )
+        for one in listed.quotas
+    ]
+    headers = ["TENANT", "QUOTA", "WEIGHT", "GPUS USED", "NEVER PREEMPTED", "WAITING"]
+    session.show(output.table(headers, rows) or "no tenants yet")
