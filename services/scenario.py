@@ -8,8 +8,9 @@ A block is a few commands, `----`, and what happened until the next blank line. 
   clients want models themselves; with them requests go through the real core, one gateway after another. With `alive_s`
   agents say so often that they are there, and a node that falls silent is lost
 - `deploy NAME portion=0.3` or `gib=30`, and `limit_portion= limit_gib= weights_gb= start_s= priority= warm_s= stay_s=
-  cold_s= grade= training fixed`, and `gpus= replicas= gang`
+  cold_s= grade= training fixed`, and `gpus= replicas= gang immovable`
 - `request NAME count=1`, `requests last_s=0.5` (how long each is in flight), `park NAME`, `wake NAME`, `retire NAME`
+- `repack moves=8` (an operator wants whole GPUs)
 - `kill SERVICE down_s=1`: placement, swapper, autoscaler or a node's name (its agent; engines run on)
 - `kill-engine NAME`, `explain NAME`, `advance SECONDS`, `show` (who holds what on each GPU, in GiB)
 
@@ -41,7 +42,7 @@ from schemas.deployments import (
     WorkloadKind,
 )
 from schemas.history import WriterStarted
-from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
+from schemas.inbox import ParkRequested, RepackRequested, RetireRequested, WakeRequested
 from schemas.messages import Fact
 from schemas.nodes import NodeJoined
 from schemas.placement import DeploymentAdmitted
@@ -87,6 +88,9 @@ class Conversation:
             "park": lambda n, _: self._live.command(ParkRequested(command_id=self._id(), model=n[0])),
             "wake": lambda n, _: self._live.command(WakeRequested(command_id=self._id(), model=n[0])),
             "retire": lambda n, _: self._live.command(RetireRequested(command_id=self._id(), model=n[0])),
+            "repack": lambda _, v: self._live.command(
+                RepackRequested(command_id=self._id(), move_count_max=int(v.get("moves", "8")))
+            ),
             "kill": self._kill,
             "kill-engine": self._kill_engine,
             "explain": self._explain,
@@ -158,7 +162,7 @@ class Conversation:
                 gpu_count=int(values.get("gpus", "1")),
             ),
             replica_count=int(values.get("replicas", "1")),
-            placement=PlacementSpec(is_gang="gang" in flags),
+            placement=PlacementSpec(is_gang="gang" in flags, is_movable="immovable" not in flags),
             priority=values.get("priority"),
             swap=SwapSpec(
                 is_parkable="fixed" not in flags,

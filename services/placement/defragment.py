@@ -36,7 +36,7 @@ class Occupant:
     """What it would ask for elsewhere."""
     is_movable: bool = True
     is_leaving: bool = False
-    """It is being moved away already: what it holds will be free, and is not yet."""
+    """It ends, or is being moved away already: what it holds will be free, and is not yet."""
     is_serving: bool = False
     """It has requests, or nobody knows that it has none: moved only if nothing else helps."""
     moved_bytes: int = 0
@@ -104,7 +104,7 @@ class Board:
 
     @property
     def leaving(self) -> list[Occupant]:
-        """Those that earlier moves take away."""
+        """Those that are on their way out already."""
         found = {o.replica_id: o for occupants in self.on_gpu.values() for o in occupants if o.is_leaving}
         return [found[replica_id] for replica_id in sorted(found)]
 

@@ -127,7 +127,7 @@ def _board(state: ClusterState, *, now_s: float, rests_s: float = 0.0) -> Board:
             node=replica.node,
             gpu_indices=tuple(positions[uuid] for uuid in replica.gpu_uuids),
             units=tuple(share.request_bytes for share in replica.shares),
-            is_leaving=replica.replica_id in leaving,
+            is_leaving=replica.is_releasing or replica.replica_id in leaving,
             **_wish(state, replica, now_s=now_s, rests_s=rests_s, is_busy=replica.deployment_id in busy),
         )
         for gpu in occupant.gpus:
@@ -143,6 +143,8 @@ def _wish(state: ClusterState, replica: Replica, *, now_s: float, rests_s: float
     if deployment is None or demand is None or ask is None or is_busy or not is_movable(state, deployment, replica):
         return {"ask": NOWHERE, "is_movable": False}
     rested_s = now_s - (replica.since_s if replica.ready_at_s is None else replica.ready_at_s)
+    if ReasonCode.ROOM_BY_MOVING in replica.codes:
+        rests_s = state.settings.move_rest_s  # Whatever moved a moment ago is where it shall be.
     idle = is_idle(state.observed, replica.deployment_id, now_s=now_s, settings=state.settings)
     return {
         "ask": ask,

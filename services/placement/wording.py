@@ -59,6 +59,18 @@ def _victims(ids: tuple[str, ...]) -> str:
     return f", {', '.join(ids)} {'gives' if len(ids) == 1 else 'give'} way"
 
 
+def _way(move: MoveDecided) -> str:
+    if move.from_node != move.to_node:
+        return f"from {move.from_node} to {move.to_node}"
+    return f"on {move.to_node} from {', '.join(move.from_gpu_uuids)} to {', '.join(move.to_gpu_uuids)}"
+
+
+def _missing(replica_count: int) -> str:
+    if replica_count == 1:
+        return "1 replica needs another place"
+    return f"{replica_count or 'no'} replicas need another place"
+
+
 _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     WriterStarted: lambda f: f"instance {f.instance} took over",
     Progressed: lambda _: "nothing to decide for a while",
@@ -79,13 +91,13 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
         f"room for {f.model} on {f.node}: {', '.join(v.model for v in f.victims)} give way; {f.reason}"
     ),
     PreemptionEnded: lambda f: f"claim on room ended: {f.reason}",
-    MoveDecided: lambda f: f"{f.replica_id} moves from {f.from_node} to {f.to_node}: {f.reason}",
+    MoveDecided: lambda f: f"{f.replica_id} moves {_way(f)}: {f.reason}",
     MoveEnded: lambda f: f"move {'done' if f.is_done else 'given up'}: {f.reason}",
     RepackAsked: lambda f: f"an operator asked for whole GPUs: {f.gpus_freed} can be freed",
     QuotaSet: lambda f: (
         f"{f.quota_tenant} is guaranteed {'all it asks for' if f.gpu_quota is None else f'{f.gpu_quota:g} GPUs'}"
     ),
-    NodeLost: lambda f: f"{f.node} is silent for {f.silent_s:.0f} s: {len(f.replica_ids)} replicas need another place",
+    NodeLost: lambda f: f"{f.node} is silent for {f.silent_s:.0f} s: {_missing(len(f.replica_ids))}",
     NodeReturned: lambda f: (
         f"{f.node} is back after {f.away_s:.0f} s"
         + (f"; nothing new for {f.quarantine_s:.0f} s, loss {f.loss_count}" if f.quarantine_s else "")

@@ -56,6 +56,9 @@ class Upkeep:
     lost: set[str] = field(default_factory=set)
     closed_until_s: dict[str, float] = field(default_factory=dict)
     moves: dict[str, MoveDecided] = field(default_factory=dict)
+    moved_at_s: dict[str, float] = field(default_factory=dict)
+    """{replica that took another's place: since when}"""
+    rests_s: float = 600.0
     done_count: int = 0
 
     def hear(self, stored: Stored, fact: Fact) -> None:
@@ -75,10 +78,14 @@ class Upkeep:
                 both = {fact.replica_id, fact.replacement_id}
                 moving = {name for move in self.moves.values() for name in (move.replica_id, move.replacement_id)}
                 assert not both & moving, f"moved twice at once: {fact}"
+                rested_s = fact.at_s - self.moved_at_s.get(fact.replica_id, float("-inf"))
+                assert rested_s >= self.rests_s, f"moved again after {rested_s:.0f} s: {fact}"
                 self.moves[fact.move_id] = fact
             case MoveEnded():
-                del self.moves[fact.move_id]
+                move = self.moves.pop(fact.move_id)
                 self.done_count += fact.is_done
+                if fact.is_done:
+                    self.moved_at_s[move.replacement_id] = fact.at_s
             case _:
                 self._follow(stored.seq, fact)
 

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from kit.outcomes import Context, Outcome, Timer
 from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, Strategy, WorkloadKind
 from schemas.gateways import LoadSampled, ModelLoad
-from schemas.inbox import RepackRequested
+from schemas.inbox import RepackRequested, RetireRequested
 from schemas.nodes import Ready, ReplicaReady, ReplicaStarting
 from schemas.placement import (
     DeploymentAdmitted,
@@ -285,3 +285,24 @@ def test_a_refused_move_is_not_tried_on_the_same_node_again_and_again() -> None:
         placement.refuse(proposal(outcomes))
 
     assert 1 <= tries <= placement.state.settings.refusal_count
+
+
+def test_what_was_moved_a_moment_ago_stays_even_when_an_operator_asks() -> None:
+    placement = Repacking()
+    proposed = proposal(placement.ask())
+    placement.grant(proposed)
+    placement.ready(proposed.replicas[0].replica_id)
+    placement.put(spec("other", 20), "gpu-1")
+    placement.release(placement.small)
+
+    again = moved(placement.ask())
+
+    assert proposed.replicas[0].replica_id not in [replica_id for replica_id, _ in again]
+
+
+def test_a_gpu_whose_last_replica_is_about_to_end_is_no_target() -> None:
+    placement = Repacking(gpu_count=3)
+    placement.put(spec("next", 8), "gpu-2")
+    placement.handle(RetireRequested(command_id="r", model="small"))
+
+    assert [("gpu-0",)] == [targets for _, targets in moved(placement.ask())]
