@@ -1,7 +1,7 @@
 """What-if: the answer is what placement then does, and asking changes nothing."""
 
 from kit.service import digest
-from schemas.deployments import PlacementSpec, ShareSpec
+from schemas.deployments import ShareSpec
 from schemas.placement import PlacementProposed, ReasonCode
 from schemas.queries import Plan, PlanDeployments, PlanVerdict
 from schemas.units import GiB
@@ -73,7 +73,7 @@ def test_each_wish_is_planned_on_top_of_the_last() -> None:
 
 
 def test_a_gang_that_does_not_fit_takes_nothing_from_who_comes_after() -> None:
-    gang = spec("gang", 50, is_parkable=False, replica_count=3, placement=PlacementSpec(is_gang=True))
+    gang = spec("gang", 50, is_parkable=False, replica_count=3, placing={"is_gang": True})
 
     answer = plan(two_gpus(), gang, spec("b", 50, is_parkable=False), spec("c", 50, is_parkable=False))
 
