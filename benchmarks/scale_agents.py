@@ -129,6 +129,7 @@ class StandIn:
             leases=leases,
             replicas=proposed.replicas,
             gang_id=proposed.gang_id,
+            gang_hold_s=proposed.gang_hold_s,
         )
         self._facts.append((granted, seq))
 

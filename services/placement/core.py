@@ -49,7 +49,17 @@ from schemas.placement import (
 from services.placement import folds as fold
 from services.placement import gangs, moves, observed, presence, repacking, tenants
 from services.placement.gangs import GangDue, PlaceNext
-from services.placement.placing import next_turn, place_missing, place_soon, release, release_all
+from services.placement.placing import (
+    ReleaseNext,
+    next_turn,
+    place_missing,
+    place_soon,
+    release,
+    release_all,
+    release_next,
+    release_some,
+    releases_begun,
+)
 from services.placement.presence import LookAround, QuarantineOver, SettleReturned, Trim
 from services.placement.repacking import MoveOn, TidyUp
 from services.placement.state import ClusterState, new_state
@@ -60,7 +70,8 @@ def reads(node: str) -> Sequence[str]:
 
 
 def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
-    return [next_turn(ctx), *gangs.begin(state, ctx), *presence.begin(state, ctx), repacking.look_later(state, ctx)]
+    begun = [*releases_begun(state, ctx), *gangs.begin(state, ctx), *presence.begin(state, ctx)]
+    return [next_turn(ctx), *begun, repacking.look_later(state, ctx)]
 
 
 def check_invariants(state: ClusterState) -> None:
@@ -192,7 +203,12 @@ def replicas_decided(state: ClusterState, fact: ReplicasDecided, ctx: Context) -
         return release_all(state, deployment, f"scaled to zero: {fact.reason}", ctx)
     reason = f"scaled to {fact.replica_count}: {fact.reason}"
     surplus = presence.surplus(state, fact.deployment_id)
-    return [*(release(replica, reason, ctx) for replica in surplus), *place_soon(state, ctx)]
+    return [*release_some(state, fact.deployment_id, surplus, reason, ctx), *place_soon(state, ctx)]
+
+
+@SERVICE.on(ReleaseNext)
+def released_next(state: ClusterState, due: ReleaseNext, ctx: Context) -> Sequence[Outcome]:
+    return release_next(state, due, ctx)
 
 
 # --- Nodes that come and go -------------------------------------------------------------------------------------------

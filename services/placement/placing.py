@@ -7,7 +7,7 @@ and the folds of the proposals book them again. `PlaceNext` asks for it; whoever
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kit.outcomes import Context, Outcome, Timer
+from kit.outcomes import Context, Input, Outcome, Timer
 from schemas.placement import (
     PlacementFailed,
     PlacementProposed,
@@ -15,7 +15,7 @@ from schemas.placement import (
     ReleaseProposed,
     ReplicaProposal,
 )
-from services.placement import gangs
+from services.placement import gangs, presence
 from services.placement.choosing import Choice, NoChoice, choose, no_choice
 from services.placement.gangs import PlaceNext
 from services.placement.state import ClusterState, Deployment, Replica
@@ -216,12 +216,58 @@ def _slug(name: str) -> str:
 # --- Releases ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseNext(Input):
+    """Go on releasing what the deployment has too much, or all when it is gone."""
+
+    deployment_id: str
+    reason: str
+
+
 def release_all(state: ClusterState, deployment: Deployment, reason: str, ctx: Context) -> list[Outcome]:
     """Of a gang that is not complete every lease goes back at once; all others drain."""
-    here = [replica for replica in state.replicas_of(deployment.deployment_id) if not replica.is_releasing]
+    here = _not_releasing(state, deployment.deployment_id)
     held = sorted({replica.gang_id for replica in here if replica.is_held})
     abandoned = [fact for gang_id in held for fact in gangs.abandon(state, gang_id, reason, ctx)]
-    return [*abandoned, *(release(replica, reason, ctx) for replica in here if not replica.is_held)]
+    drained = [replica for replica in here if not replica.is_held]
+    return [*abandoned, *release_some(state, deployment.deployment_id, drained, reason, ctx)]
+
+
+def release_some(
+    state: ClusterState, deployment_id: str, replicas: Sequence[Replica], reason: str, ctx: Context
+) -> list[Outcome]:
+    """As many as one input may decide; the rest in inputs of their own. One append holds 1,000 facts at most."""
+    count = state.settings.placed_per_input_count
+    released: list[Outcome] = [release(replica, reason, ctx) for replica in replicas[:count]]
+    if len(replicas) > count:
+        released.append(Timer(due_s=ctx.now_s, input=ReleaseNext(deployment_id=deployment_id, reason=reason)))
+    return released
+
+
+def release_next(state: ClusterState, due: ReleaseNext, ctx: Context) -> list[Outcome]:
+    """What is too much now: a wish that grew meanwhile keeps what is left."""
+    if _is_wanted(state, due.deployment_id):
+        rest = presence.surplus(state, due.deployment_id)
+    else:
+        rest = [replica for replica in _not_releasing(state, due.deployment_id) if not replica.is_held]
+    return release_some(state, due.deployment_id, rest, due.reason, ctx)
+
+
+def releases_begun(state: ClusterState, ctx: Context) -> list[Timer]:
+    """For a new instance: deployments that want no replicas and have some that are not released."""
+    here = (replica for replica in state.replicas.values() if not replica.is_releasing and not replica.is_held)
+    unwanted = sorted({replica.deployment_id for replica in here if not _is_wanted(state, replica.deployment_id)})
+    reason = "nobody wants it any more"
+    return [Timer(due_s=ctx.now_s, input=ReleaseNext(deployment_id=one, reason=reason)) for one in unwanted]
+
+
+def _is_wanted(state: ClusterState, deployment_id: str) -> bool:
+    deployment = state.deployments.get(deployment_id)
+    return deployment is not None and deployment.replica_count > 0
+
+
+def _not_releasing(state: ClusterState, deployment_id: str) -> list[Replica]:
+    return [replica for replica in state.replicas_of(deployment_id) if not replica.is_releasing]
 
 
 def release(replica: Replica, reason: str, ctx: Context) -> ReleaseProposed:
