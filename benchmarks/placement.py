@@ -204,7 +204,12 @@ def _parser() -> Parser:
     )
     add("--pods", type=Path, metavar="CSV", nargs="+", help="columns name, cpu_milli, memory_mib, num_gpu, gpu_milli")
     names = ", ".join(policy.name for policy in POLICIES)
-    add("--policy", default=DEFAULT_POLICY, metavar="P", help=f"all, or some of: {names} (default: {DEFAULT_POLICY})")
+    add(
+        "--policy",
+        default=DEFAULT_POLICY,
+        metavar="P",
+        help=f"all, default, or some of: {names} (default: {DEFAULT_POLICY})",
+    )
     add("--seeds", default="100-109", metavar="A-B", help="of the order of arrivals (default: 100-109)")
     add("--scale", type=int, default=1, metavar="N", help="also measure decisions on N times the nodes")
     add("--json", type=Path, metavar="OUT", help="write figures and bars there")

@@ -82,11 +82,11 @@ POLICIES: Final[tuple[type[Policy], ...]] = (Random, DotProduct, BestFit, FirstF
 
 
 def policy_named(name: str) -> Policy:
-    """Raises `ValueError` with the names that there are."""
+    """`default` is our own. Raises `ValueError` with the names that there are."""
     for policy in POLICIES:
-        if policy.name == name:
+        if policy.name == (DEFAULT_POLICY if name == "default" else name):
             return policy()
     names = [policy.name for policy in POLICIES]
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"there is: {', '.join(names)}"
+    hint = f"did you mean '{near[0]}'?" if near else f"there is: default, {', '.join(names)}"
     raise ValueError(f"there is no placement policy '{name}'; {hint}")
