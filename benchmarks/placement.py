@@ -10,9 +10,10 @@ from typing import Final, NoReturn
 
 from benchmarks import placement_page
 from benchmarks.openb import Cluster, InputError, PodList, read_cluster, read_pods
+from benchmarks.placement_moves import Moves
 from benchmarks.placement_run import Runs, carry_out, differences, seeds_of
 from benchmarks.progress import Progress
-from benchmarks.published import PROTOTYPE_PERCENT, PUBLISHED_PERCENT
+from benchmarks.published import CEILING_PERCENT, PROTOTYPE_PERCENT, PUBLISHED_PERCENT
 from benchmarks.report import Bar, Report, Value, commit
 from services.placement.packing import compiled
 from services.placement.packing.policies import DEFAULT_POLICY, POLICIES, Random, policy_named
@@ -38,6 +39,10 @@ class Outcome:
     scaled: tuple[tuple[Runs, Runs], ...] = ()
     """(as it is, on the larger cluster): the first list and seed of each policy."""
     scale: int = 1
+    migrate: int = 0
+    """So many pods may be moved after an arrival that fits nowhere."""
+    unmoved: tuple[Runs, ...] = ()
+    """With moves: the same without, in the same order."""
     is_compiled: bool
     notes: list[str] = field(default_factory=list)
 
@@ -71,13 +76,21 @@ class Outcome:
             figures[f"{prefix}decision_us_p99"] = round(runs.decision_us(99), 2)
             figures[f"{prefix}decision_us_mean"] = round(runs.decision_us_mean, 2)
             figures[f"{prefix}run_s"] = round(runs.run_s, 4)
+        for runs, unmoved in zip(self.runs, self.unmoved, strict=bool(self.unmoved)):
+            prefix = self.prefix(runs)
+            figures[f"{prefix}moved_count"] = round(runs.moved_count, 1)
+            figures[f"{prefix}repack_frees_percent_at_most"] = round(unmoved.repack_frees_percent, 3)
+            figures[f"{prefix}moves_gain_points"] = round(statistics.fmean(differences(runs, unmoved)), 3)
+            if runs.pods in CEILING_PERCENT:
+                gap = CEILING_PERCENT[runs.pods] - unmoved.allocated_percent
+                figures[f"{prefix}ceiling_gap_points"] = round(gap, 3)
         for small, large in self.scaled:
             prefix = self.prefix(small).removeprefix(f"{small.pods}_")
             figures[f"{prefix}scaled_decision_us_p50"] = round(large.decision_us(50), 2)
             figures[f"{prefix}scaled_decision_us_p99"] = round(large.decision_us(99), 2)
             figures[f"{prefix}scaled_decision_us_mean"] = round(large.decision_us_mean, 2)
             figures[f"{prefix}decision_us_growth"] = round(large.decision_us_mean / small.decision_us_mean, 3)
-        bars = [*self._reproduced(), *self._ahead(), *self._fast(figures)]
+        bars = [] if self.migrate else [*self._reproduced(), *self._ahead(), *self._fast(figures)]
         figures |= {bar.name: bar.value for bar in bars if bar.name not in figures}
         return Report(
             benchmark="placement",
@@ -134,6 +147,11 @@ class Outcome:
             "decision is choosing and taking, the index's upkeep included. Left out: reading files, and rating each "
             "class once before the first arrival, as a service does when a deployment is admitted."
         )
+        if self.migrate:
+            yield (
+                f"After an arrival that fits nowhere up to {self.migrate} pods may move, which the published protocol "
+                "forbids: no bars. Decision times are without the moves, run_s is with them."
+            )
         if not self.is_compiled:
             yield "numba is not installed: the index ran uncompiled, and the bars for speed are not for that."
 
@@ -145,11 +163,13 @@ def measure(
     seeds: Sequence[int],
     *,
     scale: int = 1,
+    migrate: int = 0,
     progress: Progress,
 ) -> Outcome:
     """Each policy on each list, each seed, and on a larger cluster with the first of each."""
     is_compiled = compiled.prepare()
     done: list[Runs] = []
+    unmoved: list[Runs] = []
     scaled: list[tuple[Runs, Runs]] = []
     for policy in policies:
         for pods in lists:
@@ -158,6 +178,9 @@ def measure(
                 policy=policy,
                 runs=tuple(carry_out(cluster, pods, policy, seed, is_compiled=is_compiled) for seed in seeds),
             )
+            if migrate:
+                unmoved.append(runs)
+                runs = _with_moves(cluster, pods, policy, seeds, migrate, is_compiled=is_compiled)
             done.append(runs)
             progress.say(
                 f"{pods.name:<12} {policy:<12} {runs.allocated_percent:6.2f} % allocated, {len(seeds)} seeds, "
@@ -175,8 +198,26 @@ def measure(
             ]
             scaled.append((pair[0], pair[1]))
             progress.say(f"{policy}: {scale} times the nodes cost {_growth(*pair):.2f} times as much a decision")
-    done.sort(key=lambda runs: [pods.name for pods in lists].index(runs.pods))  # Stable: by list, then by policy.
-    return Outcome(seeds=tuple(seeds), runs=tuple(done), scaled=tuple(scaled), scale=scale, is_compiled=is_compiled)
+    for each in (done, unmoved):  # Stable: by list, then by policy.
+        each.sort(key=lambda runs: [pods.name for pods in lists].index(runs.pods))
+    return Outcome(
+        seeds=tuple(seeds),
+        runs=tuple(done),
+        scaled=tuple(scaled),
+        scale=scale,
+        migrate=migrate,
+        unmoved=tuple(unmoved),
+        is_compiled=is_compiled,
+    )
+
+
+def _with_moves(
+    cluster: Cluster, pods: PodList, policy: str, seeds: Sequence[int], move_count_max: int, *, is_compiled: bool
+) -> Runs:
+    runs = [
+        carry_out(cluster, pods, policy, seed, is_compiled=is_compiled, mover=Moves(move_count_max)) for seed in seeds
+    ]
+    return Runs(pods=pods.name, policy=policy, runs=tuple(runs))
 
 
 def _growth(small: Runs, large: Runs) -> float:
@@ -212,6 +253,7 @@ def _parser() -> Parser:
     )
     add("--seeds", default="100-109", metavar="A-B", help="of the order of arrivals (default: 100-109)")
     add("--scale", type=int, default=1, metavar="N", help="also measure decisions on N times the nodes")
+    add("--migrate", type=int, default=0, metavar="K", help="move up to K pods for an arrival that fits nowhere")
     add("--json", type=Path, metavar="OUT", help="write figures and bars there")
     add("--docs", action="store_true", help="write the tables and the picture into docs/")
     add("--check", action="store_true", help="exit status 1 when a bar is missed")
@@ -243,6 +285,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--json: {options.json} cannot be written: its folder does not exist")
     if options.scale < 1:
         parser.error(f"--scale: a cluster is at least as large as its file says, so 1 or more, not {options.scale}")
+    if options.migrate < 0:
+        parser.error(f"--migrate: so many pods may be moved for one arrival, so 0 or more, not {options.migrate}")
+    if options.migrate and options.docs:
+        parser.error("--docs: the page shows the published protocol, which knows no moves; leave --migrate out")
     try:
         policies = _policies(options.policy)
     except ValueError as error:
@@ -254,7 +300,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         cluster, lists = _inputs(options.nodes, options.pods)
         scale = max(options.scale, SCALE) if options.docs else options.scale
-        outcome = measure(cluster, lists, policies, seeds, scale=scale, progress=Progress())
+        outcome = measure(cluster, lists, policies, seeds, scale=scale, migrate=options.migrate, progress=Progress())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,13 +3,15 @@
 import gc
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.openb import ARRIVALS_PERCENT, Cluster, PodList, gpu_milli_of
+from benchmarks.openb import ARRIVALS_PERCENT, MILLI, Cluster, PodList, gpu_milli_of
 from benchmarks.report import quantile
 from services.placement.packing.fleet import Ask, Place
+from services.placement.packing.hole_values import STEPS, hole_values
 from services.placement.packing.index import Packer
 from services.placement.packing.policies import Random, policy_named
 from services.placement.packing.rating import Policy
@@ -42,6 +44,9 @@ class Run:
     moved_count: int
     allocated_percent: float
     """Of the cluster's GPU milli, once arrivals ask for `ARRIVALS_PERCENT`."""
+    repack_frees_percent: float
+    """Of the GPUs: so many at most would be idle after any repacking of all pods that were placed (by their prices in
+    `hole_values`; CPU and memory would only make it less)."""
     curve: tuple[float, ...]
     """[percent of the cluster's GPUs asked for so far] allocated percent."""
     decision_ns: tuple[int, ...]
@@ -86,6 +91,10 @@ class Runs:
     @property
     def run_s(self) -> float:
         return statistics.median(run.run_s for run in self.runs)
+
+    @property
+    def repack_frees_percent(self) -> float:
+        return statistics.fmean(run.repack_frees_percent for run in self.runs)
 
     @property
     def moved_count(self) -> float:
@@ -142,10 +151,22 @@ def carry_out(
         dropped_count=len(arrivals) - len(held),
         moved_count=moved_count,
         allocated_percent=curve.allocated_percent,
+        repack_frees_percent=_repack_frees_percent(cluster, held),
         curve=curve.points(),
         decision_ns=tuple(decision_ns),
         run_s=run_s,
     )
+
+
+def _repack_frees_percent(cluster: Cluster, held: Sequence[Held]) -> float:
+    demand: Counter[int] = Counter()
+    for pod in held:
+        if pod.ask.gpu_count:
+            demand[(pod.ask.size_units or 0) * STEPS // MILLI] += pod.ask.gpu_count
+    values = hole_values(demand)
+    gpu_count = cluster.gpu_milli / MILLI
+    used = sum(values[size] * count for size, count in demand.items())
+    return 100 * (gpu_count - used) / gpu_count
 
 
 class _Curve:
