@@ -9,7 +9,7 @@ from services.placement.demands import Demand, limit_bytes_on
 from services.placement.overcommit import Account, over_use_bytes
 from services.placement.packing.fleet import PARTS, Ask, NodeRoom, Place, unsuited
 from services.placement.rooms import Rooms
-from services.placement.state import ClusterState
+from services.placement.state import Claim, ClusterState, Replica
 from services.placement.verdicts import Verdict, gib, verdict_of
 
 
@@ -118,7 +118,8 @@ class _Nearness:
         self.nodes, self.gpus = (), frozenset()
         if demand.anti_affinity is AntiAffinity.NONE:
             return
-        siblings = state.index.of_deployment.get(deployment_id, {}).values()
+        siblings: list[Replica | Claim] = list(state.index.of_deployment.get(deployment_id, {}).values())
+        siblings += state.index.claims_of.get(deployment_id, {}).values()
         if demand.anti_affinity is AntiAffinity.NODE:
             self.nodes = tuple(sorted({r.node for r in siblings} | {c.node for c in besides}))
             return

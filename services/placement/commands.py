@@ -11,6 +11,7 @@ from schemas.inbox import (
     KeyCreateRequested,
     KeyRevokeRequested,
     ParkRequested,
+    QuotaRequested,
     RepackRequested,
     RetireRequested,
     Verdict,
@@ -26,10 +27,11 @@ from schemas.placement import (
     KeyAdded,
     KeyRevoked,
     ParkAsked,
+    QuotaSet,
     RepackAsked,
     WakeAsked,
 )
-from services.placement import repacking
+from services.placement import repacking, tenants
 from services.placement.core import SERVICE
 from services.placement.placing import next_turn, release_all
 from services.placement.state import ClusterState, Deployment
@@ -114,7 +116,8 @@ def retire_requested(state: ClusterState, command: RetireRequested, ctx: Context
         return _unknown_model(state, command, command.model, ctx)
     fact = DeploymentRetired(**_command(command, ctx), deployment_id=deployment.deployment_id, model=command.model)
     admitted = _admit(command, fact, f"{command.model} is being retired", ctx)
-    return [*admitted, *release_all(state, deployment, "retired", ctx)]
+    claims_end = [next_turn(ctx)] if deployment.deployment_id in state.index.claims_of else []
+    return [*admitted, *release_all(state, deployment, "retired", ctx), *claims_end]
 
 
 @SERVICE.on(ParkRequested)
@@ -164,6 +167,28 @@ def repack_requested(state: ClusterState, command: RepackRequested, ctx: Context
     )
     moves = repacking.begin(state, plan, repacking.ASKED, ctx)
     return [*_admit(command, fact, message if count else "no GPU can be freed by moves that are allowed", ctx), *moves]
+
+
+@SERVICE.on(QuotaRequested)
+def quota_requested(state: ClusterState, command: QuotaRequested, ctx: Context) -> Sequence[Outcome]:
+    """Set what a tenant is guaranteed. A smaller quota takes nothing from what runs and is never preempted."""
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    if ctx.tenant != state.settings.operator_tenant:
+        message = f"only the operator's tenant ('{state.settings.operator_tenant}') may set quotas"
+        return _reject(command, "SUB-OPR-001", message, ctx)
+    tenant, quota = command.quota_tenant, command.gpu_quota
+    told = "no quota" if quota is None else f"a quota of {quota:g} GPUs"
+    if tenants.quota_of(state, tenant) == (quota, command.over_quota_weight):
+        return _same(command, f"tenant {tenant} has {told} and this weight already", ctx)
+    fact = QuotaSet(
+        **_command(command, ctx),
+        quota_tenant=tenant,
+        gpu_quota=quota,
+        over_quota_weight=command.over_quota_weight,
+    )
+    message = f"tenant {tenant} has {told} and an over-quota weight of {command.over_quota_weight:g} from now on"
+    return [*_admit(command, fact, message, ctx), next_turn(ctx)]
 
 
 @SERVICE.on(KeyCreateRequested)

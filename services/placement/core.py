@@ -46,8 +46,9 @@ from schemas.placement import (
     RepackAsked,
     WakeAsked,
 )
+from services.placement import claims, gangs, moves, observed, presence, repacking, tenants
 from services.placement import folds as fold
-from services.placement import gangs, moves, observed, presence, repacking, tenants
+from services.placement.claims import ClaimOverdue
 from services.placement.gangs import GangDue, PlaceNext
 from services.placement.placing import (
     ReleaseNext,
@@ -70,14 +71,14 @@ def reads(node: str) -> Sequence[str]:
 
 
 def on_start(state: ClusterState, ctx: Context) -> Sequence[Outcome]:
-    begun = [*releases_begun(state, ctx), *gangs.begin(state, ctx), *presence.begin(state, ctx)]
-    return [next_turn(ctx), *begun, repacking.look_later(state, ctx)]
+    owed = [*releases_begun(state, ctx), *gangs.begin(state, ctx), *claims.begin(state, ctx)]
+    return [next_turn(ctx), *owed, *presence.begin(state, ctx), repacking.look_later(state, ctx)]
 
 
 def check_invariants(state: ClusterState) -> None:
     """Who is not placed waits; gangs are held as a whole; nobody is counted twice."""
     for deployment_id, deployment in state.deployments.items():
-        lacks = state.placed_count(deployment_id) < deployment.replica_count
+        lacks = state.index.lacking_count(deployment) > 0
         assert lacks == (deployment_id in state.waiting), f"{deployment.spec.name} lacks replicas: {lacks}"
         is_told = bool(deployment.problem) or deployment_id in state.index.untold
         assert is_told or not lacks, f"{deployment.spec.name} is neither placed nor explained nor due"
@@ -184,6 +185,12 @@ def replica_failed(state: ClusterState, fact: ReplicaFailed, ctx: Context) -> Se
     return place_soon(state, ctx) if fact.is_final else []
 
 
+@SERVICE.on(ClaimOverdue)
+def claim_overdue(state: ClusterState, due: ClaimOverdue, ctx: Context) -> Sequence[Outcome]:
+    ended = claims.overdue(state, due, ctx)
+    return [*ended, next_turn(ctx)] if ended else []
+
+
 @SERVICE.on(GangDue)
 def gang_due(state: ClusterState, due: GangDue, ctx: Context) -> Sequence[Outcome]:
     if due.gang_id not in state.gangs:
@@ -247,7 +254,7 @@ def quarantine_over(state: ClusterState, due: QuarantineOver, ctx: Context) -> S
 def look_around(state: ClusterState, due: LookAround, ctx: Context) -> Sequence[Outcome]:
     """Nodes that fell silent are lost, and their replicas are placed elsewhere at once."""
     lost = presence.lost(state, ctx)
-    again = [next_turn(ctx)] if lost else []
+    again = [next_turn(ctx)] if lost else place_missing(state, ctx, is_look=True)
     return [*lost, *again, *_move_on(state, ctx), presence.look_later(state, ctx)]
 
 

@@ -112,6 +112,7 @@ def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
             deployment.problem = deployment.remedy = ""
             deployment.alternatives, deployment.constraints = fact.alternatives, fact.constraints
             deployment.codes = fact.codes
+            deployment.rests_until_s = 0.0
         add_replica(state, replica)
         if fact.gang_id:
             _join_gang(state, fact, replica)
@@ -132,6 +133,7 @@ def fold_failed_placement(state: ClusterState, fact: PlacementFailed) -> None:
         deployment.problem, deployment.remedy = fact.message, fact.remedy
         deployment.alternatives, deployment.constraints = fact.alternatives, fact.constraints
         deployment.codes = fact.codes
+        deployment.rests_until_s = 0.0
         if deployment.gang_attempt_count >= state.settings.gang_attempt_count:
             deployment.gang_attempt_count = 0
             deployment.gang_not_before_s = fact.at_s + state.settings.gang_pause_max_s
@@ -161,6 +163,7 @@ def fold_abandoned(state: ClusterState, fact: GangAbandoned) -> None:
         replica = state.replicas.get(replica_id)
         if replica is not None:
             replica.is_releasing = True
+            state.index.touch(replica)
     gang = state.gangs.get(fact.gang_id)
     if gang is None:
         return
@@ -224,6 +227,7 @@ def fold_preemption_decided(state: ClusterState, fact: PreemptionDecided) -> Non
             displaced.problem = f"{victim.replica_id} gave its place to {fact.model}: {victim.reason}"
             displaced.remedy = "it gets a place again when load falls"
             displaced.codes = (ReasonCode.PREEMPTED,)
+            index.count(victim.deployment_id)
     claim = Claim(
         preemption_id=fact.preemption_id,
         deployment_id=fact.deployment_id,

@@ -4,6 +4,7 @@ Derived: made anew from the state at any time, kept up by the folds, and no part
 map keeps the order of proposals, so that one that was made anew equals one that was kept up.
 """
 
+from bisect import bisect_left, insort
 from typing import TYPE_CHECKING
 
 from services.placement.demands import Demand, demand_of
@@ -44,6 +45,9 @@ class Index:
         """{deployment_id: deployment that lacks replicas and was not told why}"""
         self.waiting_alike: dict[Demand, dict[str, Deployment]] = {}
         """{demand: those of the waiting that have it}"""
+        self._resting: list[tuple[float, str]] = []
+        """(until when, deployment_id) of the waiting that were displaced; not due before, sorted"""
+        self._rests: dict[str, float] = {}
         self.rooms = Rooms(state.settings)
         self._demands: dict[str, Demand] = {}
         for node in state.nodes.values():
@@ -82,27 +86,26 @@ class Index:
         self._satisfy(deployment)
         self.refused.pop(deployment.deployment_id, None)
         self._demands.pop(deployment.deployment_id, None)
-        self.unsettled.update(self.claims_of.get(deployment.deployment_id, {}))
+        self._weigh(deployment.deployment_id)
 
     def count(self, deployment_id: str) -> None:
         """Its wish, its replicas or its problem changed: does it lack some, and does it know why?"""
         deployment = self._state.deployments.get(deployment_id)
         if deployment is None:
             return
-        claims = self.claims_of.get(deployment_id, {})
-        surplus_count = -self.lacking_count(deployment)
-        if surplus_count > 0:
-            self.unsettled.update(list(claims.items())[-surplus_count:])
-        if surplus_count >= 0:
+        self._weigh(deployment_id)
+        if self.lacking_count(deployment) <= 0:
             self._satisfy(deployment)
             return
-        if deployment_id not in self.waiting:
-            self.waiting[deployment_id] = deployment
-            demand = self.demand_of(deployment_id, deployment.spec)
-            self.waiting_alike.setdefault(demand, {})[deployment_id] = deployment
-        if deployment.problem:
-            self.untold.pop(deployment_id, None)
-        else:
+        self.waiting[deployment_id] = deployment
+        self._leave_queue(deployment)
+        if deployment.rests_until_s:
+            self._rests[deployment_id] = deployment.rests_until_s
+            insort(self._resting, (deployment.rests_until_s, deployment_id))
+            return
+        demand = self.demand_of(deployment_id, deployment.spec)
+        self.waiting_alike.setdefault(demand, {})[deployment_id] = deployment
+        if not deployment.problem:
             self.untold[deployment_id] = deployment
 
     def lacking_count(self, deployment: "Deployment") -> int:
@@ -112,14 +115,18 @@ class Index:
 
     def _satisfy(self, deployment: "Deployment") -> None:
         """It lacks nothing, or is gone."""
+        if self.waiting.pop(deployment.deployment_id, None) is not None:
+            self._leave_queue(deployment)
+
+    def _leave_queue(self, deployment: "Deployment") -> None:
         deployment_id = deployment.deployment_id
-        if self.waiting.pop(deployment_id, None) is None:
-            return
         self.untold.pop(deployment_id, None)
+        until_s = self._rests.pop(deployment_id, None)
+        if until_s is not None:
+            del self._resting[bisect_left(self._resting, (until_s, deployment_id))]
         demand = self.demand_of(deployment_id, deployment.spec)
-        alike = self.waiting_alike[demand]
-        del alike[deployment_id]
-        if not alike:
+        alike = self.waiting_alike.get(demand, {})
+        if alike.pop(deployment_id, None) is not None and not alike:
             del self.waiting_alike[demand]
 
     def demand_of(self, deployment_id: str, spec: "DeploymentSpec") -> Demand:
@@ -134,13 +141,23 @@ class Index:
     def due(self, now_s: float) -> "list[Deployment]":
         """Those of the waiting for which there may be room, or who were not told that there is none; unordered."""
         found = dict(self.untold)
+        for until_s, deployment_id in self._resting:
+            if until_s > now_s:
+                break
+            found[deployment_id] = self.waiting[deployment_id]
         for demand, alike in self.waiting_alike.items():
             if self.rooms.verdict(demand, now_s) is None:
                 found.update(alike)
         return list(found.values())
 
+    def awake(self, now_s: float) -> "list[Deployment]":
+        """Those of the waiting that do not rest; unordered."""
+        return [each for each in self.waiting.values() if each.rests_until_s <= now_s]
+
     def has_due(self, now_s: float) -> bool:
-        return bool(self.untold) or any(self.rooms.verdict(d, now_s) is None for d in self.waiting_alike)
+        if self.untold or self.unsettled or (self._resting and self._resting[0][0] <= now_s):
+            return True
+        return any(self.rooms.verdict(d, now_s) is None for d in self.waiting_alike)
 
     # --- Replicas -----------------------------------------------------------------------------------------------------
 
@@ -164,8 +181,8 @@ class Index:
         if self._counts(replica.node):
             self._add_placed(replica.deployment_id, -1)
         claim = self.claim_of_victim.pop(replica.replica_id, None)
-        if claim is not None and not any(v.replica_id in self.claim_of_victim for v in claim.victims):
-            self.unsettled[claim.preemption_id] = claim
+        if claim is not None:
+            self._weigh(claim.deployment_id)
 
     def hold_place(self, replica: "Replica") -> None:
         self.rooms.hold(replica)
@@ -192,10 +209,8 @@ class Index:
         self.claims_of.setdefault(claim.deployment_id, {})[claim.preemption_id] = claim
         there = [v.replica_id for v in claim.victims if v.replica_id in self._state.replicas]
         self.claim_of_victim.update(dict.fromkeys(there, claim))
-        deployment = self._state.deployments.get(claim.deployment_id)
-        if not there or deployment is None or self._has_lost_its_place(claim):
-            self.unsettled[claim.preemption_id] = claim
         self.rooms.claim(claim)
+        self._weigh(claim.deployment_id)
         self.count(claim.deployment_id)
         if self._occupancy is not None:
             self._occupancy.add_claim(claim)
@@ -213,6 +228,25 @@ class Index:
         if self._occupancy is not None:
             self._occupancy.drop_claim(claim)
 
+    def _weigh(self, deployment_id: str) -> None:
+        """For which of its claims is the room there, and which have lost their sense? Of a gang all come together."""
+        claims = self.claims_of.get(deployment_id)
+        if not claims:
+            return
+        deployment = self._state.deployments.get(deployment_id)
+        wanted_count = len(claims) if deployment is None else len(claims) + min(0, self.lacking_count(deployment))
+        held = {
+            key for key, claim in claims.items() if any(v.replica_id in self.claim_of_victim for v in claim.victims)
+        }
+        if held and deployment is not None and deployment.spec.placement.is_gang:
+            held = set(claims)
+        for number, (preemption_id, claim) in enumerate(claims.items()):
+            is_senseless = deployment is None or number >= wanted_count or self._has_lost_its_place(claim)
+            if is_senseless or preemption_id not in held:
+                self.unsettled[preemption_id] = claim
+            else:
+                self.unsettled.pop(preemption_id, None)
+
     def _has_lost_its_place(self, claim: "Claim") -> bool:
         node = self._state.nodes.get(claim.node)
         return node is None or node.lost_at_s is not None or not set(claim.gpu_uuids) <= node.gpus.keys()
@@ -222,8 +256,9 @@ class Index:
     def set_node(self, node: "Node") -> None:
         """It joined, for the first time or again, or what it offers changed."""
         claims = [claim for claim in self._state.claims.values() if claim.node == node.name]
-        self.unsettled.update({c.preemption_id: c for c in claims if self._has_lost_its_place(c)})
         self.rooms.set_node(node, tuple(self.on_node.get(node.name, {}).values()), claims)
+        for deployment_id in {claim.deployment_id: None for claim in claims}:
+            self._weigh(deployment_id)
         if self._occupancy is not None:
             self._occupancy.touch_node(node)
 

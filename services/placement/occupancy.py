@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from schemas.deployments import GRADE_ORDER, DeploymentSpec, ShareSpec
 from schemas.nodes import GpuOffer
+from services.placement.demands import base_bytes, request_bytes_on
 from services.placement.harm import Candidate, GpuRoom, Harm, Relief, Stand, Wanted, relief_of
 from services.placement.packing.fleet import PARTS
 
@@ -230,7 +231,7 @@ class Occupancy:
     def parts_of(self, gpu_uuids: Sequence[str], request_bytes: Sequence[int]) -> int:
         """The parts that these bytes are of these GPUs; the whole where a GPU is not known."""
         return sum(
-            PARTS if gpu is None or not gpu.allocatable_bytes else size_bytes * PARTS // gpu.allocatable_bytes
+            PARTS if gpu is None or not base_bytes(gpu) else size_bytes * PARTS // base_bytes(gpu)
             for gpu, size_bytes in zip(map(self._gpu, gpu_uuids), request_bytes, strict=True)
         )
 
@@ -360,9 +361,7 @@ class Occupancy:
         grade = share.minimum_grade
         if grade is not None and GRADE_ORDER.index(gpu.grade) > GRADE_ORDER.index(grade):
             return None
-        size_bytes = share.request_bytes
-        if size_bytes is None:
-            size_bytes = int(gpu.allocatable_bytes * (share.request_portion or 0))
+        size_bytes = request_bytes_on(gpu, share)
         if size_bytes > gpu.allocatable_bytes:
             return None
         residue_bytes = min(self._state.settings.residue_bytes, size_bytes) if newcomer.is_parkable else None

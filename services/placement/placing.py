@@ -5,19 +5,22 @@ and the folds of the proposals book them again. `PlaceNext` asks for it; whoever
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kit.outcomes import Context, Input, Outcome, Timer
 from schemas.placement import (
     PlacementFailed,
     PlacementProposed,
+    PreemptionEnded,
     ReasonCode,
     ReleaseProposed,
     ReplicaProposal,
 )
-from services.placement import gangs, presence
+from services.placement import claims, gangs, presence
 from services.placement.choosing import Choice, NoChoice, choose, no_choice
+from services.placement.displacing import Displacing, free_room
 from services.placement.gangs import PlaceNext
+from services.placement.preemption import Preemption
 from services.placement.state import ClusterState, Deployment, Replica
 from services.placement.tenants import order_of
 
@@ -31,15 +34,23 @@ def next_turn(ctx: Context) -> Timer:
     return Timer(due_s=ctx.now_s, input=PlaceNext())
 
 
-def place_missing(state: ClusterState, ctx: Context) -> list[Outcome]:
-    """Proposals for all that is due, or as much of it as one input may decide; reasons for what fits nowhere."""
-    rooms = state.index.rooms
+def place_missing(state: ClusterState, ctx: Context, *, is_look: bool = False) -> list[Outcome]:
+    """Proposals for all that is due, or as much of it as one input may decide; reasons for what fits nowhere.
+
+    `is_look`: now and then, ask also for what is told already that it fits nowhere. Time alone may let it displace
+    somebody: its delay is over, or another's minimum runtime is.
+    """
+    index = state.index
+    rooms = index.rooms
     rooms.open_until(ctx.now_s, state.nodes)
-    due = state.index.due(ctx.now_s)
-    if not due:
+    due = index.awake(ctx.now_s) if is_look else index.due(ctx.now_s)
+    if not due and not index.unsettled and not (is_look and state.claims):
         return []
-    turn = _Turn(state, ctx)
+    turn = _Turn(state, ctx, is_look=is_look)
+    turn.settle_claims()
     with rooms.trial():
+        if is_look:
+            turn.look_elsewhere()
         for deployment in order_of(state, due):
             if turn.is_over:
                 turn.later_s.append(ctx.now_s)
@@ -61,9 +72,12 @@ class _Group:
 class _Turn:
     """One input's decisions."""
 
-    def __init__(self, state: ClusterState, ctx: Context) -> None:
+    def __init__(self, state: ClusterState, ctx: Context, *, is_look: bool) -> None:
         self._state = state
         self._ctx = ctx
+        self._is_look = is_look
+        self._displacing = Displacing(state, ctx)
+        self._ended: list[PreemptionEnded] = []
         self._groups: dict[tuple[str, ...], _Group] = {}
         self._failures: list[PlacementFailed] = []
         self._decided_count = 0
@@ -72,29 +86,61 @@ class _Turn:
 
     @property
     def is_over(self) -> bool:
-        return self._decided_count >= self._state.settings.placed_per_input_count
+        return self._displacing.is_over or self._decided_count >= self._state.settings.placed_per_input_count
+
+    def settle_claims(self) -> None:
+        """Newcomers whose room is there are proposed there; claims that have lost their sense end."""
+        for claim, found in claims.settled(self._state, self._ctx):
+            if isinstance(found, Choice):
+                deployment = self._state.deployments[claim.deployment_id]
+                is_gang = deployment.spec.placement.is_gang
+                self._propose(deployment, found, claim.replica_id, gangs.id_of(deployment) if is_gang else "")
+                self._displacing.spoken_for.update(found.gpu_uuids)
+            reason = found if isinstance(found, str) else f"{claim.replica_id} is proposed there"
+            self._ended.append(claims.ended(claim, reason, self._ctx))
+            self.later_s.append(self._ctx.now_s)
+
+    def look_elsewhere(self) -> None:
+        """The oldest claim whose victims are still there gives it up if there is room elsewhere; one in each look."""
+        for claim in self._state.claims.values():
+            deployment = self._state.deployments.get(claim.deployment_id)
+            if (
+                deployment is None
+                or deployment.spec.placement.is_gang
+                or claim.preemption_id in self._state.index.unsettled
+            ):
+                continue
+            choice = self._choose(deployment, [])
+            if isinstance(choice, Choice):
+                self._propose(deployment, choice, claim.replica_id, "")
+                self._ended.append(claims.ended(claim, "room turned up elsewhere", self._ctx))
+                self.later_s.append(self._ctx.now_s)
+            return
 
     def place(self, deployment: Deployment) -> None:
-        if self._ctx.now_s < deployment.rests_until_s:
-            self.later_s.append(deployment.rests_until_s)
+        if self._is_look and self._displacing.is_hopeless(deployment):
             return
         missing_count = self._state.index.lacking_count(deployment)
         if deployment.spec.placement.is_gang:
             self._place_gang(deployment, missing_count)
             return
         chosen: list[Choice] = []
-        while len(chosen) < missing_count:
+        displaced_count = 0
+        while len(chosen) + displaced_count < missing_count:
             if self.is_over:
                 self.later_s.append(self._ctx.now_s)
                 break
             self._decided_count += 1
-            choice = self._choose(deployment, chosen)
-            if isinstance(choice, NoChoice):
-                self._fail(deployment, choice, len(chosen))
+            choice = self._displacing.over_quota(deployment) or self._choose(deployment, chosen)
+            replica_id = name_of(deployment, len(chosen) + displaced_count + 1)
+            if isinstance(choice, Choice):
+                chosen.append(choice)
+                self._propose(deployment, choice, replica_id, "")
+            elif self._displacing.displace(deployment, choice, replica_id, chosen):
+                displaced_count += 1
+            else:
+                self._fail(deployment, choice, len(chosen) + displaced_count)
                 break
-            chosen.append(choice)
-        for count, choice in enumerate(chosen, start=1):
-            self._propose(deployment, choice, count, "")
 
     def _place_gang(self, deployment: Deployment, missing_count: int) -> None:
         """All or none; a gang is decided in one input whatever its size."""
@@ -104,6 +150,10 @@ class _Turn:
         demand = self._state.index.demand_of(deployment.deployment_id, deployment.spec)
         question = gangs.question(deployment, missing_count)
         verdict = rooms.verdict(demand, self._ctx.now_s, question)
+        over = self._displacing.over_quota(deployment, missing_count)
+        if over is not None:
+            self._fail(deployment, over, 0)
+            return
         chosen: list[Choice] = []
         if verdict is None:
             with rooms.attempt() as keeps:
@@ -120,11 +170,31 @@ class _Turn:
                 rooms.remember(demand, self._ctx.now_s, verdict, question, frozenset())
         self._decided_count += len(chosen) + 1
         if verdict is not None:
-            self._fail(deployment, no_choice(deployment.spec, verdict), 0)
+            if not self._displace_gang(deployment, missing_count):
+                self._fail(deployment, no_choice(deployment.spec, verdict), 0)
             return
         gang_id = gangs.id_of(deployment)
         for count, choice in enumerate(chosen, start=1):
-            self._propose(deployment, choice, count, gang_id)
+            self._propose(deployment, choice, name_of(deployment, count), gang_id)
+
+    def _displace_gang(self, deployment: Deployment, missing_count: int) -> bool:
+        """Room for all of it or for none: free room is claimed too, until the victims for the others have left."""
+        found: list[Preemption] = []
+        chosen: list[Choice] = []
+        with self._state.index.rooms.attempt() as keeps, self._displacing.attempt() as attempt:
+            while len(found) < missing_count:
+                choice = self._choose(deployment, chosen)
+                if isinstance(choice, Choice):
+                    chosen.append(choice)
+                    found.append(free_room(choice))
+                    continue
+                preemption = attempt.victims(deployment, choice, chosen)
+                if preemption is None:
+                    return False
+                found.append(preemption)
+            keeps.append(True)
+            attempt.keep(deployment, [(name_of(deployment, n), each) for n, each in enumerate(found, start=1)])
+        return True
 
     def _choose(self, deployment: Deployment, besides: Sequence[Choice]) -> Choice | NoChoice:
         """A choice is booked at once."""
@@ -143,11 +213,11 @@ class _Turn:
         if isinstance(choice, Choice):
             demand = state.index.demand_of(deployment.deployment_id, deployment.spec)
             state.index.rooms.book(deployment.deployment_id, demand, choice.place)
+            self._displacing.book(deployment, choice)
         return choice
 
-    def _propose(self, deployment: Deployment, choice: Choice, count: int, gang_id: str) -> None:
+    def _propose(self, deployment: Deployment, choice: Choice, replica_id: str, gang_id: str) -> None:
         """With others for the same node, unless it was refused before: a group is refused as a whole."""
-        replica_id = name_of(deployment, count)
         refused = deployment.refused_nodes
         key = (choice.node, *choice.codes, gang_id, replica_id if refused else "")
         group = self._groups.setdefault(key, _Group(choice, gang_id, refusal_count=len(refused)))
@@ -163,7 +233,13 @@ class _Turn:
 
     def _fail(self, deployment: Deployment, choice: NoChoice, placed_count: int) -> None:
         """Once for each reason, not at each try."""
-        if ReasonCode.TURNS_TAKEN in choice.codes:
+        if deployment.displaced_by and ReasonCode.PREEMPTED not in choice.codes:
+            choice = replace(
+                choice,
+                message=f"{choice.message}; its place went to {deployment.displaced_by}",
+                codes=(*choice.codes, ReasonCode.PREEMPTED),
+            )
+        if ReasonCode.TURNS_TAKEN in choice.codes and not self._is_look:
             self.later_s.append(self._ctx.now_s + self._state.settings.use_retry_s)
         if deployment.problem == choice.message and not placed_count:
             return
@@ -187,7 +263,8 @@ class _Turn:
         timers = [Timer(due_s=due_s, input=PlaceNext()) for due_s in sorted(set(self.later_s))]
         held = sorted({group.gang_id for group in self._groups.values() if group.gang_id})
         timers += [gangs.limit(self._state, gang_id, self._ctx.now_s) for gang_id in held]
-        return [*(self._proposed(group) for group in self._groups.values()), *self._failures, *timers]
+        proposed = [self._proposed(group) for group in self._groups.values()]
+        return [*proposed, *self._ended, *self._displacing.outcomes, *self._failures, *timers]
 
     def _proposed(self, group: _Group) -> PlacementProposed:
         choice, first, count = group.choice, group.replicas[0], len(group.replicas)

@@ -17,7 +17,7 @@ from schemas.deployments import AntiAffinity
 from schemas.placement import Victim
 from services.placement.harm import Candidate, Relief, Wanted
 from services.placement.occupancy import Newcomer, Occupancy, Terms
-from services.placement.state import ClusterState, Deployment, Node
+from services.placement.state import Claim, ClusterState, Deployment, Node, Replica
 from services.placement.tenants import Standing, gpus, over_quota, standing_of, terms_of
 
 
@@ -45,29 +45,28 @@ def victims_for(
     now_s: float,
     *,
     without_gpus: Collection[str] = (),
+    without_nodes: Collection[str] = (),
     standing: Standing | None = None,
 ) -> Preemption | None:
     """The least harm that makes room for one more replica; None: nobody may be displaced, or waiting is enough.
 
-    `without_gpus`: spoken for by what was decided since the state was folded. `standing`: of this state, where several
-    questions are asked of it. The index makes it O(log GPUs) and what changed since the last question of its kind.
+    `without_gpus`: spoken for by what was decided since the state was folded; `without_nodes`: where replicas of the
+    same deployment were put since then. `standing`: of this state, where several questions are asked of it. The index
+    makes it O(log GPUs) and what changed since the last question of its kind.
     """
-    if now_s < may_displace_from_s(deployment):
+    if now_s < may_displace_from_s(deployment) or over_quota(state, deployment):
         return None
     standing = standing_of(state) if standing is None else standing
     terms = terms_of(state, deployment, standing)
     newcomer = Newcomer.of(deployment.spec, terms)
     occupancy = state.index.occupancy
-    suits = _suits(state, deployment, now_s)
+    suits = _suits(state, deployment, now_s, without_nodes)
 
     def accept(place: str, relief: Relief) -> bool:
         node = state.nodes[occupancy.node_of(relief.gpu_uuids[0])]
         if without_gpus and not set(relief.gpu_uuids).isdisjoint(without_gpus):
             return False
         if not suits(node, relief):
-            return False
-        sizes = _sizes(occupancy, newcomer, node, relief)
-        if over_quota(state, deployment, occupancy.parts_of(relief.gpu_uuids, sizes)):
             return False
         return _leaves_enough(state, relief, terms, standing)
 
@@ -94,17 +93,22 @@ def _sizes(occupancy: Occupancy, newcomer: Newcomer, node: Node, relief: Relief)
     return tuple(each.request_bytes for each in wanted if isinstance(each, Wanted))
 
 
-def _suits(state: ClusterState, deployment: Deployment, now_s: float) -> Callable[[Node, Relief], bool]:
+def _suits(
+    state: ClusterState, deployment: Deployment, now_s: float, without_nodes: Collection[str]
+) -> Callable[[Node, Relief], bool]:
     """Whether all but the GPUs' room allows a node: what `least_harm` does not know of."""
     spec = deployment.spec
     refused = deployment.refused_nodes if len(deployment.refused_nodes) >= state.settings.refusal_count else ()
-    siblings = state.replicas_of(deployment.deployment_id)
+    siblings: list[Replica | Claim] = [
+        *state.replicas_of(deployment.deployment_id),
+        *state.index.claims_of.get(deployment.deployment_id, {}).values(),
+    ]
     no_gpus: set[str] = set()
     no_nodes = set(refused)
     if spec.placement.anti_affinity is AntiAffinity.NODE:
-        no_nodes.update(replica.node for replica in siblings)
+        no_nodes.update((*without_nodes, *(sibling.node for sibling in siblings)))
     elif spec.placement.anti_affinity is AntiAffinity.GPU:
-        no_gpus.update(uuid for replica in siblings for uuid in replica.gpu_uuids)
+        no_gpus.update(uuid for sibling in siblings for uuid in sibling.gpu_uuids)
 
     def suits(node: Node, relief: Relief) -> bool:
         if not node.is_open(now_s) or node.name in no_nodes or not no_gpus.isdisjoint(relief.gpu_uuids):

@@ -42,8 +42,8 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     """What is displaced has so long to end its requests, or to write a checkpoint, before it is stopped."""
     claim_s_max: float = 120.0
     """Room that is being made is kept for its newcomer so long; who has not left then is not waited for."""
-    displaced_rest_s: float = 10.0
-    """What was displaced is not placed again sooner, so that it does not take and lose a place in turns."""
+    displaced_rest_s: float = 30.0
+    """What gave way is not placed again before so much time has passed, so that a place is not lost in turns."""
     operator_tenant: str = "default"
     """The tenant that may set quotas and repack; by default the one that the local stack uses."""
     node_lost_s: float = 30.0

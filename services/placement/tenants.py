@@ -13,6 +13,7 @@ from math import inf
 
 from schemas.deployments import DeploymentSpec
 from schemas.placement import QuotaSet
+from services.placement.demands import base_bytes, exact
 from services.placement.folds import fold_command
 from services.placement.occupancy import Terms
 from services.placement.packing.fleet import PARTS
@@ -133,16 +134,25 @@ def standing_of(state: ClusterState) -> Standing:
 
 
 def largest_gpu_bytes(state: ClusterState) -> int:
-    """Allocatable bytes of the largest GPU; 0 where there is none."""
-    return max((gpu.allocatable_bytes for node in state.nodes.values() for gpu in node.gpus.values()), default=0)
+    """What portions of the largest GPU are of; 0 where there is none."""
+    return max((base_bytes(gpu) for node in state.nodes.values() for gpu in node.gpus.values()), default=0)
 
 
 def ask_parts(spec: DeploymentSpec, gpu_bytes: int) -> int:
     """What one replica asks for, in parts of GPUs of that size: the least that it will be."""
     share = spec.share
     if share.request_portion is not None:
-        return share.gpu_count * int(share.request_portion * PARTS)
+        return share.gpu_count * int(exact(share.request_portion) * PARTS)
     return share.gpu_count * ((share.request_bytes or 0) * PARTS // gpu_bytes if gpu_bytes else PARTS)
+
+
+def most_parts(state: ClusterState, spec: DeploymentSpec) -> int:
+    """What one replica takes at most, in parts of GPUs: bytes are a part of the smallest GPU that has so many."""
+    size_bytes = spec.share.request_bytes
+    if size_bytes is None:
+        return ask_parts(spec, 0)
+    sizes = {base_bytes(gpu) for node in state.nodes.values() for gpu in node.gpus.values()}
+    return ask_parts(spec, min((size for size in sizes if size >= size_bytes), default=0))
 
 
 def terms_of(state: ClusterState, deployment: Deployment, standing: Standing) -> Terms:
@@ -162,6 +172,14 @@ def terms_of(state: ClusterState, deployment: Deployment, standing: Standing) ->
 # --- Quotas -----------------------------------------------------------------------------------------------------------
 
 
+def quota_of(state: ClusterState, tenant: str) -> tuple[float | None, float]:
+    """(GPUs, None for no limit; over-quota weight), as they were set."""
+    quota = state.quotas.get(tenant)
+    if quota is None:
+        return None, 1.0
+    return None if quota.parts is None else quota.parts / PARTS, quota.over_quota_weight
+
+
 def quota_left_parts(state: ClusterState, tenant: str) -> int | None:
     """What is left of a tenant's quota for workloads that are never preempted; None: no limit."""
     quota = state.quotas.get(tenant)
@@ -170,18 +188,19 @@ def quota_left_parts(state: ClusterState, tenant: str) -> int | None:
     return quota.parts - state.index.occupancy.fixed_parts(tenant)
 
 
-def over_quota(state: ClusterState, deployment: Deployment, parts: int | None = None) -> str:
-    """Why the tenant's quota rules out one more replica of it, with what is left; empty when it does not.
+def over_quota(state: ClusterState, deployment: Deployment, *, replica_count: int = 1, decided_parts: int = 0) -> str:
+    """Why the tenant's quota rules out so many more replicas of it, with what is left; empty when it does not.
 
-    Only workloads that are never preempted are bound by it: what is over quota can be taken back. `parts`: of the place
-    that was found; without them the least that it can be.
+    Only workloads that are never preempted are bound by it: what is over quota can be taken back. `decided_parts`: of
+    such workloads of the tenant, decided since the state was folded.
     """
     if deployment.spec.may_be_preempted:
         return ""
     left_parts = quota_left_parts(state, deployment.tenant)
     if left_parts is None:
         return ""
-    asked = ask_parts(deployment.spec, largest_gpu_bytes(state)) if parts is None else parts
+    left_parts -= decided_parts
+    asked = replica_count * most_parts(state, deployment.spec)
     if asked <= left_parts:
         return ""
     quota = state.quotas[deployment.tenant].parts or 0

@@ -36,6 +36,7 @@ def wish(
     gpu_count: int = 1,
     minimum_runtime_s: float = 0.0,
     preemption_delay_s: float = 0.0,
+    is_gang: bool = False,
     **values: Any,
 ) -> DeploymentSpec:
     return DeploymentSpec(
@@ -45,7 +46,9 @@ def wish(
         priority=priority,
         is_preemptible=is_preemptible,
         swap=SwapSpec(is_parkable=is_parkable),
-        placement=PlacementSpec(minimum_runtime_s=minimum_runtime_s, preemption_delay_s=preemption_delay_s),
+        placement=PlacementSpec(
+            minimum_runtime_s=minimum_runtime_s, preemption_delay_s=preemption_delay_s, is_gang=is_gang
+        ),
         **values,
     )
 
