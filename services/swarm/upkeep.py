@@ -3,6 +3,7 @@
 Each decision is judged by what placement had read when it made it (the cursor of its fact).
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -49,6 +50,11 @@ class Upkeep:
     """Hear every fact in the order of the stream; each rule raises at the fact that breaks it."""
 
     quarantine_max_s: float = 1800.0
+    node_lost_s: float = 30.0
+    nobody_heard_s: float = 11.0
+    """A second more than placement's own, for what was on its way."""
+    alive_times_s: list[float] = field(default_factory=list)
+    """When any node was heard, in order."""
     gpus: dict[str, GpuOffer] = field(default_factory=dict)
     lives: dict[str, _Life] = field(default_factory=dict)
     on_gpu: dict[str, set[str]] = field(default_factory=dict)
@@ -58,7 +64,8 @@ class Upkeep:
     moves: dict[str, MoveDecided] = field(default_factory=dict)
     moved_at_s: dict[str, float] = field(default_factory=dict)
     """{replica that took another's place: since when}"""
-    rests_s: float = 600.0
+    rests_s: float = 500.0
+    """Less than placement's own: it counts from when the copy was ready, which is sooner than the end of the move."""
     done_count: int = 0
 
     def hear(self, stored: Stored, fact: Fact) -> None:
@@ -66,8 +73,7 @@ class Upkeep:
             case NodeJoined():
                 self.gpus.update({gpu.gpu_uuid: gpu for gpu in fact.gpus})
             case NodeLost():
-                assert fact.node not in self.lost, f"lost twice: {fact}"
-                self.lost.add(fact.node)
+                self._judge_loss(fact)
             case NodeReturned():
                 self._judge_return(fact)
             case PlacementProposed():
@@ -106,7 +112,20 @@ class Upkeep:
             case LeaseReleased() if fact.replica_id in self.lives:
                 self.lives[fact.replica_id].ended_seq = seq
 
+    def hear_alive(self, now_s: float) -> None:
+        """Some node's agent has said that it is there, and could be heard."""
+        self.alive_times_s.append(now_s)
+
     # --- Each a sentence ----------------------------------------------------------------------------------------------
+
+    def _judge_loss(self, fact: NodeLost) -> None:
+        """A node is lost once, after its time, and never for want of news of all nodes."""
+        assert fact.node not in self.lost, f"lost twice: {fact}"
+        assert fact.silent_s >= self.node_lost_s, f"lost too soon: {fact}"
+        place = bisect_right(self.alive_times_s, fact.at_s)
+        deaf_s = fact.at_s - self.alive_times_s[place - 1] if place else float("inf")
+        assert deaf_s <= self.nobody_heard_s, f"lost when nobody was heard for {deaf_s:.1f} s: {fact}"
+        self.lost.add(fact.node)
 
     def _judge_return(self, fact: NodeReturned) -> None:
         """Only a lost node returns; a quarantine comes with the second loss and ends some day."""

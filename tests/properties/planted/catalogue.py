@@ -2,21 +2,33 @@
 
 from typing import Final
 
-from tests.properties.planted import alone_bugs, core_bugs, gang_bugs, shell_bugs
+from tests.properties.planted import alone_bugs, core_bugs, gang_bugs, shell_bugs, upkeep_bugs
 from tests.properties.planted.bug import Bug
 
-BUGS: Final[tuple[Bug, ...]] = (*core_bugs.BUGS, *alone_bugs.BUGS, *gang_bugs.BUGS, *shell_bugs.BUGS)
-SOUND: Final[tuple[Bug, ...]] = (core_bugs.SOUND, alone_bugs.SOUND, gang_bugs.SOUND, shell_bugs.SOUND)
+BUGS: Final[tuple[Bug, ...]] = (*core_bugs.BUGS, *alone_bugs.BUGS, *gang_bugs.BUGS, *shell_bugs.BUGS, *upkeep_bugs.BUGS)
+SOUND: Final[tuple[Bug, ...]] = (
+    core_bugs.SOUND,
+    alone_bugs.SOUND,
+    gang_bugs.SOUND,
+    shell_bugs.SOUND,
+    upkeep_bugs.SOUND,
+)
 """Nothing planted: what the same seeds find here is a real fault, or a check that cries wolf."""
 KNOWN_SEEDS: Final[dict[str, int]] = {
     "a chain that stops at nonsense": 11,
     "a fold in stream order": 1,
     "a gang that starts before its commit": 1,
+    "a lost node that still takes new replicas": 1,
+    "a move that does not wait for its replacement": 4,
     "a park that is told before it has happened": 1,
     "a placement that answers twice": 5,
     "a placement that drops the minimum grade": 1,
     "a placement that keeps silent": 6,
+    "a placement that takes its own deafness for losses": 1,
+    "a quarantine that is only told": 1,
     "a reader that follows any chain": 1,
+    "a return that ends both copies": 1,
+    "a return that leaves both copies": 1,
     "a swapper that lets training push others aside": 1,
     "a swapper that neither repeats an order nor gives it up": 1,
     "a swapper whose clock stops at a restart": 1,

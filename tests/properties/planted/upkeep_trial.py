@@ -13,7 +13,8 @@ from kit.service import Service
 from kit.simulation import STREAM_EPOCH_S, Faults
 from schemas.deployments import PlacementSpec, SwapSpec
 from schemas.inbox import RepackRequested, RetireRequested
-from schemas.messages import Fact
+from schemas.messages import Fact, Signal
+from schemas.nodes import NodeAlive
 from schemas.units import GiB
 from services.placement.state import ClusterState
 from services.simulated import Shape, SimulatedSystem
@@ -44,10 +45,16 @@ class UpkeepTrial:
             shape=Shape(gateway_count=1, alive_s=2.0),
             listen=self._hear,
         )
+        self.system.simulation.on_signal.append(self._hear_signal)
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
         self.books.hear(fact)
         self.upkeep.hear(stored, fact)
+
+    def _hear_signal(self, signal: Signal) -> None:
+        simulation = self.system.simulation
+        if isinstance(signal, NodeAlive) and simulation.now_s >= simulation.bus_away_until_s:
+            self.upkeep.hear_alive(simulation.now_s)
 
     def _at(self, deed: Any, *, lasts_s: float = LASTS_S) -> None:
         self.system.simulation.at(STREAM_EPOCH_S + 2 + self.draw.uniform(0, lasts_s), deed)
@@ -62,6 +69,8 @@ class UpkeepTrial:
             else:
                 member = self.system.simulation.members[f"node.{node}"]
                 self._at(partial(harm.cut, self.system.simulation, member, lasts_s=lasts_s))
+        if self.draw.random() < 0.5:
+            self._at(partial(harm.bus_away, self.system.simulation, lasts_s=self.draw.uniform(20, 60)))
         for _ in range(self.draw.randint(0, 3)):
             self._at(partial(self.system.simulation.crash, "placement", down_s=self.draw.uniform(0.1, 5)))
         for number in range(self.draw.randint(2, 6)):
@@ -71,6 +80,9 @@ class UpkeepTrial:
         self.system.simulation.faults = Faults()
         self.system.run_for(HEAL_S)
         self._check()
+        if self.is_tight:
+            self._renew()
+            self._check()
 
     def _deploy(self) -> None:
         """A tight fleet needs each of its nodes; in a roomy one small models come and go, which leaves pieces."""
@@ -89,6 +101,15 @@ class UpkeepTrial:
         for _ in range(120):
             ask = partial(self.system.ask, self.draw.choice(names), gateway=0, takes_s=self.draw.uniform(0.1, 3))
             self._at(ask)
+
+    def _renew(self) -> None:
+        """Every node is needed once more, for models that were never anywhere."""
+        for number in range(6):
+            self.system.command(RetireRequested(command_id=f"out-{number}", model=f"m{number}"))
+        self.system.run_for(60.0)
+        swap = SwapSpec(is_parkable=False)
+        self.system.deploy([inference(f"new{n}", weights_gb=10, portion=0.9, swap=swap) for n in range(6)])
+        self.system.run_for(60.0)
 
     def _check(self) -> None:
         simulation = self.system.simulation
