@@ -179,7 +179,16 @@ def disagreement(system: SimulatedSystem) -> str:
             return f"{name} keeps {replica.residue_bytes} bytes; the swapper says otherwise"
         if replica.is_started != (name in system.hosts[node].engines):
             return f"{name} has an engine: {not replica.is_started}; its agent says otherwise"
-    return _strangers(system, truth)
+    return _strangers(system, truth) or _miscounted(placement)
+
+
+def _miscounted(placement: ClusterState) -> str:
+    """A deployment that has neither as many replicas as it shall have nor a word about why."""
+    for deployment_id, deployment in placement.deployments.items():
+        count = len(placement.replicas_of(deployment_id))
+        if count != deployment.replica_count and not deployment.problem:
+            return f"{deployment.spec.name} has {count} of {deployment.replica_count} replicas"
+    return ""
 
 
 def _strangers(system: SimulatedSystem, truth: Mapping[str, Any]) -> str:
@@ -194,9 +203,10 @@ def check_ends(system: SimulatedSystem) -> None:
     for fact in facts:
         if isinstance(fact, DeploymentAdmitted) and fact.deployment_id not in retired:
             deployment = placement.deployments[fact.deployment_id]
-            is_placed = bool(placement.replicas_of(fact.deployment_id))
-            is_told = is_placed or deployment.problem or deployment.replica_count == 0
-            assert is_told, f"{deployment.spec.name} ended in silence"
+            placed_count = len(placement.replicas_of(fact.deployment_id))
+            is_placed = placed_count == deployment.replica_count
+            wished = f"{placed_count} of {deployment.replica_count} replicas"
+            assert is_placed or deployment.problem, f"{deployment.spec.name} ended in silence with {wished}"
     named = [fact.inbox_seq for fact in facts if isinstance(fact, CommandFact)]
     everyone = [stored.seq for stored in system.simulation.inbox]
     assert everyone == sorted(set(named)), "a command led to no fact"

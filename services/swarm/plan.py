@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kit.simulation_faults import Faults, Point
-from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, ShareSpec, SwapSpec, WorkloadKind
+from schemas.deployments import (
+    DeploymentSpec,
+    EngineKind,
+    EngineSpec,
+    PlacementSpec,
+    ShareSpec,
+    SwapSpec,
+    WorkloadKind,
+)
 from schemas.units import GB
 from services.nodeagent.simulated import HostFaults
 
@@ -97,8 +105,18 @@ class Plan:
             f"{self.gateway_count} gateways, {'with' if self.has_standbys else 'no'} standbys",
             f"chances: {chances or 'none'}",
         ]
-        lines += [f"model {spec.name}: {spec.kind}, portion {spec.share.request_portion}" for spec in self.models]
+        lines += [
+            f"model {spec.name}: {spec.kind}, portion {spec.share.request_portion}{_spread(spec)}"
+            for spec in self.models
+        ]
         return "\n".join([*lines, *(str(step) for step in self.steps)])
+
+
+def _spread(spec: DeploymentSpec) -> str:
+    """Empty for one replica on one GPU."""
+    wide = f" on each of {spec.share.gpu_count} GPUs" if spec.share.gpu_count > 1 else ""
+    several = f", {spec.replica_count} replicas" if spec.replica_count > 1 else ""
+    return f"{wide}{several}{', a gang' if spec.placement.is_gang else ''}"
 
 
 def _nonzero(given: Faults | HostFaults, usual: Faults | HostFaults) -> dict[str, float]:
@@ -106,21 +124,38 @@ def _nonzero(given: Faults | HostFaults, usual: Faults | HostFaults) -> dict[str
     return {name: getattr(given, name) for name in names if getattr(given, name) != getattr(usual, name)}
 
 
-def inference(name: str, *, weights_gb: float, portion: float, swap: SwapSpec | None = None) -> DeploymentSpec:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Over how many GPUs a replica goes, how many replicas there are, and whether they start together."""
+
+    gpu_count: int = 1
+    replica_count: int = 1
+    is_gang: bool = False
+
+
+def inference(
+    name: str, *, weights_gb: float, portion: float, swap: SwapSpec | None = None, spread: Spread | None = None
+) -> DeploymentSpec:
+    spread = spread or Spread()
     return DeploymentSpec(
         name=name,
         engine=EngineSpec(weights_bytes=int(weights_gb * GB), cold_start_s=0.5),
-        share=ShareSpec(request_portion=portion),
+        share=ShareSpec(request_portion=portion, gpu_count=spread.gpu_count),
         swap=swap or SwapSpec(),
+        replica_count=spread.replica_count,
+        placement=PlacementSpec(is_gang=spread.is_gang),
     )
 
 
-def training(name: str, *, weights_gb: float, portion: float) -> DeploymentSpec:
+def training(name: str, *, weights_gb: float, portion: float, spread: Spread | None = None) -> DeploymentSpec:
+    spread = spread or Spread()
     return DeploymentSpec(
         name=name,
         kind=WorkloadKind.TRAINING,
         engine=EngineSpec(kind=EngineKind.TRAINING, weights_bytes=int(weights_gb * GB), cold_start_s=0.5),
-        share=ShareSpec(request_portion=portion),
+        share=ShareSpec(request_portion=portion, gpu_count=spread.gpu_count),
+        replica_count=spread.replica_count,
+        placement=PlacementSpec(is_gang=spread.is_gang),
     )
 
 
@@ -162,15 +197,21 @@ def _chances(draw: random.Random) -> Faults:
 def _model(draw: random.Random, number: int) -> DeploymentSpec:
     portion = draw.choice([0.2, 0.3, 0.4, 0.65, 0.9])
     name = f"m{number}"
+    replica_count = draw.choice([1, 1, 1, 1, 2, 3])
+    spread = Spread(
+        gpu_count=draw.choice([1, 1, 1, 1, 2]),
+        replica_count=replica_count,
+        is_gang=replica_count > 1 and draw.random() < 0.5,
+    )
     if draw.random() < 0.2:
-        return training(name, weights_gb=portion * 60, portion=portion)
+        return training(name, weights_gb=portion * 60, portion=portion, spread=spread)
     swap = SwapSpec(
         warm_window_s=draw.choice([5.0, 20.0, 60.0]),
         minimum_residency_s=draw.choice([0.0, 0.5, 3.0]),
         cold_after_s=draw.choice([None, None, None, 60.0]),
         is_parkable=draw.random() > 0.1,
     )
-    return inference(name, weights_gb=portion * 60, portion=portion, swap=swap)
+    return inference(name, weights_gb=portion * 60, portion=portion, swap=swap, spread=spread)
 
 
 def _steps(

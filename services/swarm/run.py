@@ -25,6 +25,7 @@ from services.nodeagent.simulated import HostFaults
 from services.simulated import Shape, SimulatedSystem
 from services.swapper.settings import SwapperSettings
 from services.swarm.checks import Books, Conduct, check_ends, disagreement, is_answerable, signature
+from services.swarm.gangs import Gangs
 from services.swarm.plan import TRAFFIC, Plan, Step, point_of
 
 SETTLE_S: Final = 150.0
@@ -69,11 +70,12 @@ class Outcome:
 
 def shape_of(plan: Plan) -> Shape:
     if plan.is_at_real_pace:
-        return Shape(gateway_count=plan.gateway_count, has_standbys=plan.has_standbys)
+        return Shape(gateway_count=plan.gateway_count, has_standbys=plan.has_standbys, alive_s=2.0)
     return Shape(
         gateway_count=plan.gateway_count,
         has_standbys=plan.has_standbys,
         route_term_s=10.0,
+        alive_s=5.0,
         gateway=GatewaySettings(lease_wait_s=4.0, sample_every_s=2.0),
         swapper=SwapperSettings(tick_s=1.0, load_fresh_s=6.0, gateway_gone_s=20.0),
         autoscaler=AutoscalerSettings(tick_s=2.0, load_fresh_s=6.0, gateway_gone_s=20.0),
@@ -88,6 +90,7 @@ class Run:
         self.outcome = Outcome(plan=plan)
         shape = shape_of(plan)
         self.books = Books()
+        self.gangs = Gangs()
         self.conduct = Conduct(load_fresh_s=shape.swapper.load_fresh_s + plan.faults.late_s + 1.0)
         self.system = SimulatedSystem(
             seed=plan.seed,
@@ -118,6 +121,7 @@ class Run:
         self._settle()
         self._probe()
         check_ends(self.system)
+        self.gangs.check_ended(self.system.simulation.now_s)
         self.system.check()
         return self._count()
 
@@ -201,6 +205,7 @@ class Run:
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
         self.books.hear(fact)
+        self.gangs.hear(fact, stored_s=stored.time_s)
         self.conduct.hear(stored, fact)
         self.outcome.wake_count += isinstance(fact, WakeDecided)
         self.outcome.park_count += isinstance(fact, ParkDecided)
