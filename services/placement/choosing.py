@@ -1,15 +1,15 @@
 """Where a replica goes: room beside all requests by the packing policy, or a GPU that it can share by taking turns."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from schemas.deployments import AntiAffinity, DeploymentSpec
 from schemas.placement import Alternative, Constraint, FailureReason, ReasonCode, ShareProposal
 from services.placement.demands import Demand, limit_bytes_on
-from services.placement.overcommit import Account, over_use_bytes
-from services.placement.packing.fleet import PARTS, Ask, NodeRoom, Place, unsuited
+from services.placement.packing.fleet import Ask, Place
 from services.placement.rooms import Rooms
 from services.placement.state import Claim, ClusterState, Replica
+from services.placement.turns import Search
 from services.placement.verdicts import Verdict, gib, verdict_of
 
 
@@ -144,14 +144,23 @@ def _place(
 ) -> tuple[Place, bool] | None:
     """The place, and whether it is shared by taking turns."""
     rooms = state.index.rooms
-    if demand.weights_bytes:
-        excluded = (*excluded, *rooms.without_park_memory(demand.weights_bytes))
+    without_memory = rooms.without_park_memory(demand.weights_bytes) if demand.weights_bytes else ()
     with _LeftOut(rooms, left_out):
         packer = rooms.packer(spreads_nodes=demand.spreads_nodes)
-        place = packer.choose(ask, without_nodes=excluded, gpu_spread=demand.spreads_gpus)
+        without = (*excluded, *without_memory)
+        place = packer.choose(ask, without_nodes=without, gpu_spread=demand.spreads_gpus)
     if place is not None:
         return place, False
-    place = _turns(state, demand, ask, frozenset(excluded), left_out, now_s, deployment_id)
+    search = Search(
+        state=state,
+        demand=demand,
+        ask=ask,
+        now_s=now_s,
+        deployment_id=deployment_id,
+        without_nodes=frozenset(excluded),
+        without_gpus=left_out,
+    )
+    place = search.place()
     return None if place is None else (place, True)
 
 
@@ -171,75 +180,6 @@ class _LeftOut:
     def __exit__(self, *_: object) -> None:
         for node, gpu, left in self._taken:
             self._rooms.fleet.give(node, (gpu,), (left,))
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A GPU that could be shared. Ordered by how much is promised there already, in parts of it."""
-
-    promised_parts: int
-    gpu: int
-    units: int
-    account: Account
-
-
-def _turns(
-    state: ClusterState,
-    demand: Demand,
-    ask: Ask,
-    excluded: frozenset[str],
-    left_out: frozenset[tuple[str, int]],
-    now_s: float,
-    deployment_id: str,
-) -> Place | None:
-    """GPUs whose replicas can take turns with one more, the least promised ones; ties by node and position.
-
-    O(nodes x GPUs), once until something grows.
-    """
-    rooms = state.index.rooms
-    found: list[tuple[int, str, list[_Turn]]] = []
-    for room in rooms.fleet:
-        if unsuited(room, ask, excluded):
-            continue
-        turns = sorted(_turns_on(state, room, demand, ask, left_out), key=lambda t: (t.promised_parts, t.gpu))
-        if len(turns) >= ask.gpu_count:
-            chosen = turns[: ask.gpu_count]
-            found.append((chosen[-1].promised_parts, room.name, chosen))
-    found.sort(key=lambda entry: entry[:2])
-    for _, node, chosen in found:
-        if all(_use_allows(state, node, turn, demand, now_s, deployment_id) for turn in chosen):
-            ordered = sorted(chosen, key=lambda turn: turn.gpu)
-            return Place(node, tuple(t.gpu for t in ordered), tuple(t.units for t in ordered))
-    return None
-
-
-def _turns_on(
-    state: ClusterState, room: NodeRoom, demand: Demand, ask: Ask, left_out: frozenset[tuple[str, int]]
-) -> Iterator[_Turn]:
-    for gpu, account in enumerate(state.index.rooms.accounts[room.name]):
-        units = ask.units_on(room.shape.gpus[gpu])
-        if units is None or not 0 < account.allocatable_bytes >= units or (room.name, gpu) in left_out:
-            continue
-        residue_bytes = min(state.settings.residue_bytes, units) if demand.is_parkable else 0
-        if account.short_with(units, residue_bytes, is_parkable=demand.is_parkable) <= 0:
-            promised = account.allocatable_bytes - account.left_bytes(units)
-            yield _Turn(promised * PARTS // account.allocatable_bytes, gpu, units, account)
-
-
-def _use_allows(state: ClusterState, node: str, turn: _Turn, demand: Demand, now_s: float, deployment_id: str) -> bool:
-    """The third bound, where requests exceed the GPU."""
-    if turn.account.left_bytes(turn.units) >= 0:
-        return True
-    over_bytes = over_use_bytes(
-        state,
-        node,
-        turn.gpu,
-        turn.units,
-        is_parkable=demand.is_parkable,
-        now_s=now_s,
-        deployment_id=deployment_id,
-    )
-    return over_bytes <= 0
 
 
 def _choice(state: ClusterState, spec: DeploymentSpec, place: Place, is_shared: bool) -> Choice:  # noqa: FBT001

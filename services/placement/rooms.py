@@ -69,6 +69,9 @@ class Rooms:
         self._verdicts: dict[_Question, tuple[Verdict, float]] = {}
         """{question: (answer, until when it holds)}"""
         self._verdicts_of = -1
+        self._turn_heaps: dict[Demand, list[tuple[int, str]]] = {}
+        """{demand: what `turns` knows of all nodes}, since something grew last"""
+        self._turn_heaps_of = -1
         self._booked: list[_Booked] | None = None
         """None outside of a trial."""
 
@@ -152,8 +155,13 @@ class Rooms:
     def recount(self, node: str, gpu_uuid: str, on_gpu: "dict[str, dict[str, Replica]]") -> None:
         """A residue was measured, or somebody left."""
         position = self.positions.get(node, {}).get(gpu_uuid)
-        if position is not None:
-            self.accounts[node][position].recount(gpu_uuid, on_gpu.get(gpu_uuid, {}).values())
+        if position is None:
+            return
+        account = self.accounts[node][position]
+        before = account.resting_bytes, account.largest_bytes
+        account.recount(gpu_uuid, on_gpu.get(gpu_uuid, {}).values())
+        # With smaller residues more may fit; so may with a larger one of the largest.
+        self.growth += (account.resting_bytes, account.largest_bytes) != before
 
     def claim(self, claim: "Claim") -> None:
         """Keep its room from everybody, also before it is free."""
@@ -239,6 +247,16 @@ class Rooms:
         until_s = now_s + self._settings.use_retry_s if hangs_on_use else math.inf
         self._verdicts[demand, without_nodes, without_gpus] = verdict, until_s
 
+    def turn_heap(self, demand: Demand) -> list[tuple[int, str]] | None:
+        """What was kept since something grew last."""
+        return self._turn_heaps.get(demand) if self._turn_heaps_of == self.growth else None
+
+    def keep_turn_heap(self, demand: Demand, heap: list[tuple[int, str]]) -> None:
+        """A cache, as the verdicts are."""
+        if self._turn_heaps_of != self.growth:
+            self._turn_heaps, self._turn_heaps_of = {}, self.growth
+        self._turn_heaps[demand] = heap
+
     # --- Several decisions in one input -------------------------------------------------------------------------------
 
     @contextmanager
@@ -249,25 +267,27 @@ class Rooms:
         """
         assert self._booked is None, "a trial within a trial"
         self._booked = []
-        verdicts = dict(self._verdicts)
+        known = self._verdicts_of, dict(self._verdicts)
         try:
             yield
         finally:
             self._unbook(0)
             self._booked = None
             if is_supposed:
-                self._verdicts = verdicts
+                self._verdicts_of, self._verdicts = known
+                self._turn_heaps = {}
 
     @contextmanager
     def attempt(self) -> Iterator[list[bool]]:
         """Within a trial: what is booked inside stays only when `True` is put into the list."""
         assert self._booked is not None
-        mark, verdicts = len(self._booked), dict(self._verdicts)
+        mark, known = len(self._booked), (self._verdicts_of, dict(self._verdicts))
         keeps: list[bool] = []
         yield keeps
         if not keeps:
             self._unbook(mark)
-            self._verdicts = verdicts
+            self._verdicts_of, self._verdicts = known
+            self._turn_heaps = {}
 
     def book(self, deployment_id: str, demand: Demand, place: Place) -> None:
         """Within a trial: a replica goes there."""
