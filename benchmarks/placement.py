@@ -26,6 +26,8 @@ REPRODUCED_POINTS_MAX: Final = 0.3
 DECISION_US_P50_MAX: Final = 50
 DECISION_US_P99_MAX: Final = 500
 GROWTH_MAX: Final = 2
+SCALED_RUN_COUNT: Final = 3
+"""Of each size; their median counts."""
 SCALE: Final = 10
 """For the page: the node list so many times."""
 
@@ -37,7 +39,7 @@ class Outcome:
     seeds: tuple[int, ...]
     runs: tuple[Runs, ...]
     scaled: tuple[tuple[Runs, Runs], ...] = ()
-    """(as it is, on the larger cluster): the first list and seed of each policy."""
+    """(as it is, on the larger cluster): each policy on one list with the first seed, a few times."""
     scale: int = 1
     migrate: int = 0
     """So many pods may be moved after an arrival that fits nowhere."""
@@ -89,7 +91,7 @@ class Outcome:
             figures[f"{prefix}scaled_decision_us_p50"] = round(large.decision_us(50), 2)
             figures[f"{prefix}scaled_decision_us_p99"] = round(large.decision_us(99), 2)
             figures[f"{prefix}scaled_decision_us_mean"] = round(large.decision_us_mean, 2)
-            figures[f"{prefix}decision_us_growth"] = round(large.decision_us_mean / small.decision_us_mean, 3)
+            figures[f"{prefix}decision_us_growth"] = round(_growth(small, large), 3)
         bars = [] if self.migrate else [*self._reproduced(), *self._ahead(), *self._fast(figures)]
         figures |= {bar.name: bar.value for bar in bars if bar.name not in figures}
         return Report(
@@ -137,7 +139,7 @@ class Outcome:
         for small, large in self.scaled:
             if small.policy != ours[0].policy:
                 continue
-            growth = large.decision_us_mean / small.decision_us_mean
+            growth = _growth(small, large)
             prefix = self.prefix(small).removeprefix(f"{small.pods}_")
             yield Bar(name=f"{prefix}decision_us_growth", value=round(growth, 3), op="<", bar=GROWTH_MAX)
 
@@ -166,8 +168,9 @@ def measure(
     migrate: int = 0,
     progress: Progress,
 ) -> Outcome:
-    """Each policy on each list, each seed, and on a larger cluster with the first of each."""
+    """Each policy on each list, each seed; and on a larger cluster one seed of `default`, else of the first list."""
     is_compiled = compiled.prepare()
+    timed = next((pods for pods in lists if pods.name == "default"), lists[0])
     done: list[Runs] = []
     unmoved: list[Runs] = []
     scaled: list[tuple[Runs, Runs]] = []
@@ -187,16 +190,8 @@ def measure(
                 f"p50 {runs.decision_us(50):.1f} us, p99 {runs.decision_us(99):.1f} us"
             )
         if scale > 1 and policy != Random.name:  # It looks at every node, and is for comparison only.
-            # Both anew, one after the other: the host may be busier or idler than before.
-            pair = [
-                Runs(
-                    pods=lists[0].name,
-                    policy=policy,
-                    runs=(carry_out(size, lists[0], policy, seeds[0], is_compiled=is_compiled),),
-                )
-                for size in (cluster, cluster.times(scale))
-            ]
-            scaled.append((pair[0], pair[1]))
+            pair = _pair(cluster, timed, policy, seeds[0], scale, is_compiled=is_compiled)
+            scaled.append(pair)
             progress.say(f"{policy}: {scale} times the nodes cost {_growth(*pair):.2f} times as much a decision")
     for each in (done, unmoved):  # Stable: by list, then by policy.
         each.sort(key=lambda runs: [pods.name for pods in lists].index(runs.pods))
@@ -218,6 +213,19 @@ def _with_moves(
         carry_out(cluster, pods, policy, seed, is_compiled=is_compiled, mover=Moves(move_count_max)) for seed in seeds
     ]
     return Runs(pods=pods.name, policy=policy, runs=tuple(runs))
+
+
+def _pair(
+    cluster: Cluster, pods: PodList, policy: str, seed: int, scale: int, *, is_compiled: bool
+) -> tuple[Runs, Runs]:
+    """As it is and on the larger cluster, in turns: the host may be busier or idler from one moment to the next."""
+    sizes = (cluster, cluster.times(scale))
+    turns = [
+        [carry_out(size, pods, policy, seed, is_compiled=is_compiled) for size in sizes]
+        for _ in range(SCALED_RUN_COUNT)
+    ]
+    small, large = (Runs(pods=pods.name, policy=policy, runs=runs) for runs in zip(*turns, strict=True))
+    return small, large
 
 
 def _growth(small: Runs, large: Runs) -> float:

@@ -108,8 +108,8 @@ def _speed(outcome: "Outcome") -> str:
     pods = "default" if "default" in outcome.lists else outcome.lists[0]
     scaled = {small.policy: (small, large) for small, large in outcome.scaled}
     introduction = (
-        f"What one decision costs, in µs, on `{pods}`: median over the seeds; and on {outcome.scale} times the nodes "
-        f"(one seed of `{outcome.lists[0]}`, both measured one after the other):"
+        f"What one decision costs, in µs, on `{pods}`: median over the seeds; and on {outcome.scale} times the nodes, "
+        "median of three runs of one seed. Growth is that of the mean, the two sizes measured in turns:"
     )
     lines = [
         introduction,
@@ -120,14 +120,19 @@ def _speed(outcome: "Outcome") -> str:
     for policy in outcome.policies:
         runs = outcome.find(pods, policy)
         assert runs is not None
-        cells = [runs.decision_us(50), runs.decision_us(99), runs.decision_us_mean]
-        growth = ""
+        cells = [f"{value:.1f}" for value in _costs(runs)]
         if policy in scaled:
             small, large = scaled[policy]
-            cells += [large.decision_us(50), large.decision_us(99), large.decision_us_mean]
-            growth = f"{large.decision_us_mean / small.decision_us_mean:.2f}"
-        lines.append(f"| {policy} | {' | '.join(f'{cell:.1f}' for cell in cells)} | {growth} |")
+            cells += [
+                *(f"{value:.1f}" for value in _costs(large)),
+                f"{large.decision_us_mean / small.decision_us_mean:.2f}",
+            ]
+        lines.append(f"| {policy} | {' | '.join([*cells, *[''] * (7 - len(cells))])} |")
     return "\n".join([*lines, ""])
+
+
+def _costs(runs: Runs) -> tuple[float, float, float]:
+    return runs.decision_us(50), runs.decision_us(99), runs.decision_us_mean
 
 
 def picture(outcome: "Outcome") -> str:
