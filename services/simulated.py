@@ -47,11 +47,20 @@ TENANT: Final = "default"
 
 
 @dataclass(slots=True)
-class _Known:
-    deployment_id: str
-    replica_id: str = ""
+class _Replica:
     wake_epoch: int = 0
     is_resident: bool = False
+
+
+@dataclass(slots=True)
+class _Known:
+    deployment_id: str
+    replicas: dict[str, _Replica] = field(default_factory=dict)
+    """{replica_id: what is known of it}, the one last heard of comes last: it is the one that is asked for."""
+
+    @property
+    def is_resident(self) -> bool:
+        return any(replica.is_resident for replica in self.replicas.values())
 
 
 @dataclass(slots=True)
@@ -97,8 +106,7 @@ class SimulatedClients:
                     del self.known[fact.model]
             case LeaseReleased():
                 for known in self.known.values():
-                    if known.replica_id == fact.replica_id:
-                        known.replica_id, known.is_resident = "", False
+                    known.replicas.pop(fact.replica_id, None)
             case _:
                 self._follow_replica(fact)
 
@@ -122,8 +130,10 @@ class SimulatedClients:
     ) -> None:
         for model, known in self.known.items():
             if known.deployment_id == deployment_id:
-                known.replica_id, known.is_resident = replica_id, is_resident
-                known.wake_epoch = known.wake_epoch if wake_epoch is None else wake_epoch
+                replica = known.replicas.pop(replica_id, _Replica())
+                replica.wake_epoch = replica.wake_epoch if wake_epoch is None else wake_epoch
+                replica.is_resident = is_resident
+                known.replicas[replica_id] = replica
                 self._serve(model)
 
     def _serve(self, model: str) -> None:
@@ -145,12 +155,13 @@ class SimulatedClients:
             return
         known = self.known.get(model)
         if known is not None and not known.is_resident:
+            replica_id = next(reversed(known.replicas), "")
             wanted = ModelWanted(
                 gateway="clients",
                 deployment_id=known.deployment_id,
                 model=model,
-                replica_id=known.replica_id,
-                wake_epoch=known.wake_epoch,
+                replica_id=replica_id,
+                wake_epoch=known.replicas[replica_id].wake_epoch if replica_id else 0,
                 waiting_count=len(waiting),
                 oldest_wait_s=self.simulation.now_s - waiting[0].arrived_s,
             )

@@ -18,7 +18,7 @@ from kit.bus import Stored
 from kit.service import Service
 from kit.simulation import Faults
 from schemas.catalogue import decode
-from schemas.deployments import DeploymentSpec, SwapSpec, WorkloadKind
+from schemas.deployments import DeploymentSpec, PlacementSpec, SwapSpec, WorkloadKind
 from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
 from schemas.messages import Fact
 from schemas.nodes import (
@@ -35,7 +35,8 @@ from services.placement.state import ClusterState
 from services.simulated import SimulatedSystem
 from services.swapper.state import FleetState
 from services.swarm.checks import Books
-from tests.simulation.swarm import inference, training
+from services.swarm.gangs import Gangs
+from services.swarm.plan import inference, training
 
 RUN_S = 30.0
 SETTLE_S = 90.0
@@ -84,16 +85,28 @@ def specs() -> st.SearchStrategy[DeploymentSpec]:
         }
     )
     portion = st.sampled_from([0.05, 0.3, 0.5, 0.65, 0.9])
-    return st.builds(_spec, portion, swaps, st.sampled_from([False, False, False, True]), st.sampled_from([0.1, 3.0]))
+    is_training = st.sampled_from([False, False, False, True])
+    spread = st.sampled_from([(1, 1, False), (1, 1, False), (1, 2, False), (1, 2, True), (2, 1, False), (2, 2, True)])
+    return st.builds(_spec, portion, swaps, is_training, st.sampled_from([0.1, 3.0]), spread)
 
 
-def _spec(portion: float, swap: dict[str, Any], is_training: bool, start_s: float) -> DeploymentSpec:
-
+def _spec(
+    portion: float, swap: dict[str, Any], is_training: bool, start_s: float, spread: tuple[int, int, bool]
+) -> DeploymentSpec:
+    """`spread`: GPUs of a replica, replicas, whether they are a gang."""
+    gpu_count, replica_count, is_gang = spread
     made = (
         training("x", weights_gb=20, portion=portion) if is_training else inference("x", weights_gb=20, portion=portion)
     )
     engine = replace(made.engine, cold_start_s=start_s)
-    return replace(made, engine=engine, swap=made.swap if is_training else SwapSpec(**swap))
+    return replace(
+        made,
+        engine=engine,
+        swap=made.swap if is_training else SwapSpec(**swap),
+        share=replace(made.share, gpu_count=gpu_count),
+        replica_count=replica_count,
+        placement=PlacementSpec(is_gang=is_gang),
+    )
 
 
 KINDS = (
@@ -194,7 +207,7 @@ class Trial:
             host_faults=plan.host_faults,
             services=services,
         )
-        self.books, self.conduct = Books(), Conduct()
+        self.books, self.conduct, self.gangs = Books(), Conduct(), Gangs()
         simulation = self.system.simulation
         for stored in simulation.stream:
             self._hear(stored, _fact_of(stored))
@@ -221,10 +234,12 @@ class Trial:
         for host in self.system.hosts.values():
             host.faults = HostFaults()
         self.system.run_for(SETTLE_S)
+        self.gangs.check_ended(simulation.now_s)
         return self
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
         self.books.hear(fact)
+        self.gangs.hear(fact, stored_s=stored.time_s)
         self.conduct.hear(stored, fact)
         for host in self.system.hosts.values():
             host.check()
@@ -324,9 +339,8 @@ def assert_placed_explained_or_retired(trial: Trial) -> None:
     for fact in trial.facts():
         if isinstance(fact, DeploymentAdmitted) and fact.deployment_id not in retired:
             deployment = placement.deployments[fact.deployment_id]
-            is_cold = deployment.replica_count == 0
-            is_placed = bool(placement.replicas_of(fact.deployment_id))
-            assert is_placed or deployment.problem or is_cold, f"{deployment.spec.name} ended in silence"
+            is_placed = len(placement.replicas_of(fact.deployment_id)) == deployment.replica_count
+            assert is_placed or deployment.problem, f"{deployment.spec.name} ended in silence"
 
 
 def assert_all_requests_answered(trial: Trial) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from kit.simulation import Faults
 from services.simulated import SimulatedSystem
-from tests.simulation.swarm import inference
+from services.swarm.plan import inference
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -5,33 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from kit.simulation import STREAM_EPOCH_S, Faults
-from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, ShareSpec, SwapSpec, WorkloadKind
+from schemas.deployments import SwapSpec
 from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
-from schemas.units import GB
 from services.nodeagent.simulated import HostFaults
 from services.placement.state import ClusterState
 from services.simulated import Request, SimulatedSystem
+from services.swarm.plan import Spread, inference, training
 
 SETTLE_S = 60.0
 """After the last fault, everything must have converged within this."""
-
-
-def inference(name: str, *, weights_gb: float, portion: float, swap: SwapSpec | None = None) -> DeploymentSpec:
-    return DeploymentSpec(
-        name=name,
-        engine=EngineSpec(weights_bytes=int(weights_gb * GB), cold_start_s=0.5),
-        share=ShareSpec(request_portion=portion),
-        swap=swap or SwapSpec(),
-    )
-
-
-def training(name: str, *, weights_gb: float, portion: float) -> DeploymentSpec:
-    return DeploymentSpec(
-        name=name,
-        kind=WorkloadKind.TRAINING,
-        engine=EngineSpec(kind=EngineKind.TRAINING, weights_bytes=int(weights_gb * GB), cold_start_s=0.5),
-        share=ShareSpec(request_portion=portion),
-    )
 
 
 @dataclass(slots=True)
@@ -77,15 +59,21 @@ def _deploy(system: SimulatedSystem, draw: random.Random) -> list[str]:
     models = []
     for number in range(draw.randint(3, 9)):
         portion = draw.choice([0.2, 0.3, 0.4, 0.65, 0.9])
+        replica_count = draw.choice([1, 1, 1, 2])
+        spread = Spread(
+            gpu_count=draw.choice([1, 1, 1, 2]),
+            replica_count=replica_count,
+            is_gang=replica_count > 1 and draw.random() < 0.5,
+        )
         if draw.random() < 0.2:
-            system.deploy([training(f"m{number}", weights_gb=portion * 60, portion=portion)])
+            system.deploy([training(f"m{number}", weights_gb=portion * 60, portion=portion, spread=spread)])
             continue
         swap = SwapSpec(
             warm_window_s=draw.choice([2.0, 20.0, 300.0]),
             cold_after_s=draw.choice([None, None, 15.0]),
             is_parkable=draw.random() > 0.15,
         )
-        system.deploy([inference(f"m{number}", weights_gb=portion * 60, portion=portion, swap=swap)])
+        system.deploy([inference(f"m{number}", weights_gb=portion * 60, portion=portion, swap=swap, spread=spread)])
         models.append(f"m{number}")
     return models
 

@@ -3,7 +3,7 @@
 from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
 from services.placement.state import ClusterState
 from services.simulated import SimulatedSystem
-from tests.simulation.swarm import inference, training
+from services.swarm.plan import inference, training
 
 
 def states(system: SimulatedSystem) -> dict[str, str]:

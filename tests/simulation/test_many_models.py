@@ -2,7 +2,7 @@
 
 from services.placement.state import ClusterState
 from services.simulated import SimulatedSystem
-from tests.simulation.swarm import inference
+from services.swarm.plan import inference
 
 
 def test_models_whose_residues_fit_together_are_all_granted_while_the_gpus_are_full() -> None:

@@ -18,8 +18,8 @@ from schemas.placement import DeploymentAdmitted, DeploymentRetired, PlacementPr
 from services.placement.state import ClusterState
 from services.simulated import Shape, SimulatedSystem
 from services.swarm.checks import Books, facts_of
+from services.swarm.plan import inference
 from tests.properties.contracts import Contracts
-from tests.simulation.swarm import inference
 
 SEEDS = 12
 

@@ -9,7 +9,7 @@ from kit.processor import CHAIN_START, Processor
 from kit.simulation import Faults
 from kit.simulation_snapshots import DrawnSnapshots
 from services.simulated import SimulatedSystem
-from tests.simulation.swarm import inference
+from services.swarm.plan import inference
 
 SEEDS = range(6)
 

@@ -15,6 +15,7 @@ from schemas.deployments import DeploymentSpec, IsolationGrade, ShareSpec, SwapS
 from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
 from schemas.messages import Fact
 from services.nodeagent.simulated import HostFaults
+from services.swarm.plan import inference, training
 from tests.properties.contracts import ColdConduct, Contracts
 from tests.properties.test_invariants_system import (
     Plan,
@@ -24,7 +25,6 @@ from tests.properties.test_invariants_system import (
     assert_placed_explained_or_retired,
     assert_services_agree,
 )
-from tests.simulation.swarm import inference, training
 
 KINDS = (
     *(["request"] * 20),

@@ -19,8 +19,8 @@ from schemas.units import GiB
 from services.placement.state import ClusterState
 from services.simulated import Shape, SimulatedSystem
 from services.swarm.checks import Books
+from services.swarm.plan import inference
 from services.swarm.upkeep import Upkeep
-from tests.simulation.swarm import inference
 
 LASTS_S: Final = 500.0
 HEAL_S: Final = 700.0
