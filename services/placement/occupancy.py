@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 LEAST_BOUND: Final = (-1, -1, 0, 0, 0, 0.0, ())
 """Of a place that may only have to be waited for."""
 MINUS_BYTES: Final = -(1 << 62)
+WANTED_MAX: Final = 4096
+"""Answers that are kept; all are forgotten when there are more."""
+_Bounding = tuple[int, int, bool, float, str]
+"""(priority, bytes on this GPU, is parkable, when its work began, replica or gang) of one who may go"""
 RANKINGS_MAX: Final = 16
 """Classes of newcomers whose rankings are kept; the one that was asked for longest ago makes room."""
 
@@ -148,6 +152,8 @@ class Occupancy:
         self._rankings: dict[Newcomer, _Ranking] = {}
         self._gangs: dict[str, dict[str, None]] = {}
         """{gang_id: ids of its replicas}"""
+        self._wanted: dict[tuple[object, ...], Wanted | None] = {}
+        """By share, and by all of a GPU that matters to it."""
         self._node_of: dict[str, str] = {}
         """{gpu_uuid: node}"""
         self._counted: dict[str, tuple[str, int, bool]] = {}
@@ -296,7 +302,7 @@ class Occupancy:
         if node is None:
             return None
         gpus = [place] if newcomer.share.gpu_count == 1 else list(node.gpus)
-        allowed: list[tuple[int, int, bool, float]] = []
+        allowed: list[_Bounding] = []
         held_bytes = parkable_count = 0
         is_leaving = False
         best_rank = len(newcomer.terms.over)
@@ -310,11 +316,15 @@ class Occupancy:
                 parkable_count += replica.is_parkable
                 if not self._may_go(replica, newcomer.terms):
                     continue
-                free_s = max(self._ripe_s(each) for each in self._together(replica))
+                if replica.gang_id:
+                    free_s = max(self._ripe_s(each) for each in self._together(replica))
+                else:
+                    free_s = self._ripe_s(replica)
                 if free_s > now_s:
                     heappush(ranking.ripening, (free_s, place))
                     continue
-                allowed.append((replica.priority, size_bytes, replica.is_parkable, _began_s(replica)))
+                holder = replica.gang_id or replica.replica_id
+                allowed.append((replica.priority, size_bytes, replica.is_parkable, _began_s(replica), holder))
                 best_rank = min(best_rank, newcomer.terms.rank(replica.tenant))
         if is_leaving:
             return LEAST_BOUND
@@ -354,6 +364,15 @@ class Occupancy:
 
     def wanted(self, gpu: GpuOffer, newcomer: Newcomer) -> Wanted | None:
         """What it takes of the GPU; None where the GPU will not do."""
+        numbers = (gpu.name, gpu.grade, gpu.capacity_bytes, gpu.reserve_bytes, gpu.foreign_bytes)
+        key = (newcomer.share, newcomer.is_parkable, newcomer.gpu_models, *numbers)
+        if key not in self._wanted:
+            if len(self._wanted) >= WANTED_MAX:
+                self._wanted.clear()
+            self._wanted[key] = self._wanted_of(gpu, newcomer)
+        return self._wanted[key]
+
+    def _wanted_of(self, gpu: GpuOffer, newcomer: Newcomer) -> Wanted | None:
         share = newcomer.share
         names = newcomer.gpu_models
         if names and not any(name.lower() in gpu.name.lower() for name in names):
@@ -427,35 +446,33 @@ class Occupancy:
         return node.gpus.get(gpu_uuid) if node is not None else None
 
 
-def _bound_beside(allowed: Sequence[tuple[int, int, bool, float]], missing_bytes: int, best_rank: int) -> Bound | None:
-    """Of (priority, bytes, is parkable, began) of those who may go: what is missing decides how many must."""
+def _bound_beside(allowed: Sequence[_Bounding], missing_bytes: int, best_rank: int) -> Bound | None:
+    """Of those who may go: what is missing decides how many must."""
+    if len(allowed) == 1:
+        ((priority, size_bytes, is_parkable, began_s, holder),) = allowed
+        if size_bytes < missing_bytes:
+            return None
+        excess_bytes = size_bytes - max(0, missing_bytes)
+        return (priority, best_rank, int(not is_parkable), 1, excess_bytes, -began_s, (holder,))
     freed_bytes = priority = 0
-    for each_priority, size_bytes, _, _ in sorted(allowed):
-        priority = each_priority
-        freed_bytes += size_bytes
+    for each in sorted(allowed):
+        priority = each[0]
+        freed_bytes += each[1]
         if freed_bytes >= missing_bytes:
             break
     else:
         return None
     pool = [each for each in allowed if each[0] <= priority]
-    parked_bytes = sum(size_bytes for _, size_bytes, is_parkable, _ in pool if is_parkable)
+    parked_bytes = sum(each[1] for each in pool if each[2])
     freed_bytes = count = 0
-    for size_bytes in sorted((size_bytes for _, size_bytes, _, _ in pool), reverse=True):
+    for size_bytes in sorted((each[1] for each in pool), reverse=True):
         freed_bytes += size_bytes
         count += 1
         if freed_bytes >= missing_bytes:
             break
-    began_s = sorted((began_s for _, _, _, began_s in pool), reverse=True)
-    excess_bytes = freed_bytes - max(0, missing_bytes) if len(pool) == 1 else 0
-    return (
-        priority,
-        best_rank,
-        int(parked_bytes < missing_bytes),
-        count,
-        excess_bytes,
-        -sum(sorted(began_s[:count])),
-        (),
-    )
+    youngest = sorted((each[3] for each in pool), reverse=True)[:count]
+    first = min(each[4] for each in pool)
+    return (priority, best_rank, int(parked_bytes < missing_bytes), count, 0, -sum(sorted(youngest)), (first,))
 
 
 def _began_s(replica: "Replica") -> float:
