@@ -8,11 +8,14 @@ A block is a few commands, `----`, and what happened until the next blank line. 
   clients want models themselves; with them requests go through the real core, one gateway after another. With `alive_s`
   agents say so often that they are there, and a node that falls silent is lost
 - `deploy NAME portion=0.3` or `gib=30`, and `limit_portion= limit_gib= weights_gb= start_s= priority= warm_s= stay_s=
-  cold_s= grade= training fixed`, and `gpus= replicas= gang immovable`
-- `request NAME count=1`, `requests last_s=0.5` (how long each is in flight), `park NAME`, `wake NAME`, `retire NAME`
+  cold_s= grade= training fixed`, and `gpus= replicas= gang immovable`, and `tenant= runtime_s= delay_s=` (how long it
+  runs at least before it is displaced, and waits before it displaces others)
+- `quota TENANT gpus=2 weight=1` (the operator guarantees a tenant so many GPUs)
+- `request NAME count=1`, `requests last_s=0.5` (how long each is in flight), `park NAME`, `wake NAME`,
+  `retire NAME tenant=`
 - `repack moves=8` (an operator wants whole GPUs)
 - `kill SERVICE down_s=1`: placement, swapper, autoscaler or a node's name (its agent; engines run on)
-- `kill-engine NAME`, `explain NAME`, `advance SECONDS`, `show` (who holds what on each GPU, in GiB)
+- `kill-engine NAME`, `explain NAME tenant=`, `advance SECONDS`, `show` (who holds what on each GPU, in GiB)
 
 What goes wrong; `WHO` is a service, its standby (`swapper/2`), a node's name (its agent) or a gateway (`gw0`):
 
@@ -42,7 +45,7 @@ from schemas.deployments import (
     WorkloadKind,
 )
 from schemas.history import WriterStarted
-from schemas.inbox import ParkRequested, RepackRequested, RetireRequested, WakeRequested
+from schemas.inbox import ParkRequested, QuotaRequested, RepackRequested, RetireRequested, WakeRequested
 from schemas.messages import Fact
 from schemas.nodes import NodeJoined
 from schemas.placement import DeploymentAdmitted
@@ -55,7 +58,7 @@ from services.placement import views as _views  # noqa: F401
 from services.placement.core import SERVICE as PLACEMENT
 from services.placement.state import ClusterState
 from services.placement.wording import text_of
-from services.simulated import Request, Shape, SimulatedSystem
+from services.simulated import TENANT, Request, Shape, SimulatedSystem
 
 DASHES: Final = "----"
 
@@ -87,10 +90,13 @@ class Conversation:
             "requests": self._requests,
             "park": lambda n, _: self._live.command(ParkRequested(command_id=self._id(), model=n[0])),
             "wake": lambda n, _: self._live.command(WakeRequested(command_id=self._id(), model=n[0])),
-            "retire": lambda n, _: self._live.command(RetireRequested(command_id=self._id(), model=n[0])),
+            "retire": lambda n, v: self._live.command(
+                RetireRequested(command_id=self._id(), model=n[0]), tenant=v.get("tenant", TENANT)
+            ),
             "repack": lambda _, v: self._live.command(
                 RepackRequested(command_id=self._id(), move_count_max=int(v.get("moves", "8")))
             ),
+            "quota": self._quota,
             "kill": self._kill,
             "kill-engine": self._kill_engine,
             "explain": self._explain,
@@ -162,7 +168,12 @@ class Conversation:
                 gpu_count=int(values.get("gpus", "1")),
             ),
             replica_count=int(values.get("replicas", "1")),
-            placement=PlacementSpec(is_gang="gang" in flags, is_movable="immovable" not in flags),
+            placement=PlacementSpec(
+                is_gang="gang" in flags,
+                is_movable="immovable" not in flags,
+                minimum_runtime_s=float(values.get("runtime_s", "0")),
+                preemption_delay_s=float(values.get("delay_s", "0")),
+            ),
             priority=values.get("priority"),
             swap=SwapSpec(
                 is_parkable="fixed" not in flags,
@@ -171,7 +182,16 @@ class Conversation:
                 cold_after_s=None if cold_s is None else float(cold_s),
             ),
         )
-        self._live.deploy([spec])
+        self._live.deploy([spec], tenant=values.get("tenant", TENANT))
+
+    def _quota(self, names: list[str], values: dict[str, str]) -> None:
+        command = QuotaRequested(
+            command_id=self._id(),
+            quota_tenant=names[0],
+            gpu_quota=float(values["gpus"]),
+            over_quota_weight=float(values.get("weight", "1")),
+        )
+        self._live.command(command)
 
     def _request(self, names: list[str], values: dict[str, str]) -> None:
         for _ in range(int(values.get("count", "1"))):
@@ -203,7 +223,7 @@ class Conversation:
                 self._live.kill_engine(node, replica_id)
 
     def _explain(self, names: list[str], values: dict[str, str]) -> None:
-        answer = PLACEMENT.answers[Explain](self._placement(), Explain(model=names[0]), "default")
+        answer = PLACEMENT.answers[Explain](self._placement(), Explain(model=names[0]), values.get("tenant", TENANT))
         assert isinstance(answer, Explanation), answer
         self.lines.append(f"{names[0]}: {answer.summary}" + (f"; {answer.remedy}" if answer.remedy else ""))
         self.lines += [f"  not {other.gpu_uuid}: {other.reason}" for other in answer.alternatives]

@@ -297,13 +297,13 @@ class SimulatedSystem:
         member = simulation.add(agent, settings, writer=writer, world=host, is_journaled=True)
         host.agent_life = lambda: member.life
 
-    def command(self, command: Command) -> None:
-        self.simulation.command(TENANT, command)
+    def command(self, command: Command, *, tenant: str = TENANT) -> None:
+        self.simulation.command(tenant, command)
 
-    def deploy(self, specs: Sequence[DeploymentSpec]) -> None:
+    def deploy(self, specs: Sequence[DeploymentSpec], *, tenant: str = TENANT) -> None:
         for spec in specs:
             self._command_count += 1
-            self.command(DeployRequested(command_id=f"c{self._command_count}", deployment=spec))
+            self.command(DeployRequested(command_id=f"c{self._command_count}", deployment=spec), tenant=tenant)
 
     def run_for(self, duration_s: float) -> None:
         self.simulation.run_for(duration_s)

@@ -155,5 +155,5 @@ def free_room(choice: Choice) -> Preemption:
         gpu_uuids=choice.gpu_uuids,
         request_bytes=choice.request_bytes,
         victims=(),
-        reason="room for a gang: free, and kept until the others of it have room",
+        reason="free, and kept until the others of its gang have room",
     )

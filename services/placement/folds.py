@@ -217,7 +217,9 @@ def fold_preemption_decided(state: ClusterState, fact: PreemptionDecided) -> Non
     if deployment is None:
         return
     deployment.created_count += 1
-    deployment.problem, deployment.remedy, deployment.codes = fact.reason, "", (ReasonCode.WAITS_FOR_VICTIMS,)
+    names = ", ".join(dict.fromkeys(victim.model for victim in fact.victims)) or "the rest of its gang"
+    deployment.problem, deployment.remedy = f"room is being made for it on {fact.node}: {names} to leave", ""
+    deployment.codes = (ReasonCode.WAITS_FOR_VICTIMS,)
     deployment.displaced = (*deployment.displaced, *fact.victims)[-DISPLACED_KEPT:]
     for victim in fact.victims:
         displaced = state.deployments.get(victim.deployment_id)

@@ -7,7 +7,7 @@ Only preemptible workloads go, and only
 
 They have had their minimum runtime, and the newcomer has waited for its preemption delay. So a newcomer displaces
 neither its equals nor its betters, and what was displaced cannot displace whoever took its place: it has the lower
-priority, or its own tenant would be over its part. Order of harm and its reasons: docs/adr/0014.
+priority, or its own tenant would be over its part. Order of harm and its reasons: docs/adr/0017.
 """
 
 from collections.abc import Callable, Collection
@@ -84,7 +84,7 @@ def victims_for(
         gpu_uuids=relief.gpu_uuids,
         request_bytes=_sizes(occupancy, newcomer, node, relief),
         victims=victims,
-        reason=_reason(deployment, relief),
+        reason=_reason(relief),
     )
 
 
@@ -177,7 +177,6 @@ def _victim(
     )
 
 
-def _reason(deployment: Deployment, relief: Relief) -> str:
+def _reason(relief: Relief) -> str:
     count = relief.harm.ended_count
-    others = "replica gives" if count == 1 else "replicas give"
-    return f"room for {deployment.spec.name}: {count} {others} way, the least harm of all places"
+    return f"{count} {'replica' if count == 1 else 'replicas'}, the least harm of all places"

@@ -88,7 +88,7 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     GangCommitted: lambda f: f"gang complete: {len(f.replica_ids)} start on {f.node}",
     GangAbandoned: lambda f: f"gang given up: {len(f.replica_ids)} leases of {f.node} go back, {f.reason}",
     PreemptionDecided: lambda f: (
-        f"room for {f.model} on {f.node}: {', '.join(v.model for v in f.victims)} give way; {f.reason}"
+        f"room for {f.model} on {f.node}{_victims(tuple(dict.fromkeys(v.model for v in f.victims)))}; {f.reason}"
     ),
     PreemptionEnded: lambda f: f"claim on room ended: {f.reason}",
     MoveDecided: lambda f: f"{f.replica_id} moves {_way(f)}: {f.reason}",

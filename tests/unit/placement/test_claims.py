@@ -189,7 +189,7 @@ def test_explain_tells_who_took_the_place() -> None:
     living.run_for(1)
     newcomer = SERVICE.answers[Explain](living.state, Explain(model="new"), "default")
     assert newcomer is not None
-    assert "room for new: 1 replica gives way" in str(newcomer)
+    assert "room is being made for it on n0: m0 to leave" in str(newcomer)
 
     living.run_for(10)
 
