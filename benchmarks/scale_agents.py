@@ -42,7 +42,8 @@ SINGLES_MAX: Final = 3
 other nodes append too (measured, 2.15.1), and a node's facts need not be stored together."""
 RESIDUE_BYTES: Final = 640 * MiB
 ALIVE_EVERY_S: Final = 2.0
-FOLLOWED: Final = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned, PlacementFailed, CommandRejected)
+TO_NODES: Final = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned)
+FOLLOWED: Final = (*TO_NODES, PlacementFailed, CommandRejected)
 
 
 @dataclass(slots=True)
@@ -227,7 +228,7 @@ class StandIns:
             self.seen.rejection = fact.message
             self._changed.set()
             return
-        assert isinstance(fact, PlacementProposed | ReleaseProposed | GangCommitted | GangAbandoned), fact
+        assert isinstance(fact, TO_NODES), fact
         node = self.nodes[fact.node]
         node.receive(fact, stored.seq)
         self._wake(tg, node)

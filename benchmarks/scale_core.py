@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from benchmarks.report import Value
-from benchmarks.scale_agents import StandIn
+from benchmarks.scale_agents import TO_NODES, StandIn
 from benchmarks.scale_stage import GPUS_PER_NODE, IS_COMPILED, NODE_COUNT, NODE_COUNT_QUICK, TENANT, training
 from benchmarks.sections import Measured, Setting, Wanted
 from kit.bus import Entry, Stored
@@ -19,7 +19,7 @@ from kit.processor import Delivery, Processor, Released
 from kit.runner import INPUTS_PER_BATCH_MAX
 from schemas.catalogue import decode, encode
 from schemas.inbox import DeployRequested
-from schemas.messages import command_subject
+from schemas.messages import Command, command_subject
 from schemas.placement import PlacementProposed
 from services.placement.core import SERVICE
 from services.placement.main import HANDLERS, prepare_compiled
@@ -41,6 +41,7 @@ class CoreAlone:
         self.busy_s = 0.0
         self.proposed_count = 0
         self._seq = 0
+        self._inbox_seq = 0
         self._now_s = time.time()
         self._commit(self.processor.take_over(now_s=self._now_s).entries)
         self.processor.started(writer_epoch=self._seq)
@@ -50,10 +51,15 @@ class CoreAlone:
 
     def deploy(self, count: int) -> None:
         """So many deployments of one GPU, in batches as the runner makes them."""
-        for first in range(0, count, INPUTS_PER_BATCH_MAX):
-            commands = [self._command(number) for number in range(first, min(first + INPUTS_PER_BATCH_MAX, count))]
+        wishes = [training(f"job-{number}") for number in range(count)]
+        self.hand_over([DeployRequested(command_id=f"core-{wish.name}", deployment=wish) for wish in wishes])
+
+    def hand_over(self, commands: Sequence[Command]) -> None:
+        """In batches as the runner makes them; all that follows from one is done before the next."""
+        for first in range(0, len(commands), INPUTS_PER_BATCH_MAX):
+            stored = [self._stored_command(command) for command in commands[first : first + INPUTS_PER_BATCH_MAX]]
             began_s = time.perf_counter()
-            for command in commands:
+            for command in stored:
                 self.processor.receive(inbox_delivery(command, now_s=self._now_s))
             self.busy_s += time.perf_counter() - began_s
             self._settle()
@@ -66,6 +72,7 @@ class CoreAlone:
                 fact = decode(stored.body)
                 if isinstance(fact, PlacementProposed):
                     self.proposed_count += len(fact.replicas)
+                if isinstance(fact, TO_NODES):
                     touched[fact.node] = self.nodes[fact.node]
                     touched[fact.node].receive(fact, stored.seq)
             self._fire(batch.released)
@@ -109,11 +116,10 @@ class CoreAlone:
             )
         return result
 
-    def _command(self, number: int) -> Stored:
-        command = DeployRequested(command_id=f"core-{number}", deployment=training(f"job-{number}"))
-        return Stored(
-            seq=number + 1, time_s=self._now_s, subject=command_subject(TENANT, command), body=encode(command)
-        )
+    def _stored_command(self, command: Command) -> Stored:
+        self._inbox_seq += 1
+        subject = command_subject(TENANT, command)
+        return Stored(seq=self._inbox_seq, time_s=self._now_s, subject=subject, body=encode(command))
 
 
 async def measure(setting: Setting) -> Measured:
