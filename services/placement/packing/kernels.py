@@ -277,6 +277,27 @@ def settle(nodes: Ints, rules: Ints, ask: Ints, log: Ints, changed: Ints, now: i
     return now
 
 
+def settle_all(nodes: Ints, rules: Ints, ask: Ints, log: Ints, twins: Ints, now: int) -> int:
+    """The same for all nodes. `twins` names, for each, the first one that is equal: what follows for that is copied."""
+    for n in range(len(twins)):
+        twin = twins[n]
+        if twin == n:
+            for g in range(nodes[n, GPU_COUNT]):
+                at = GPUS + GPU_WIDTH * g
+                nodes[n, at + PART] = parts_of(nodes[n, at + FREE], rules[rules[CAPACITY_AT] + nodes[n, at + KIND]])
+            if rules[FORMULA] == POTENTIAL:
+                nodes[n, VALUE] = value_of(nodes, rules, ask, n, nodes[n, CPU], 0)
+        else:
+            for g in range(nodes[n, GPU_COUNT]):
+                at = GPUS + GPU_WIDTH * g
+                nodes[n, at + PART] = nodes[twin, at + PART]
+            nodes[n, VALUE] = nodes[twin, VALUE]
+        now += 1
+        nodes[n, CHANGED] = now
+        log[now & (len(log) - 1)] = n
+    return now
+
+
 def winner(scores: Ints, winners: Ints, i: int) -> int:
     """Of the two nodes that meet at entry i of the tournament: the better, of equals the first."""
     leaves = len(scores)
@@ -307,12 +328,24 @@ def rescore(scores: Ints, winners: Ints, n: int, score: int) -> None:
 
 
 def catch_up(
-    nodes: Ints, rules: Ints, ask: Ints, scores: Ints, winners: Ints, log: Ints, count: int, seen: int, now: int
+    nodes: Ints,
+    rules: Ints,
+    ask: Ints,
+    scores: Ints,
+    winners: Ints,
+    log: Ints,
+    twins: Ints,
+    count: int,
+    seen: int,
+    now: int,
 ) -> None:
-    """Rate again what changed in (seen, now], each node once; below 0: all nodes."""
+    """Rate again what changed in (seen, now], each node once; below 0: all nodes, equal ones once."""
     if seen < 0:
         for n in range(count):
-            scores[n], _ = evaluate(nodes, rules, ask, n)
+            if twins[n] == n:
+                scores[n], _ = evaluate(nodes, rules, ask, n)
+            else:
+                scores[n] = scores[twins[n]]
         build(scores, winners)
     elif now - seen > count:
         for n in range(count):
@@ -335,6 +368,7 @@ def choose(
     winners: Ints,
     log: Ints,
     changed: Ints,
+    twins: Ints,
     without: Ints,
     count: int,
     seen: int,
@@ -342,7 +376,7 @@ def choose(
 ) -> tuple[int, int, int]:
     """(node, set of its GPUs, changes so far) with the best score; node -1 where none has room."""
     now = settle(nodes, rules, ask, log, changed, now)
-    catch_up(nodes, rules, ask, scores, winners, log, count, seen, now)
+    catch_up(nodes, rules, ask, scores, winners, log, twins, count, seen, now)
     for i in range(len(without)):
         rescore(scores, winners, without[i], NONE)
     best = winners[1]

@@ -1,7 +1,8 @@
 """Scores of all nodes by workload class, kept up as nodes change: a decision looks at what changed, not at the cluster.
 
 Each class has a tournament over the nodes and remembers how far in the log of changes it has come. When it is asked, it
-rates again the nodes that changed since, each once, and replays their matches: O(changes since x log nodes).
+rates again the nodes that changed since, each once, and replays their matches: O(changes since x log nodes). A new
+class, and each one when the policy is told anew or nodes come or go, rates all nodes; uncompiled, equal ones once.
 """
 
 from collections.abc import Collection
@@ -11,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from services.placement.packing import columns
+from services.placement.packing import kernels as plain_kernels
 from services.placement.packing.columns import Ints
 from services.placement.packing.fleet import Ask, Fleet, GpuShape
 from services.placement.packing.rating import Policy
@@ -19,6 +21,8 @@ from services.placement.packing.rules import ask_of, ints, needs_of, rules_of
 CLASSES_MAX: Final = 2048
 """The class that came first is dropped beyond; it is rated anew if it comes again. 16 bytes for each node and class."""
 NOBODY: Final = ints([])
+NO_ASK: Final = ints([])
+"""For kernels that read an ask only where it takes something."""
 FIRST_FREE: Final = columns.GPUS + columns.FREE
 
 
@@ -44,6 +48,7 @@ class ScoreIndex:
         self._policy: Policy | None = None
         self._classes: dict[tuple[Ask, bool], _ClassScores] = {}
         self._now = 0
+        self._known_twins: Ints | None = None
 
     def choose(
         self, policy: Policy, ask: Ask, without_nodes: Collection[str], *, gpu_spread: bool
@@ -59,6 +64,7 @@ class ScoreIndex:
             entry.winners,
             self._log,
             changed,
+            self._twins() if entry.seen < 0 else NOBODY,
             self._slots(without_nodes) if without_nodes else NOBODY,
             len(self._names),
             entry.seen,
@@ -101,6 +107,7 @@ class ScoreIndex:
             return NOBODY
         changed = [self._slot_of[name] for name in self._changes]
         self._changes.clear()
+        self._known_twins = None
         nodes = self._nodes
         for n in changed:
             room = self._fleet.nodes[self._names[n]]
@@ -109,7 +116,22 @@ class ScoreIndex:
             row[columns.MEMORY] = room.memory_bytes
             row[columns.OPEN] = room.is_open
             row[FIRST_FREE :: columns.GPU_WIDTH][: len(room.free_units)] = room.free_units
-        return ints(changed)
+        if len(changed) < len(self._names):
+            return ints(changed)
+        self._now = self.kernels.settle_all(nodes, self._rules, NO_ASK, self._log, self._twins(), self._now)
+        return NOBODY
+
+    def _twins(self) -> Ints:
+        """[node] the first one that is equal in all that matters: uncompiled, rating it once is worth the comparing."""
+        if self._known_twins is None:
+            count = len(self._names)
+            if self.kernels is plain_kernels:
+                rows = self._nodes[:, self._told_columns]
+                first: dict[bytes, int] = {}
+                self._known_twins = ints([first.setdefault(rows[n].tobytes(), n) for n in range(count)])
+            else:
+                self._known_twins = np.arange(count, dtype=np.int64)
+        return self._known_twins
 
     def _begin(self) -> None:
         """From nothing: nodes came or went."""
@@ -133,6 +155,13 @@ class ScoreIndex:
             self._nodes[n, columns.LABELS] = of_labels[n]
             self._nodes[n, columns.GPU_COUNT] = len(of_node)
             self._nodes[n, columns.GPUS + columns.KIND :: columns.GPU_WIDTH][: len(of_node)] = of_node
+        follows = {
+            columns.VALUE,
+            columns.CHANGED,
+            *range(columns.GPUS + columns.PART, self._nodes.shape[1], columns.GPU_WIDTH),
+        }
+        self._told_columns = [column for column in range(self._nodes.shape[1]) if column not in follows]
+        self._known_twins = None
         self._changes.clear()
         self._leaves = 1 << max(1, (count - 1).bit_length())
 
