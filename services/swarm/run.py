@@ -22,17 +22,21 @@ from services.autoscaler.settings import AutoscalerSettings
 from services.gateway.settings import GatewaySettings
 from services.gateway.simulated import ANSWERED
 from services.nodeagent.simulated import HostFaults
+from services.placement.settings import PlacementSettings
 from services.simulated import Shape, SimulatedSystem
 from services.swapper.settings import SwapperSettings
 from services.swarm.checks import Books, Conduct, check_ends, disagreement, is_answerable, signature
 from services.swarm.gangs import Gangs
 from services.swarm.plan import TRAFFIC, Plan, Step, point_of
+from services.swarm.upkeep import Upkeep
 
 SETTLE_S: Final = 150.0
 """After the last fault, everything must have converged within this: a failed engine's last restart comes after 16 s, an
 order that was lost is given up after 60 s."""
 PROBE_S: Final = 45.0
 """After that, a request to any model that is placed must be answered within this."""
+MOVE_S: Final = 1200.0
+"""No move goes on for longer: its replacement is given up after 900 s."""
 LOOK_S: Final = 1.0
 LOADING: Final = "model_loading"
 RETRY_S: Final = 3.0
@@ -76,6 +80,7 @@ def shape_of(plan: Plan) -> Shape:
         has_standbys=plan.has_standbys,
         route_term_s=10.0,
         alive_s=5.0,
+        placement=PlacementSettings(presence_tick_s=4.0, load_fresh_s=6.0, gateway_gone_s=20.0),
         gateway=GatewaySettings(lease_wait_s=4.0, sample_every_s=2.0),
         swapper=SwapperSettings(tick_s=1.0, load_fresh_s=6.0, gateway_gone_s=20.0),
         autoscaler=AutoscalerSettings(tick_s=2.0, load_fresh_s=6.0, gateway_gone_s=20.0),
@@ -89,7 +94,7 @@ class Run:
         self.plan = plan
         self.outcome = Outcome(plan=plan)
         shape = shape_of(plan)
-        self.books = Books()
+        self.books, self.upkeep = Books(), Upkeep()
         self.gangs = Gangs()
         self.conduct = Conduct(load_fresh_s=shape.swapper.load_fresh_s + plan.faults.late_s + 1.0)
         self.system = SimulatedSystem(
@@ -122,6 +127,7 @@ class Run:
         self._probe()
         check_ends(self.system)
         self.gangs.check_ended(self.system.simulation.now_s)
+        self.upkeep.check_ends(now_s=self.system.simulation.now_s, lasts_s_max=MOVE_S)
         self.system.check()
         return self._count()
 
@@ -207,6 +213,7 @@ class Run:
         self.books.hear(fact)
         self.gangs.hear(fact, stored_s=stored.time_s)
         self.conduct.hear(stored, fact)
+        self.upkeep.hear(stored, fact)
         self.outcome.wake_count += isinstance(fact, WakeDecided)
         self.outcome.park_count += isinstance(fact, ParkDecided)
 

@@ -54,7 +54,7 @@ class Upkeep:
     nobody_heard_s: float = 11.0
     """A second more than placement's own, for what was on its way."""
     alive_times_s: list[float] = field(default_factory=list)
-    """When any node was heard, in order."""
+    """When any node was heard, in order, by placement's clock; empty where nobody tells: clocks may be set."""
     gpus: dict[str, GpuOffer] = field(default_factory=dict)
     lives: dict[str, _Life] = field(default_factory=dict)
     on_gpu: dict[str, set[str]] = field(default_factory=dict)
@@ -122,10 +122,11 @@ class Upkeep:
         """A node is lost once, after its time, and never for want of news of all nodes."""
         assert fact.node not in self.lost, f"lost twice: {fact}"
         assert fact.silent_s >= self.node_lost_s, f"lost too soon: {fact}"
-        place = bisect_right(self.alive_times_s, fact.at_s)
-        deaf_s = fact.at_s - self.alive_times_s[place - 1] if place else float("inf")
-        assert deaf_s <= self.nobody_heard_s, f"lost when nobody was heard for {deaf_s:.1f} s: {fact}"
         self.lost.add(fact.node)
+        if self.alive_times_s:
+            place = bisect_right(self.alive_times_s, fact.at_s)
+            deaf_s = fact.at_s - self.alive_times_s[place - 1] if place else float("inf")
+            assert deaf_s <= self.nobody_heard_s, f"lost when nobody was heard for {deaf_s:.1f} s: {fact}"
 
     def _judge_return(self, fact: NodeReturned) -> None:
         """Only a lost node returns; a quarantine comes with the second loss and ends some day."""
