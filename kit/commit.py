@@ -1,13 +1,13 @@
 """Two ways to commit what was decided: straight into the stream, or into a local journal that is uploaded in order."""
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 
-from kit.bus import Bus, Entry
+from kit.bus import APPEND_ENTRIES_MAX, Bus, Entry
 from kit.history import FULL_RETRY_S, append_surely
 from kit.journal import Journal
 from kit.processor import Batch, Processor
@@ -65,9 +65,9 @@ class DirectCommitter:
 
     async def commit_durably(self, batch: Batch) -> int:
         processor = self._processor
-        last_seq = await append_surely(
-            self._bus, processor.prefix, batch.entries, last_seq=processor.last_seq, hold=self._hold
-        )
+        last_seq = processor.last_seq
+        for entries in appends(batch):
+            last_seq = await append_surely(self._bus, processor.prefix, entries, last_seq=last_seq, hold=self._hold)
         processor.committed(batch, last_seq=last_seq)
         return last_seq
 
@@ -77,6 +77,20 @@ class DirectCommitter:
 
     async def settled(self) -> None:
         return None
+
+
+def appends(batch: Batch) -> Iterator[list[Entry]]:
+    """The batch as it is appended: at once, or what the last input made by itself if all is more than one append holds.
+
+    An input that made more than that by itself is spread: the core should bound what it decides in one input, but a
+    service that stops there would stop again after each restart.
+    """
+    if len(batch.entries) <= APPEND_ENTRIES_MAX:
+        yield batch.entries
+        return
+    for part in (batch.entries[: batch.last_input_start], batch.entries[batch.last_input_start :]):
+        for first in range(0, len(part), APPEND_ENTRIES_MAX):
+            yield part[first : first + APPEND_ENTRIES_MAX]
 
 
 class JournaledCommitter:

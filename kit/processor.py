@@ -83,6 +83,8 @@ class Batch:
 
     entries: list[Entry] = field(default_factory=list)
     released: list[Released] = field(default_factory=list)
+    last_input_start: int = 0
+    """Where the entries of the input that was handled last begin."""
 
     @property
     def is_empty(self) -> bool:
@@ -313,6 +315,7 @@ class Processor(Generic[S]):
                 self.refused_order_count += 1
                 return refusal
         self._advance(delivery.now_s)
+        self.batch.last_input_start = len(self.batch.entries)
         kind = type(delivery.input)
         observe = self.service.observers.get(kind)
         if observe is not None:
@@ -392,6 +395,7 @@ class Processor(Generic[S]):
             input=foreign.fact, now_s=stored.time_s, cause_seq=stored.seq, traceparent=stored.traceparent
         )
         self._advance(stored.time_s)
+        self.batch.last_input_start = len(self.batch.entries)
         self.cursor_seq = stored.seq
         self.service.evolve(self.state, foreign.fact)
         handler = self.service.handlers.get(type(foreign.fact))

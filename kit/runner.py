@@ -47,7 +47,8 @@ INPUTS_WAITING_MAX: Final = 10_000
 INPUTS_PER_BATCH_MAX: Final = 256
 """Handled between two appends: bounds one atomic batch well below the server's 1,000."""
 ENTRIES_PER_BATCH_MAX: Final = 400
-"""Handling stops here and commits; what one more input adds stays within the server's 1,000 entries of a batch."""
+"""Handling stops here and commits; what one more input adds stays within the server's 1,000 entries of a batch, or is
+appended by itself."""
 REBUILD_PAUSE_S: Final = 0.5
 LOOK_EVERY_S: Final = 10.0
 BARE: Final = ShellSettings(snapshot_every_count=0, check_every_count=0)

@@ -91,9 +91,14 @@ class _Turn:
     def settle_claims(self) -> None:
         """Newcomers whose room is there are proposed there; claims that have lost their sense end."""
         for claim, found in claims.settled(self._state, self._ctx):
+            deployment = self._state.deployments.get(claim.deployment_id)
+            is_gang = deployment is not None and deployment.spec.placement.is_gang
+            if self.is_over and not is_gang:  # All newcomers of a gang are proposed together.
+                self.later_s.append(self._ctx.now_s)
+                continue
+            self._decided_count += 1
             if isinstance(found, Choice):
-                deployment = self._state.deployments[claim.deployment_id]
-                is_gang = deployment.spec.placement.is_gang
+                assert deployment is not None, claim.deployment_id
                 self._propose(deployment, found, claim.replica_id, gangs.id_of(deployment) if is_gang else "")
                 self._displacing.spoken_for.update(found.gpu_uuids)
             reason = found if isinstance(found, str) else f"{claim.replica_id} is proposed there"
