@@ -433,14 +433,17 @@ def fold_released(state: ClusterState, fact: LeaseReleased) -> None:
 
 
 def fold_replica_fact(state: ClusterState, fact: ReplicaFact) -> None:
-    """Where a replica is now; one word per kind of fact."""
+    """Where a replica is now; one word per kind of fact. A node may release one by itself: its GPU is gone."""
     words: dict[type[ReplicaFact], str] = {
         ReplicaStarting: "starting",
         ReplicaDraining: "draining",
         ParkAbandoned: "resident",
         ReplicaWaking: "waking",
     }
-    _move(state, fact.replica_id, words[type(fact)], fact.at_s)
+    replica = _move(state, fact.replica_id, words[type(fact)], fact.at_s)
+    if replica is not None and isinstance(fact, ReplicaDraining) and fact.is_release and not replica.is_releasing:
+        replica.is_releasing = True
+        state.index.touch(replica)
 
 
 def fold_ready(state: ClusterState, fact: ReplicaReady) -> None:

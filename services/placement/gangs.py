@@ -31,6 +31,15 @@ def id_of(deployment: Deployment) -> str:
     return f"gang-{deployment.deployment_id}-{deployment.created_count + 1}"
 
 
+def is_leaving(state: ClusterState, deployment: Deployment) -> bool:
+    """Whether replicas of it are on their way out: they are not there any more, and still count as placed.
+
+    On a lost node nobody waits for them: there they do not count.
+    """
+    here = state.replicas_of(deployment.deployment_id)
+    return any(replica.is_releasing and not state.is_lost(replica) for replica in here)
+
+
 def question(deployment: Deployment, missing_count: int) -> tuple[str, ...]:
     """What is asked when so many must fit at once, for `Rooms.verdict`."""
     return "", f"gang of {missing_count}", deployment.deployment_id

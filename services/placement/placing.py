@@ -151,6 +151,8 @@ class _Turn:
         """All or none; a gang is decided in one input whatever its size."""
         if self._ctx.now_s < deployment.gang_not_before_s:
             return  # A timer was set when it was given up.
+        if gangs.is_leaving(self._state, deployment):
+            return  # What is proposed now would be a part of it. Its leases' ends come here again.
         rooms = self._state.index.rooms
         demand = self._state.index.demand_of(deployment.deployment_id, deployment.spec)
         question = gangs.question(deployment, missing_count)

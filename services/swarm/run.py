@@ -211,7 +211,7 @@ class Run:
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
         self.books.hear(fact)
-        self.gangs.hear(fact, stored_s=stored.time_s)
+        self.gangs.hear(fact, stored)
         self.conduct.hear(stored, fact)
         self.upkeep.hear(stored, fact)
         self.outcome.wake_count += isinstance(fact, WakeDecided)

@@ -239,7 +239,7 @@ class Trial:
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
         self.books.hear(fact)
-        self.gangs.hear(fact, stored_s=stored.time_s)
+        self.gangs.hear(fact, stored)
         self.conduct.hear(stored, fact)
         for host in self.system.hosts.values():
             host.check()

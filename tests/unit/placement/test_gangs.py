@@ -170,3 +170,22 @@ def granted(proposed: PlacementProposed, *, at_s: float) -> Any:
     placement.handle = facts.append  # type: ignore[method-assign, assignment]  # What it would have handled.
     placement.grant(proposed)
     return facts[0]
+
+
+def test_a_gang_that_was_given_up_is_proposed_again_only_when_all_its_leases_have_ended() -> None:
+    """A node that is away answers late: until then its part still counts, and the rest alone would be half a gang."""
+    placement = fleet(1, 1)
+    first, second = proposals(placement.deploy(gang("g", 2)))
+    placement.grant(first)
+    gave_up = placement.handle(GangDue(gang_id=first.gang_id))
+    assert {"node-0", "node-1"} == {o.node for o in gave_up if isinstance(o, GangAbandoned)}
+    placement.now_s += placement.state.settings.gang_pause_s
+    for replica in first.replicas:
+        assert [] == proposals(placement.release(replica.replica_id))
+
+    assert [] == proposals(placement.handle(PlaceNext()))
+    placement.grant(second)
+
+    again = [o for replica in second.replicas for o in placement.release(replica.replica_id)]
+    again += placement.handle(PlaceNext())
+    assert 2 == sum(len(p.replicas) for p in proposals(again))
