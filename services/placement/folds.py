@@ -114,6 +114,7 @@ def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
             deployment.codes = fact.codes
             deployment.rests_until_s = 0.0
         add_replica(state, replica)
+        state.index.count(proposal.deployment_id)
         if fact.gang_id:
             _join_gang(state, fact, replica)
 
@@ -349,7 +350,7 @@ def fold_returned(state: ClusterState, fact: NodeReturned) -> None:
     index.regain_node(fact.node)
     for replica in state.on_node(fact.node):
         deployment = state.deployments.get(replica.deployment_id)
-        if deployment is not None and replica.deployment_id not in state.waiting:
+        if deployment is not None and replica.deployment_id not in state.waiting and not deployment.rests_until_s:
             deployment.problem = deployment.remedy = ""
     index.rooms.set_open(node)
 

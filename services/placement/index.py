@@ -178,6 +178,7 @@ class Index:
             self.leave_place(replica)
         if replica.is_parkable:
             self.rooms.park(replica.node, -replica.weights_bytes)
+        self.touch(replica)
         if self._counts(replica.node):
             self._add_placed(replica.deployment_id, -1)
         claim = self.claim_of_victim.pop(replica.replica_id, None)

@@ -155,7 +155,8 @@ class Occupancy:
         self._wanted: dict[tuple[object, ...], Wanted | None] = {}
         """By share, and by all of a GPU that matters to it."""
         self._node_of: dict[str, str] = {}
-        """{gpu_uuid: node}"""
+        """{gpu_uuid: node}, of those that nodes offer"""
+        self._gpus_of: dict[str, tuple[str, ...]] = {}
         self._counted: dict[str, tuple[str, int, bool]] = {}
         """{replica or preemption id: (tenant, parts, is preemptible)} as it is counted in `_used`"""
         self._uncounted: dict[str, None] = {}
@@ -193,12 +194,16 @@ class Occupancy:
 
     def touch_node(self, node: "Node") -> None:
         """It joined, or what it offers changed."""
+        gone = [uuid for uuid in self._gpus_of.get(node.name, ()) if uuid not in node.gpus]
+        for gpu_uuid in gone:
+            self._node_of.pop(gpu_uuid, None)
         for gpu_uuid in node.gpus:
             self._node_of[gpu_uuid] = node.name
+        self._gpus_of[node.name] = tuple(node.gpus)
         for replica in self._state.on_node(node.name):
             self._uncounted[replica.replica_id] = None
         for ranking in self._rankings.values():
-            ranking.dirty.update(dict.fromkeys((node.name, *node.gpus)))
+            ranking.dirty.update(dict.fromkeys((node.name, *node.gpus, *gone)))
 
     def add_claim(self, claim: "Claim") -> None:
         self._touch_claim(claim)

@@ -32,7 +32,7 @@ from tests.unit.placement import builders
 NODES = ("node-0", "node-1", "node-2")
 NAMES = ("a", "b", "c", "d", "e")
 
-many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 gpus = st.builds(
     lambda gib, model, foreign: (gib, model, foreign),
@@ -41,7 +41,7 @@ gpus = st.builds(
     st.sampled_from([0, 0, 7]),
 )
 wishes = st.builds(
-    lambda name, size, gpu_count, parkable, count, is_gang, apart, model, cpu: builders.spec(
+    lambda name, size, gpu_count, parkable, count, is_gang, apart, model, cpu, priority: builders.spec(
         name,
         size if isinstance(size, int) else None,
         portion=size if isinstance(size, float) else None,
@@ -49,6 +49,7 @@ wishes = st.builds(
         is_parkable=parkable,
         replica_count=count,
         weights_gib=20,
+        priority=priority,
         host=HostSpec(cpu_millicores=cpu),
         placing={"is_gang": is_gang, "anti_affinity": apart, "gpu_models": model},
     ),
@@ -56,26 +57,30 @@ wishes = st.builds(
     st.sampled_from([5, 19, 40, 80, 0.3, 0.5, 1.0]),
     st.sampled_from([1, 1, 1, 2]),
     st.booleans(),
-    st.sampled_from([1, 1, 2, 3]),
-    st.booleans(),
-    st.sampled_from(list(AntiAffinity)),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([False, False, True]),
+    st.sampled_from([AntiAffinity.NONE, *AntiAffinity]),
     st.sampled_from([(), (), ("h100",)]),
-    st.sampled_from([0, 0, 1000]),
+    st.sampled_from([0, 700]),
+    st.sampled_from(["low", "high"]),
 )
+deploys = st.tuples(st.just("deploy"), wishes)
+grants = st.tuples(st.just("answer"), st.integers(0, 9), st.just("grant"))
+ends = st.tuples(st.just("end"), st.integers(0, 9))
+joins = st.tuples(st.just("join"), st.sampled_from(NODES), st.lists(gpus, min_size=1, max_size=3))
 steps = st.one_of(
-    st.tuples(st.just("join"), st.sampled_from(NODES), st.lists(gpus, min_size=1, max_size=3)),
-    st.tuples(st.just("deploy"), wishes),
-    st.tuples(st.just("deploy"), wishes),
-    st.tuples(st.just("answer"), st.integers(0, 9), st.sampled_from(["grant", "grant", "grant", "refuse"])),
-    st.tuples(st.just("answer"), st.integers(0, 9), st.just("grant")),
+    *(deploys, deploys, deploys, grants, grants, grants, grants, ends, ends, joins),
+    st.tuples(st.just("answer"), st.integers(0, 9), st.just("refuse")),
     st.tuples(st.just("retire"), st.sampled_from(NAMES)),
-    st.tuples(st.just("end"), st.integers(0, 9)),
     st.tuples(st.just("fail"), st.integers(0, 9)),
     st.tuples(st.just("park"), st.integers(0, 9), st.integers(0, 3)),
     st.tuples(st.just("lose"), st.sampled_from(NODES)),
     st.tuples(st.just("scale"), st.sampled_from(NAMES), st.integers(0, 4)),
     st.tuples(st.just("wait"), st.sampled_from([1.0, 40.0, 400.0])),
 )
+START = [("join", "node-0", [(80, "H100", 0), (80, "H100", 7)]), ("join", "node-1", [(40, "A100", 0), (80, "H100", 0)])]
+scripts = st.lists(steps, min_size=12, max_size=30).map(lambda drawn: [*START, *drawn])
+"""Shorter ones place little; every test but those of a script that goes on begins with two nodes."""
 
 
 @dataclass
@@ -101,10 +106,10 @@ class History:
         match step:
             case ("join", node, offered):
                 has = [
-                    builders.gpu(f"{node}-{n}", allocatable_gib=gib + foreign, name=model, foreign_gib=foreign)
+                    builders.gpu(f"{node}-{n}-{model}-{gib}", allocatable_gib=gib, name=model, foreign_gib=foreign)
                     for n, (gib, model, foreign) in enumerate(offered)
                 ]
-                self.note(self.placement.join(*has, node=node, host_gib=70, cpu_millicores=2000))
+                self.note(self.placement.join(*has, node=node, host_gib=90, cpu_millicores=2000))
             case ("deploy", wish):
                 self.note(self.placement.deploy(wish))
             case ("answer", number, answer) if self.open:
@@ -225,6 +230,7 @@ def numbers_of(index: Index) -> dict[str, Any]:
         "shapes": {name: rooms.fleet.nodes[name].shape for name in rooms.fleet.names},
         "park": dict(rooms.park_left),
         "accounts": {name: [a.saved() for a in rooms.accounts[name]] for name in rooms.accounts},
+        "claimed": {name: [a.claimed_bytes for a in rooms.accounts[name]] for name in rooms.accounts},
     }
 
 
@@ -236,7 +242,7 @@ def played(script: list[tuple[Any, ...]]) -> History:
 
 
 @many
-@given(script=st.lists(steps, max_size=30))
+@given(script=scripts)
 def test_the_numbers_that_folds_keep_are_those_that_are_made_anew(script: list[tuple[Any, ...]]) -> None:
     """After every step, in any history; and a restored state has the same ones."""
     history = History()
@@ -251,7 +257,7 @@ def test_the_numbers_that_folds_keep_are_those_that_are_made_anew(script: list[t
 
 
 @many
-@given(script=st.lists(steps, max_size=30))
+@given(script=scripts)
 def test_no_gpu_is_promised_beyond_what_its_replicas_can_live_with(script: list[tuple[Any, ...]]) -> None:
     """When it is proposed, each share fits beside what is there: all that never parks, residues, the largest share."""
     history = History()
@@ -273,7 +279,7 @@ def test_no_gpu_is_promised_beyond_what_its_replicas_can_live_with(script: list[
 
 
 @many
-@given(script=st.lists(steps, max_size=30))
+@given(script=scripts)
 def test_every_deployment_ends_placed_or_explained(script: list[tuple[Any, ...]]) -> None:
     history = played(script)
     history.run_due()
@@ -285,7 +291,7 @@ def test_every_deployment_ends_placed_or_explained(script: list[tuple[Any, ...]]
 
 
 @many
-@given(script=st.lists(steps, max_size=30))
+@given(script=scripts)
 def test_of_a_gang_all_start_or_none(script: list[tuple[Any, ...]]) -> None:
     """Committed is only a gang whose every replica has its lease, on all nodes at once."""
     history = History()
@@ -303,13 +309,13 @@ def test_of_a_gang_all_start_or_none(script: list[tuple[Any, ...]]) -> None:
 
 
 @many
-@given(script=st.lists(steps, max_size=25))
+@given(script=scripts)
 def test_equal_histories_lead_to_equal_decisions(script: list[tuple[Any, ...]]) -> None:
     assert played(script).facts == played(script).facts
 
 
 @many
-@given(script=st.lists(steps, max_size=20), more=st.lists(steps, max_size=10))
+@given(script=scripts, more=st.lists(steps, min_size=4, max_size=12))
 def test_a_restart_changes_no_decision(script: list[tuple[Any, ...]], more: list[tuple[Any, ...]]) -> None:
     """What is only remembered to be quick is lost at a restart, and nothing else: reasons may be told anew."""
     steady, restarted = played(script), played(script)
