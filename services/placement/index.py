@@ -86,6 +86,7 @@ class Index:
         self._satisfy(deployment)
         self.refused.pop(deployment.deployment_id, None)
         self._demands.pop(deployment.deployment_id, None)
+        self.rooms.wish(deployment.deployment_id, None, 0)
         self._weigh(deployment.deployment_id)
 
     def count(self, deployment_id: str) -> None:
@@ -94,6 +95,7 @@ class Index:
         if deployment is None:
             return
         self._weigh(deployment_id)
+        self.rooms.wish(deployment_id, self.demand_of(deployment_id, deployment.spec), deployment.replica_count)
         if self.lacking_count(deployment) <= 0:
             self._satisfy(deployment)
             return

@@ -63,6 +63,11 @@ class Rooms:
         self._park_order: list[tuple[int, str]] = []
         self._held: dict[str, _Held] = {}
         self._packers: dict[str, Packer] = {}
+        self._wishes: dict[str, tuple[Demand, int]] = {}
+        """{deployment_id: (what each replica needs, how many there should be)}"""
+        self._wished_counts: dict[Demand, int] = {}
+        self._told_of = -1
+        """The fleet's membership when packers were told of all wishes; from then on of each change."""
         self._asks: dict[Demand, Ask | None] = {}
         self._asks_of = -1
         self._quarantined: dict[str, float] = {}
@@ -214,10 +219,55 @@ class Rooms:
         return demand.ask(fitting) if fitting else None
 
     def packer(self, *, spreads_nodes: bool) -> Packer:
+        """Told of the deployments that there are: some policies keep room for what is likely to come."""
         name = "spread" if spreads_nodes else self._settings.policy
+        if self._told_of != self.fleet.membership_version:
+            self._told_of = self.fleet.membership_version
+            classes = self._classes()
+            for packer in self._packers.values():
+                packer.told(classes)
         if name not in self._packers:
-            self._packers[name] = Packer(self.fleet, policy_named(name))
+            self._packers[name] = Packer(self.fleet, policy_named(name), classes=self._classes())
         return self._packers[name]
+
+    def wish(self, deployment_id: str, demand: Demand | None, replica_count: int) -> None:
+        """So many replicas of this deployment there should be; none and no demand: it is gone."""
+        new = None if demand is None else (demand, replica_count)
+        old = self._wishes.get(deployment_id)
+        if old == new:
+            return
+        if new is None:
+            del self._wishes[deployment_id]
+        else:
+            self._wishes[deployment_id] = new
+        for of, count in ((old, -1), (new, 1)):
+            if of is not None:
+                self._count_wishes(of[0], count * of[1])
+
+    def _count_wishes(self, demand: Demand, change: int) -> None:
+        count = self._wished_counts.get(demand, 0) + change
+        self._wished_counts[demand] = count
+        if not count:
+            del self._wished_counts[demand]
+        if self._told_of != self.fleet.membership_version:
+            return  # They are told of everything when they are asked next.
+        ask = self.ask_of(demand)
+        if ask is None or not change:
+            return
+        for packer in self._packers.values():
+            if change > 0:
+                packer.observed(ask, change)
+            else:
+                packer.forgotten(ask, -change)
+
+    def _classes(self) -> dict[Ask, int]:
+        """How many replicas of each class there should be."""
+        classes: dict[Ask, int] = {}
+        for demand, count in self._wished_counts.items():
+            ask = self.ask_of(demand)
+            if ask is not None:
+                classes[ask] = classes.get(ask, 0) + count
+        return classes
 
     def verdict(
         self,

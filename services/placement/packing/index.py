@@ -73,6 +73,11 @@ class Packer:
             del self._classes[ask]
         self._moved_count += count
 
+    def told(self, classes: Mapping[Ask, int]) -> None:
+        """These are the counts of all classes now."""
+        self._classes = dict(classes)
+        self._informed = None
+
     def warm(self, asks: Iterable[Ask]) -> None:
         """Rate all nodes for these classes now, so that their first decision does not have to."""
         for ask in asks:

@@ -11,9 +11,10 @@ from services.placement.packing.rating import Fit, Policy, Rating
 
 WEIGHT_SUM: Final = 10_000
 """Popularity of classes is counted in so many parts; a rarer class has no weight."""
-FRAGMENTATION_SHARE: Final = 20
-"""FGD's fragmentation counts as one part in so many of a GPU's worth: enough to choose among places that are equal by
-worth, not enough to outweigh it. From 1 in 7 to 1 in 33 there is no difference (docs/adr/0013)."""
+MINOR_SHARE: Final = 20
+"""FGD's fragmentation, and that an idle GPU is whole, count as one part in so many of a GPU's worth: enough to choose
+among places that are equal by worth, not enough to outweigh it. From 1 in 10 to 1 in 33 there is no difference
+(docs/adr/0013)."""
 
 
 class LeastWaste(Policy):
@@ -25,7 +26,8 @@ class LeastWaste(Policy):
       classes that can use it, and in proportion to its capacity, so that large and small GPUs compare;
     - less the free GPUs that the node's free CPU cannot feed, at the cores for each GPU that the classes with GPUs ask
       for on average: a GPU without CPU is as good as taken;
-    - less FGD's fragmentation (Weng et al., ATC'23) of the classes with GPUs, a twentieth of it.
+    - less FGD's fragmentation (Weng et al., ATC'23) of the classes with GPUs, a twentieth of it;
+    - plus a twentieth of each idle GPU: who needs a whole one may come although nobody did yet.
 
     Nothing in it depends on how much is still to come. All comes from the
     cluster and from how often each class was asked for. Without any such counts, an idle GPU is worth keeping and all
@@ -43,7 +45,7 @@ class LeastWaste(Policy):
         return Potential(
             name=self.name,
             typical=tuple((ask, weight) for ask, count in typical if (weight := count * WEIGHT_SUM // total)),
-            shortages=((rate, WEIGHT_SUM * FRAGMENTATION_SHARE),) if rate is not None else (),
+            shortages=((rate, WEIGHT_SUM * MINOR_SHARE),) if rate is not None else (),
             holes=_holes(kinds, on_gpus),
         )
 
@@ -62,8 +64,10 @@ def _holes(kinds: Sequence[GpuShape], classes: Mapping[Ask, int]) -> dict[GpuSha
             if units is not None and 0 < units <= kind.capacity_units:
                 size = units * STEPS // kind.capacity_units
                 demand[size] = demand.get(size, 0) + count * ask.gpu_count
-        whole = WEIGHT_SUM * FRAGMENTATION_SHARE * PARTS * kind.capacity_units // largest
-        holes[kind] = tuple(round(worth * whole) for worth in hole_values(demand))
+        whole = WEIGHT_SUM * MINOR_SHARE * PARTS * kind.capacity_units // largest
+        worths = [round(worth * whole) for worth in hole_values(demand)]
+        worths[STEPS] += whole // MINOR_SHARE
+        holes[kind] = tuple(worths)
     return holes
 
 

@@ -129,7 +129,7 @@ def test_a_node_that_refused_too_often_is_left_out_for_another_one() -> None:
     placement = Placement()
     placement.join()
     proposed = proposal(placement.deploy(spec("a", 30)))
-    placement.join(gpu("gpu-9", allocatable_gib=200), node="node-1")
+    placement.join(gpu("gpu-9"), node="node-1")
     for _ in range(placement.state.settings.refusal_count):
         assert "node-0" == proposed.node
         proposed = proposal(placement.refuse(proposed))
