@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -201,8 +202,10 @@ async def _until_ready(process: "subprocess.Popen[bytes]", port: int, folder: Pa
 
 
 def _log_tail(folder: Path) -> str:
+    """Its errors if it told any, else its last lines."""
     lines = (folder / "placement.log").read_text(errors="replace").splitlines()
-    return " | ".join(lines[-LOG_LINES_SHOWN:]) or "it wrote nothing"
+    errors = [line.strip(" |") for line in lines if re.search(r"\w(Error|Superseded|Broken): ", line)]
+    return " | ".join((errors or lines)[-LOG_LINES_SHOWN:]) or "it wrote nothing"
 
 
 def training(name: str, *, replica_count: int = 1, is_gang: bool = False) -> DeploymentSpec:

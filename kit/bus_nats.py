@@ -212,7 +212,8 @@ class _Client(Client):
 
     def remove_subscription(self, sid: int) -> None:
         self._subs.pop(sid, None)
-        if self._receivers.pop(b"%d" % sid, None) is not None:
+        # Nothing to tell a server that is away; and a reader that nobody closed goes after the loop has ended.
+        if self._receivers.pop(b"%d" % sid, None) is not None and self.is_connected:
             self._put(b"UNSUB %d\r\n" % sid)
 
     def ping(self) -> asyncio.Future[bool]:
