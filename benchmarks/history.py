@@ -32,9 +32,11 @@ class Replica:
     replica_id: str
     model: str
     gpu_uuid: str
+    """Of its first shard, and so are the bytes: on the others they are the same."""
     share_bytes: int
     residue_bytes: int
     """Expected at first; measured from the first park on."""
+    shard_count: int = 1
     is_ready: bool = False
     """Was started at least once."""
     is_resident: bool = False
@@ -107,13 +109,16 @@ class Tally:
         self.counts.resident_max_count = max(self.counts.resident_max_count, self.resident_count)
 
     def _fold_granted(self, fact: LeaseGranted) -> None:
-        for proposal, lease in zip(fact.replicas, fact.leases, strict=True):
+        leases = {lease.replica_id: lease for lease in fact.leases if lease.shard_index == 0}
+        for proposal in fact.replicas:
+            lease = leases[proposal.replica_id]
             self.replicas[lease.replica_id] = Replica(
                 replica_id=lease.replica_id,
                 model=proposal.deployment.name,
                 gpu_uuid=lease.gpu_uuid,
                 share_bytes=lease.request_bytes,
                 residue_bytes=lease.residue_bytes,
+                shard_count=len(proposal.shares),
             )
 
     def _fold_ready(self, fact: ReplicaReady) -> None:
@@ -126,8 +131,9 @@ class Tally:
     def _fold_parked(self, fact: ReplicaParked) -> None:
         self.counts.park_count += 1
         self._set(fact.replica_id, is_resident=False)
-        if fact.replica_id in self.replicas:
-            self.replicas[fact.replica_id].residue_bytes = fact.residue_bytes
+        replica = self.replicas.get(fact.replica_id)
+        if replica is not None:
+            replica.residue_bytes = fact.residues(replica.shard_count)[0]
 
     def _set(self, replica_id: str, *, is_resident: bool) -> None:
         if replica_id in self.replicas:

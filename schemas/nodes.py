@@ -154,7 +154,7 @@ class Ready(Struct, frozen=True, kw_only=True):
     wake_epoch: Epoch
     start_s: Seconds
     enforced_bytes: Bytes
-    """The hard limit as read back from the guard before the engine's gate was opened."""
+    """The hard limit as read back from the guard before the engine's gate was opened; of all its shards together."""
 
 
 class ReplicaReady(NodeFact, frozen=True, tag="nodes.replica_ready.v1"):

@@ -294,7 +294,7 @@ class SimulatedHost:
                 lease_epoch=effect.lease_epoch,
                 endpoint=self._endpoint(effect),
                 start_s=takes_s,
-                enforced_bytes=effect.replica.shares[0].request_bytes,
+                enforced_bytes=sum(engine.share_bytes.values()),
             )
             self._open(effect, engine, done)
             done(0.0, started)

@@ -82,7 +82,9 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     WakeAsked: lambda _: "an operator asked to wake it",
     KeyAdded: lambda f: f"key {f.key_id} accepted",
     KeyRevoked: lambda f: f"key {f.key_id} revoked",
-    PlacementProposed: lambda f: f"-> {f.node}, {gib(sum(r.shares[0].request_bytes for r in f.replicas))}; {f.reason}",
+    PlacementProposed: lambda f: (
+        f"-> {f.node}, {gib(sum(s.request_bytes for r in f.replicas for s in r.shares))}; {f.reason}"
+    ),
     PlacementFailed: lambda f: f"not placed: {f.message}; {f.remedy}",
     ReleaseProposed: lambda f: f"{f.replica_id} to be released: {f.reason}",
     GangCommitted: lambda f: f"gang complete: {len(f.replica_ids)} start on {f.node}",
