@@ -193,6 +193,46 @@ class Plan(Struct, frozen=True, kw_only=True):
     as_of_seq: Sequence = 0
 
 
+class PlanRepack(Query, frozen=True, tag="queries.plan_repack.v1"):
+    """Which whole GPUs so many moves would free, and which moves these are. For the operator's tenant."""
+
+    service: ClassVar[str] = "placement"
+
+    move_count_max: Count = 8
+
+
+class PlannedMove(Struct, frozen=True, kw_only=True):
+    """A replica that would move behind a ready replacement."""
+
+    replica_id: Identifier
+    model: ModelName
+    tenant: Name
+    from_node: Name
+    from_gpu_indices: tuple[int, ...]
+    to_node: Name
+    to_gpu_indices: tuple[int, ...]
+    moved_bytes: Bytes
+    """Weights that have to be loaded there."""
+    is_serving: bool
+    """It has requests, or nobody knows that it has none."""
+
+
+class FreedGpu(Struct, frozen=True, kw_only=True):
+    node: Name
+    gpu_uuid: str
+    gpu_index: int
+
+
+class RepackPlan(Struct, frozen=True, kw_only=True):
+    """What `RepackRequested` would begin now. Others may be faster: it is no reservation."""
+
+    moves: tuple[PlannedMove, ...] = ()
+    freed: tuple[FreedGpu, ...] = ()
+    problem: str = ""
+    """Why nothing may be asked; empty when all is well."""
+    as_of_seq: Sequence = 0
+
+
 class ListQuotas(Query, frozen=True, tag="queries.list_quotas.v1"):
     """What tenants are guaranteed and hold; all of them for the operator's tenant, else the asking one's."""
 

@@ -316,6 +316,35 @@ class Plan(Struct, frozen=True, kw_only=True):
     as_of_seq: int = 0
 
 
+class PlanRepack(Query, frozen=True, tag="queries.plan_repack.v1"):
+    move_count_max: int = 8
+
+
+class PlannedMove(Struct, frozen=True, kw_only=True):
+    replica_id: str
+    model: str
+    tenant: str
+    from_node: str
+    from_gpu_indices: tuple[int, ...]
+    to_node: str
+    to_gpu_indices: tuple[int, ...]
+    moved_bytes: int
+    is_serving: bool
+
+
+class FreedGpu(Struct, frozen=True, kw_only=True):
+    node: str
+    gpu_uuid: str
+    gpu_index: int
+
+
+class RepackPlan(Struct, frozen=True, kw_only=True):
+    moves: tuple[PlannedMove, ...] = ()
+    freed: tuple[FreedGpu, ...] = ()
+    problem: str = ""
+    as_of_seq: int = 0
+
+
 class ListQuotas(Query, frozen=True, tag="queries.list_quotas.v1"):
     pass
 
@@ -392,6 +421,7 @@ ANSWER_OF: Final[dict[type[Query], type[Struct]]] = {
     ListNodes: NodeList,
     Explain: Explanation,
     PlanDeployments: Plan,
+    PlanRepack: RepackPlan,
     ListQuotas: QuotaList,
     ListEvents: EventList,
     ListKeys: KeyList,

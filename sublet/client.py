@@ -186,6 +186,13 @@ class Client:
         """What would become of these, in their order, each on top of the last. Changes nothing."""
         return await self._query(contract.PlanDeployments(deployments=tuple(deployments)), contract.Plan)
 
+    async def plan_repack(self, *, move_count_max: int = 8) -> contract.RepackPlan:
+        """Which whole GPUs `repack` would free now, and by which moves. For the operator's tenant; moves nothing."""
+        plan = await self._query(contract.PlanRepack(move_count_max=move_count_max), contract.RepackPlan)
+        if plan.problem:
+            raise Refused(plan.problem)
+        return plan
+
     async def quotas(self) -> contract.QuotaList:
         """What tenants are guaranteed and hold; for the operator's tenant all of them."""
         return await self._query(contract.ListQuotas(), contract.QuotaList)

@@ -48,6 +48,9 @@ class SyncClient:
     def plan(self, deployments: Iterable[contract.DeploymentSpec]) -> contract.Plan:
         return self._wait(self._client.plan(deployments))
 
+    def plan_repack(self, *, move_count_max: int = 8) -> contract.RepackPlan:
+        return self._wait(self._client.plan_repack(move_count_max=move_count_max))
+
     def quotas(self) -> contract.QuotaList:
         return self._wait(self._client.quotas())
 

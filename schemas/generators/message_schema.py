@@ -14,6 +14,7 @@ ANSWER_OF: Final[dict[type[Query], type[msgspec.Struct]]] = {
     queries.ListNodes: queries.NodeList,
     queries.Explain: queries.Explanation,
     queries.PlanDeployments: queries.Plan,
+    queries.PlanRepack: queries.RepackPlan,
     queries.ListQuotas: queries.QuotaList,
     queries.ListEvents: queries.EventList,
     queries.ListKeys: queries.KeyList,

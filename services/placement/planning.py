@@ -7,9 +7,21 @@ from dataclasses import dataclass, field
 
 from schemas.deployments import DeploymentSpec, problems_of
 from schemas.placement import ReasonCode
-from schemas.queries import Plan, PlanDeployments, PlannedDeployment, PlannedReplica, PlanVerdict
+from schemas.queries import (
+    FreedGpu,
+    Plan,
+    PlanDeployments,
+    PlannedDeployment,
+    PlannedMove,
+    PlannedReplica,
+    PlanRepack,
+    PlanVerdict,
+    RepackPlan,
+)
+from services.placement import repacking
 from services.placement.choosing import Choice, NoChoice, choose
 from services.placement.core import SERVICE
+from services.placement.defragment import Step
 from services.placement.observed import latest_s
 from services.placement.preemption import Preemption, victims_for
 from services.placement.state import ClusterState, Deployment
@@ -29,6 +41,42 @@ def plan_deployments(state: ClusterState, query: PlanDeployments, tenant: str) -
         deployments=planned,
         has_room_for_all=all(not each.problem for each in planned),
         as_of_seq=state.inbox_seq,
+    )
+
+
+@SERVICE.answering(PlanRepack)
+def plan_repack(state: ClusterState, query: PlanRepack, tenant: str) -> RepackPlan:
+    """By the search that the command uses. O(replicas)."""
+    if tenant != state.settings.operator_tenant:
+        problem = f"only the operator's tenant ('{state.settings.operator_tenant}') may ask for moves"
+        return RepackPlan(problem=problem, as_of_seq=state.inbox_seq)
+    newest_s = [replica.ready_at_s or replica.since_s for replica in state.replicas.values()]
+    now_s = max([latest_s(state.observed, state.nodes.values()), *newest_s])
+    plan = repacking.planned(state, move_count_max=query.move_count_max, now_s=now_s)
+    uuids = state.index.rooms.gpu_uuids
+    freed = [(node, uuids[node][index]) for node, index in plan.freed]
+    return RepackPlan(
+        moves=tuple(_planned_move(state, step) for step in plan.steps),
+        freed=tuple(
+            FreedGpu(node=node, gpu_uuid=uuid, gpu_index=gpu_indices(state, node, (uuid,))[0]) for node, uuid in freed
+        ),
+        as_of_seq=state.inbox_seq,
+    )
+
+
+def _planned_move(state: ClusterState, step: Step) -> PlannedMove:
+    replica, place = state.replicas[step.occupant.replica_id], step.place
+    uuids = [state.index.rooms.gpu_uuids[place.node][index] for index in place.gpu_indices]
+    return PlannedMove(
+        replica_id=replica.replica_id,
+        model=state.deployments[replica.deployment_id].spec.name,
+        tenant=replica.tenant,
+        from_node=replica.node,
+        from_gpu_indices=gpu_indices(state, replica.node, replica.gpu_uuids),
+        to_node=place.node,
+        to_gpu_indices=gpu_indices(state, place.node, uuids),
+        moved_bytes=step.occupant.moved_bytes,
+        is_serving=step.occupant.is_serving,
     )
 
 

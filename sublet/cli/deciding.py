@@ -86,22 +86,51 @@ def constraint_lines(constraints: Sequence[contract.Constraint]) -> list[str]:
     return output.table(["", "", "", ""], rows).splitlines()
 
 
-@click.command(cls=Verb, examples=("sublet repack", "sublet repack --moves 4"))
+@click.command(cls=Verb, examples=("sublet repack --dry-run", "sublet repack --moves 4"))
 @click.option(
     "--moves", "move_count_max", type=click.IntRange(1, 1000), default=8, show_default=True,
     help="Move so many replicas at most.",
 )  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Show the moves and the GPUs that they free, and move nothing.")
 @verb
-def repack(session: Session, *, move_count_max: int) -> None:
+def repack(session: Session, *, move_count_max: int, dry_run: bool) -> None:
     """Free whole GPUs now by moving what may be moved. For the operator's tenant.
 
     A replica moves behind a ready replacement; `movable: false` stays. `sublet events -w` shows the moves.
     """
+    if dry_run:
+        plan = session.run(lambda client: client.plan_repack(move_count_max=move_count_max))
+        if session.is_json:
+            session.emit("sublet.repack_plan.v1", contract.plain(plan))
+        else:
+            session.show(repack_text(plan))
+        return
     answer = session.run(lambda client: client.repack(move_count_max=move_count_max))
     if session.is_json:
         session.emit("sublet.repack.v1", contract.plain(answer))
     else:
         session.show(answer.message)
+
+
+def repack_text(plan: contract.RepackPlan) -> str:
+    """A row for each move, then the GPUs that are empty when all are done."""
+    if not plan.freed:
+        return "no GPU can be freed by moves that are allowed"
+    rows = [
+        (
+            move.model,
+            move.tenant,
+            f"{move.from_node}/{words.gpus_text(move.from_gpu_indices)}",
+            f"{move.to_node}/{words.gpus_text(move.to_gpu_indices)}",
+            quantities.gib(move.moved_bytes),
+            "behind a ready replacement" if move.is_serving else "idle or parked",
+        )
+        for move in plan.moves
+    ]
+    freed = ", ".join(f"{gpu.node}/{words.gpus_text((gpu.gpu_index,))}" for gpu in plan.freed)
+    count, moves = len(plan.freed), len(plan.moves)
+    told = f"{count} {'GPU' if count == 1 else 'GPUs'} freed by {moves} {'move' if moves == 1 else 'moves'}: {freed}"
+    return output.table(["MODEL", "TENANT", "FROM", "TO", "GiB LOADED", "HOW"], rows) + f"\n\n{told}"
 
 
 @click.group(short_help="Set and list what tenants are guaranteed.")

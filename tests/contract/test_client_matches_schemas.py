@@ -46,6 +46,7 @@ ASKED: dict[str, Callable[[Client], Awaitable[Any]]] = {
     "queries.list_nodes.v1": lambda client: client.nodes(),
     "queries.explain.v1": lambda client: client.explain("chat"),
     "queries.plan_deployments.v1": lambda client: client.plan([sublet.deployment("chat", weights="1GB", share=0.5)]),
+    "queries.plan_repack.v1": lambda client: client.plan_repack(move_count_max=3),
     "queries.list_quotas.v1": lambda client: client.quotas(),
     "queries.list_events.v1": lambda client: client.events(after_seq=3, model="chat", wait_s=5.0),
     "queries.list_keys.v1": lambda client: client.keys(),

@@ -6,6 +6,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from kit.outcomes import Context, Outcome, Timer
+from kit.service import digest
 from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, Strategy, WorkloadKind
 from schemas.gateways import LoadSampled, ModelLoad
 from schemas.inbox import RepackRequested, RetireRequested
@@ -20,6 +21,7 @@ from schemas.placement import (
     ReplicaProposal,
     ShareProposal,
 )
+from schemas.queries import PlanRepack, RepackPlan
 from services.placement.core import SERVICE
 from services.placement.presence import LookAround
 from services.placement.repacking import MoveOn, TidyUp, is_fragmented
@@ -103,6 +105,10 @@ class Repacking(Placement):
 
     def tidy(self) -> list[Outcome]:
         return self.handle(TidyUp())
+
+    def query(self, query: PlanRepack) -> RepackPlan:
+        answer: RepackPlan = super().ask(query)
+        return answer
 
     def ask(self, **values: Any) -> list[Outcome]:  # type: ignore[override]
         return self.handle(RepackRequested(command_id=f"repack-{self.seq}", **values))
@@ -224,6 +230,30 @@ def test_asking_for_no_moves_only_tells() -> None:
     outcomes = placement.ask(move_count_max=0)
 
     assert ([], "no GPU can be freed by moves that are allowed") == (moved(outcomes), message(outcomes))
+
+
+def test_a_plan_of_moves_is_what_the_command_then_begins_and_changes_nothing() -> None:
+    placement = Repacking()
+    before = digest(placement.state)
+
+    plan = placement.query(PlanRepack(move_count_max=8))
+
+    assert digest(placement.state) == before
+    assert [("node-0", "gpu-1", 1)] == [(gpu.node, gpu.gpu_uuid, gpu.gpu_index) for gpu in plan.freed]
+    assert [("small", (1,), (0,), True)] == [
+        (move.model, move.from_gpu_indices, move.to_gpu_indices, move.is_serving) for move in plan.moves
+    ]
+    assert [(move.replica_id, ("gpu-0",)) for move in plan.moves] == moved(placement.ask(move_count_max=8))
+
+
+def test_a_plan_of_moves_names_nothing_to_others() -> None:
+    placement = Repacking()
+    placement.tenant = "somebody"
+
+    plan = placement.query(PlanRepack(move_count_max=8))
+
+    assert ((), ()) == (plan.moves, plan.freed)
+    assert "only the operator's tenant" in plan.problem
 
 
 def test_only_the_operators_tenant_may_ask_for_moves() -> None:

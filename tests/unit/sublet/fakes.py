@@ -80,6 +80,7 @@ class FakeControlPlane:
         self.keys: tuple[contract.KeyView, ...] = ()
         self.plan = contract.Plan(deployments=(), has_room_for_all=True)
         self.quotas: tuple[contract.QuotaView, ...] = ()
+        self.repack_plan = contract.RepackPlan()
         self.log: dict[str, list[str]] = {}
         self.refusal = ""
         self.clock_s = 0.0
@@ -121,6 +122,8 @@ class FakeControlPlane:
                 return self.explanation
             case "queries_plan_deployments_v1":
                 return self.plan
+            case "queries_plan_repack_v1":
+                return self.repack_plan
             case "queries_list_quotas_v1":
                 return contract.QuotaList(quotas=self.quotas)
             case "queries_list_keys_v1":

@@ -138,3 +138,40 @@ def test_repack_sends_its_budget_and_shows_the_answer(plane: FakeControlPlane) -
 
     assert (result.exit_code, plane.bodies()[0]["move_count_max"]) == (0, 4)
     assert run(plane, "repack", "--moves", "0").exit_code == 2
+
+
+def test_repack_shows_moves_and_what_they_free_without_sending_anything(plane: FakeControlPlane) -> None:
+    plane.repack_plan = contract.RepackPlan(
+        moves=(
+            contract.PlannedMove(
+                replica_id="chat-d1-1", model="chat", tenant="acme", from_node="a", from_gpu_indices=(1,),
+                to_node="b", to_gpu_indices=(0,), moved_bytes=14 * GIB, is_serving=True,
+            ),
+            contract.PlannedMove(
+                replica_id="giant-d2-1", model="giant", tenant="lab", from_node="a", from_gpu_indices=(1, 2),
+                to_node="b", to_gpu_indices=(2, 3), moved_bytes=0, is_serving=False,
+            ),
+        ),
+        freed=(contract.FreedGpu(node="a", gpu_uuid="GPU-1", gpu_index=1),),
+    )  # fmt: skip
+
+    result = run(plane, "repack", "--dry-run")
+
+    assert (result.exit_code, plane.sent) == (0, [])
+    assert result.stdout == snapshot("""\
+MODEL  TENANT  FROM      TO        GiB LOADED  HOW
+chat   acme    a/gpu1    b/gpu0    14.0        behind a ready replacement
+giant  lab     a/gpu1+2  b/gpu2+3  0.0         idle or parked
+
+1 GPU freed by 2 moves: a/gpu1
+""")
+
+
+def test_repack_says_when_nothing_can_be_freed_or_who_may_ask(plane: FakeControlPlane) -> None:
+    assert run(plane, "repack", "--dry-run").stdout == "no GPU can be freed by moves that are allowed\n"
+    plane.repack_plan = contract.RepackPlan(problem="only the operator's tenant ('default') may ask for moves")
+
+    result = run(plane, "repack", "--dry-run")
+
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert "only the operator's tenant" in result.stderr

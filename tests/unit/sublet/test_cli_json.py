@@ -25,6 +25,11 @@ VERBS = {
     ("keys", "new"): "sublet.key.v1",
     ("keys", "ls"): "sublet.keys.v1",
     ("keys", "revoke", "key-1"): "sublet.key_revoked.v1",
+    ("plan", "-f", "models.yaml"): "sublet.plan.v1",
+    ("repack",): "sublet.repack.v1",
+    ("repack", "--dry-run"): "sublet.repack_plan.v1",
+    ("quota", "set", "acme", "--gpus", "4"): "sublet.quota_set.v1",
+    ("quota", "ls"): "sublet.quotas.v1",
     ("env",): "sublet.env.v1",
 }
 OFFLINE = {"check", "env"}
