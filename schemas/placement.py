@@ -97,6 +97,8 @@ class ReplicaProposal(Struct, frozen=True, kw_only=True):
     tenant: Name
     deployment: DeploymentSpec
     shares: tuple[ShareProposal, ...]
+    reason: str = ""
+    """Why there, where that is not what the whole proposal says."""
 
 
 class ReasonCode(StrEnum):

@@ -125,7 +125,7 @@ class NodeEffects:
             holder_url=self._settings.holder_url,
             label="software GPU" if is_software else "real GPU",
             cpu_millicores=None if cpu_count is None else 1000 * cpu_count,
-            memory_bytes=max(0, memory_bytes - budget_bytes) if memory_bytes else None,
+            memory_bytes=_beside_budget(memory_bytes, budget_bytes) if memory_bytes else None,
         )
 
     # --- Engines ------------------------------------------------------------------------------------------------------
@@ -434,6 +434,11 @@ def engine_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in ENGINE_ENVIRONMENT or name.startswith(ENGINE_ENVIRONMENT_PREFIXES)
     }
+
+
+def _beside_budget(memory_bytes: int, budget_bytes: int) -> int:
+    """What replicas may ask of the host's memory. A budget beyond what there is takes none: its weights are phantom."""
+    return memory_bytes - budget_bytes if budget_bytes <= memory_bytes else memory_bytes
 
 
 def host_bytes(name: str) -> int:

@@ -235,6 +235,7 @@ class _Turn:
                 tenant=deployment.tenant,
                 deployment=deployment.spec,
                 shares=choice.shares(replica_id),
+                reason=choice.reason if choice.reason != group.choice.reason else "",
             )
         )
 
@@ -274,13 +275,13 @@ class _Turn:
         return [*proposed, *self._ended, *self._displacing.outcomes, *self._failures, *timers]
 
     def _proposed(self, group: _Group) -> PlacementProposed:
-        choice, first, count = group.choice, group.replicas[0], len(group.replicas)
+        choice, first = group.choice, group.replicas[0]
         return PlacementProposed(
             at_s=self._ctx.now_s,
             proposal_id=f"{first.replica_id}-{group.refusal_count}",
             node=choice.node,
             replicas=tuple(group.replicas),
-            reason=choice.reason if count == 1 else f"{count} replicas: {choice.reason} by the first",
+            reason=choice.reason,
             codes=(*choice.codes, *([ReasonCode.GANG] if group.gang_id else [])),
             policy=choice.policy,
             gang_id=group.gang_id,

@@ -104,7 +104,7 @@ class Replica:
             memory_bytes=spec.host.memory_bytes,
             state="proposed",
             since_s=at_s,
-            reason=reason,
+            reason=proposal.reason or reason,
             codes=codes,
             residue_bytes=tuple(min(residue_bytes, share.request_bytes) for share in proposal.shares),
             gang_id=gang_id,

@@ -71,6 +71,10 @@ def _missing(replica_count: int) -> str:
     return f"{replica_count or 'no'} replicas need another place"
 
 
+def _replicas(count: int) -> str:
+    return f"{count} replicas, " if count > 1 else ""
+
+
 _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     WriterStarted: lambda f: f"instance {f.instance} took over",
     Progressed: lambda _: "nothing to decide for a while",
@@ -83,7 +87,8 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     KeyAdded: lambda f: f"key {f.key_id} accepted",
     KeyRevoked: lambda f: f"key {f.key_id} revoked",
     PlacementProposed: lambda f: (
-        f"-> {f.node}, {gib(sum(s.request_bytes for r in f.replicas for s in r.shares))}; {f.reason}"
+        f"-> {f.node}, {_replicas(len(f.replicas))}"
+        f"{gib(sum(share.request_bytes for r in f.replicas for share in r.shares))}; {f.reason}"
     ),
     PlacementFailed: lambda f: f"not placed: {f.message}; {f.remedy}",
     ReleaseProposed: lambda f: f"{f.replica_id} to be released: {f.reason}",

@@ -150,7 +150,7 @@ def test_all_that_wait_are_proposed_in_one_input_together_for_each_node() -> Non
 
     assert isinstance(proposed, PlacementProposed)
     assert ["a", "b", "c"] == [replica.deployment.name for replica in proposed.replicas]
-    assert "3 replicas: room beside all requests: 60.0 GiB left to promise by the first" == proposed.reason
+    assert "room beside all requests: 60.0 GiB left to promise" == proposed.reason
     assert [] == placement.handle(PlaceNext())
 
 
