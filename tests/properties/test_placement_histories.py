@@ -109,7 +109,7 @@ class History:
                     builders.gpu(f"{node}-{n}-{model}-{gib}", allocatable_gib=gib, name=model, foreign_gib=foreign)
                     for n, (gib, model, foreign) in enumerate(offered)
                 ]
-                self.note(self.placement.join(*has, node=node, host_gib=90, cpu_millicores=2000))
+                self.note(self.placement.join(*has, node=node, host_gib=50, cpu_millicores=2000))
             case ("deploy", wish):
                 self.note(self.placement.deploy(wish))
             case ("answer", number, answer) if self.open:
@@ -276,6 +276,8 @@ def test_no_gpu_is_promised_beyond_what_its_replicas_can_live_with(script: list[
                 assert fixed + resting + largest <= gpu.allocatable_bytes, (step, uuid)
                 asked = sum(r.cpu_millicores for r in history.state.on_node(node.name) if r.holds_place)
                 assert asked <= (node.cpu_millicores or 0)
+                parked = sum(r.weights_bytes for r in history.state.on_node(node.name) if r.is_parkable)
+                assert parked <= node.host_budget_bytes or not any(r.is_parkable for r in here)
 
 
 @many
