@@ -223,7 +223,8 @@ def released_next(state: ClusterState, due: ReleaseNext, ctx: Context) -> Sequen
 
 @SERVICE.observing(LoadSampled)
 def observe_load(state: ClusterState, sample: LoadSampled, now_s: float) -> None:
-    observed.observe_load(state.observed, sample, now_s, settings=state.settings)
+    observed.observe_load(state.observed, sample, now_s)
+    state.observed.uses.observe(sample, now_s, state.settings, state.deployments)
 
 
 @SERVICE.observing(NodeAlive)

@@ -49,10 +49,9 @@ def observe_alive(observed: Observed, alive: NodeAlive, now_s: float, *, setting
     observed.alive_at_s[alive.node] = now_s
 
 
-def observe_load(observed: Observed, sample: LoadSampled, now_s: float, *, settings: PlacementSettings) -> None:
+def observe_load(observed: Observed, sample: LoadSampled, now_s: float) -> None:
     models = {model.deployment_id: model for model in sample.models}
     observed.gateways[sample.gateway] = GatewayLoad(heard_at_s=now_s, models=models)
-    observed.uses.observe(sample, now_s, settings)
 
 
 def is_idle(observed: Observed, deployment_id: str, *, now_s: float, settings: PlacementSettings) -> bool:

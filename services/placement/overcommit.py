@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -81,7 +81,12 @@ class Use:
     part: float
     """Between 0 and 1: a mean that forgets, `use_window_s` back."""
     heard_at_s: float
-    busy_gateways: dict[str, None] = field(default_factory=dict)
+    busy_at_s: dict[str, float] = field(default_factory=dict)
+    """{gateway: when it last said that it has requests for it}, of those that did not say since that it has none"""
+
+    def is_busy(self, now_s: float, *, gone_s: float) -> bool:
+        """A gateway that is gone has no requests any more."""
+        return any(now_s - at_s <= gone_s for at_s in self.busy_at_s.values())
 
 
 @dataclass(slots=True)
@@ -90,20 +95,23 @@ class Uses:
 
     by_deployment: dict[str, Use] = field(default_factory=dict)
 
-    def observe(self, sample: LoadSampled, now_s: float, settings: "PlacementSettings") -> None:
+    def observe(self, sample: LoadSampled, now_s: float, settings: "PlacementSettings", known: Container[str]) -> None:
+        """`known`: ids of the deployments that there are; of others nothing is kept."""
         for load in sample.models:
+            if load.deployment_id not in known:
+                continue
             use = self.by_deployment.get(load.deployment_id)
             if use is None:
                 use = Use(part=settings.assumed_use_fraction, heard_at_s=now_s)
                 self.by_deployment[load.deployment_id] = use
             # What was so since the last word counts for the time since then.
             weight = 1.0 - math.exp(-max(0.0, now_s - use.heard_at_s) / settings.use_window_s)
-            use.part += weight * ((1.0 if use.busy_gateways else 0.0) - use.part)
+            use.part += weight * (use.is_busy(now_s, gone_s=settings.gateway_gone_s) - use.part)
             use.heard_at_s = max(use.heard_at_s, now_s)
             if load.in_flight_count + load.waiting_count > 0:
-                use.busy_gateways[sample.gateway] = None
+                use.busy_at_s[sample.gateway] = now_s
             else:
-                use.busy_gateways.pop(sample.gateway, None)
+                use.busy_at_s.pop(sample.gateway, None)
 
     def part_of(self, deployment_id: str, now_s: float, settings: "PlacementSettings") -> float:
         """The part of the time that it is expected to be in use; never less than assumed where nobody spoke lately."""

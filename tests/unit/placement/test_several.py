@@ -6,6 +6,7 @@ import pytest
 
 from schemas.deployments import AntiAffinity, DeploymentSpec, HostSpec, Strategy
 from schemas.gateways import LoadSampled, ModelLoad
+from schemas.inbox import RetireRequested
 from schemas.placement import FailureReason, PlacementProposed, ReasonCode, ReleaseProposed
 from schemas.units import GiB
 from services.placement.core import SERVICE
@@ -174,21 +175,22 @@ def test_portions_do_not_shrink_with_what_strangers_use() -> None:
 # --- Turns ------------------------------------------------------------------------------------------------------------
 
 
-def loads(placement: Placement, busy: list[str], idle: list[str], *, lasts_s: int) -> None:
+def load(deployment_id: str, *, is_busy: bool) -> ModelLoad:
+    return ModelLoad(
+        deployment_id=deployment_id,
+        in_flight_count=int(is_busy),
+        waiting_count=0,
+        arrived_count=0,
+        last_arrival_s=0.0,
+    )
+
+
+def loads(placement: Placement, busy: list[str], idle: list[str], *, lasts_s: int, gateway: str = "g") -> None:
     """One gateway's samples, one a second."""
     for _ in range(lasts_s):
         placement.now_s += 1.0
-        models = tuple(
-            ModelLoad(
-                deployment_id=placement.id_of(name),
-                in_flight_count=int(name in busy),
-                waiting_count=0,
-                arrived_count=0,
-                last_arrival_s=0.0,
-            )
-            for name in (*busy, *idle)
-        )
-        sample = LoadSampled(gateway="g", models=models)
+        models = tuple(load(placement.id_of(name), is_busy=name in busy) for name in (*busy, *idle))
+        sample = LoadSampled(gateway=gateway, models=models)
         SERVICE.observers[LoadSampled](placement.state, sample, placement.now_s)
 
 
@@ -227,6 +229,31 @@ def test_a_model_of_which_nobody_spoke_lately_counts_as_used_as_much_as_is_assum
     assert uses.part_of(its, placement.now_s, settings) < 0.01
     assert settings.assumed_use_fraction == uses.part_of(its, placement.now_s + 3600, settings)
     assert settings.assumed_use_fraction == uses.part_of("unknown", placement.now_s, settings)
+
+
+def test_a_gateway_that_is_gone_keeps_no_model_in_use() -> None:
+    placement = Placement()
+    placement.join(gpu("gpu-0"))
+    placement.placed(spec("a", 70))
+    loads(placement, ["a"], [], lasts_s=600)
+    its = placement.id_of("a")
+
+    loads(placement, [], ["a"], lasts_s=3600, gateway="another")
+
+    assert placement.state.observed.uses.part_of(its, placement.now_s, placement.state.settings) < 0.01
+
+
+def test_nothing_is_kept_about_deployments_that_are_gone() -> None:
+    placement = Placement()
+    placement.join(gpu("gpu-0"))
+    placement.placed(spec("a", 70))
+    loads(placement, ["a"], [], lasts_s=1)
+    sample = LoadSampled(gateway="g", models=(load("unknown", is_busy=True),))
+    SERVICE.observers[LoadSampled](placement.state, sample, placement.now_s)
+
+    placement.handle(RetireRequested(command_id="r", model="a"))
+
+    assert not placement.state.observed.uses.by_deployment
 
 
 def test_always_resident_ones_never_take_turns_with_one_another() -> None:
