@@ -22,7 +22,7 @@ def test_a_planted_fault_is_found(bug: Bug) -> None:
     assert found.seed_count is not None, f"no check has noticed it; it breaks {bug.guards}: {bug.breaks}"
 
 
-@pytest.mark.parametrize("sound", SOUND, ids=["cores", "agent alone", "gangs", "shell", "upkeep"])
+@pytest.mark.parametrize("sound", SOUND, ids=["cores", "agent alone", "gangs", "shell", "upkeep", "displacement"])
 def test_nothing_is_found_where_nothing_is_planted(sound: Bug) -> None:
     found = search(sound, seeds_max=SOUND_SEEDS)
 

@@ -2,19 +2,28 @@
 
 from typing import Final
 
-from tests.properties.planted import alone_bugs, core_bugs, gang_bugs, shell_bugs, upkeep_bugs
+from tests.properties.planted import alone_bugs, core_bugs, displacement_bugs, gang_bugs, shell_bugs, upkeep_bugs
 from tests.properties.planted.bug import Bug
 
-BUGS: Final[tuple[Bug, ...]] = (*core_bugs.BUGS, *alone_bugs.BUGS, *gang_bugs.BUGS, *shell_bugs.BUGS, *upkeep_bugs.BUGS)
+BUGS: Final[tuple[Bug, ...]] = (
+    *core_bugs.BUGS,
+    *alone_bugs.BUGS,
+    *gang_bugs.BUGS,
+    *shell_bugs.BUGS,
+    *upkeep_bugs.BUGS,
+    *displacement_bugs.BUGS,
+)
 SOUND: Final[tuple[Bug, ...]] = (
     core_bugs.SOUND,
     alone_bugs.SOUND,
     gang_bugs.SOUND,
     shell_bugs.SOUND,
     upkeep_bugs.SOUND,
+    displacement_bugs.SOUND,
 )
 """Nothing planted: what the same seeds find here is a real fault, or a check that cries wolf."""
 KNOWN_SEEDS: Final[dict[str, int]] = {
+    "room that is not kept": 1,
     "a chain that stops at nonsense": 11,
     "a fold in stream order": 1,
     "a gang that starts before its commit": 1,
