@@ -140,6 +140,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
     """The model that took the place of one of its replicas, while it lacks one."""
     moves: tuple[str, ...] = ()
     """Its replicas that are being moved, and where to."""
+    ways: tuple[str, ...] = ()
+    """What would give one more replica a place; each was tried by the same decision. Empty where there is one."""
 
 
 class PlanDeployments(Query, frozen=True, tag="queries.plan_deployments.v1"):
@@ -183,6 +185,8 @@ class PlannedDeployment(Struct, frozen=True, kw_only=True):
     missing_bytes: Bytes = 0
     codes: tuple[ReasonCode, ...] = ()
     constraints: tuple[Constraint, ...] = ()
+    ways: tuple[str, ...] = ()
+    """What would give the next replica a place; each was tried by the same decision."""
 
 
 class Plan(Struct, frozen=True, kw_only=True):

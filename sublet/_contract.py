@@ -282,6 +282,7 @@ class Explanation(Struct, frozen=True, kw_only=True):
     displaced: tuple[Victim, ...] = ()
     displaced_by: str = ""
     moves: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
 
 
 class PlanDeployments(Query, frozen=True, tag="queries.plan_deployments.v1"):
@@ -308,6 +309,7 @@ class PlannedDeployment(Struct, frozen=True, kw_only=True):
     missing_bytes: int = 0
     codes: tuple[str, ...] = ()
     constraints: tuple[Constraint, ...] = ()
+    ways: tuple[str, ...] = ()
 
 
 class Plan(Struct, frozen=True, kw_only=True):

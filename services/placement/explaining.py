@@ -1,13 +1,19 @@
 """Why a model is where it is, why it is not elsewhere, who gave way, and what would help."""
 
+from typing import Final
+
 from schemas.placement import Alternative, Constraint
 from schemas.queries import Explain, Explanation
 from services.placement.choosing import Choice, NoChoice, choose
 from services.placement.core import SERVICE
 from services.placement.observed import latest_s
+from services.placement.remedies import ways_out
 from services.placement.state import ClusterState, Move, Replica
 from services.placement.verdicts import ALTERNATIVES_MAX, constraints_of, objections
 from services.placement.views import deployment_view, gpu_indices, victims_seen_by
+
+REPLICAS_TOLD_MAX: Final = 4
+"""Of a deployment with many replicas so many are told one by one."""
 
 
 @SERVICE.answering(Explain)
@@ -25,7 +31,8 @@ def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
     now = choose(state, deployment.spec, now_s=now_s, deployment_id=deployment.deployment_id)
     alternatives, constraints = _against(state, deployment.deployment_id, now_s)
     if replicas:
-        summary = "; ".join(_why(state, replica) for replica in replicas)
+        summary = "; ".join(_why(state, replica) for replica in replicas[:REPLICAS_TOLD_MAX])
+        summary += f"; and {len(replicas) - REPLICAS_TOLD_MAX} more" if len(replicas) > REPLICAS_TOLD_MAX else ""
     elif deployment.replica_count == 0:
         summary = "cold: scaled to zero, started by the next request"
     else:
@@ -47,6 +54,9 @@ def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
         moves=tuple(
             _moving(state, move) for move in state.moves.values() if move.deployment_id == deployment.deployment_id
         ),
+        ways=ways_out(state, tenant, deployment.spec, now, now_s=now_s, deployment_id=deployment.deployment_id)
+        if isinstance(now, NoChoice)
+        else (),
     )
 
 

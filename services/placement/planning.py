@@ -24,6 +24,7 @@ from services.placement.core import SERVICE
 from services.placement.defragment import Step
 from services.placement.observed import latest_s
 from services.placement.preemption import Preemption, victims_for
+from services.placement.remedies import ways_out
 from services.placement.state import ClusterState, Deployment
 from services.placement.tenants import OVER_QUOTA_REMEDY, ask_parts, gpus, largest_gpu_bytes, quota_left_parts
 from services.placement.views import gpu_indices, victims_seen_by
@@ -137,6 +138,7 @@ class _Planning:
         """Replica after replica, as placement would; of a gang that is not complete nothing is placed."""
         replicas: list[PlannedReplica] = []
         problem: NoChoice | None = None
+        ways: tuple[str, ...] = ()
         over_quota = self._over_quota(spec)
         with self.state.index.rooms.attempt() as keeps:
             chosen: list[Choice] = []
@@ -145,6 +147,7 @@ class _Planning:
                 found = self._one(spec, chosen)
                 if isinstance(found, NoChoice):
                     problem = found
+                    ways = self._ways(spec, found, chosen)
                     break
                 replicas.append(found)
             if problem is None or not spec.placement.is_gang:
@@ -163,7 +166,12 @@ class _Planning:
             missing_bytes=problem.missing_bytes if problem is not None else 0,
             codes=(ReasonCode.OVER_QUOTA,) if over_quota else problem.codes if problem is not None else (),
             constraints=problem.constraints if problem is not None else (),
+            ways=ways,
         )
+
+    def _ways(self, spec: DeploymentSpec, problem: NoChoice, chosen: list[Choice]) -> tuple[str, ...]:
+        now_s = latest_s(self.state.observed, self.state.nodes.values())
+        return ways_out(self.state, self.tenant, spec, problem, now_s=now_s, besides=chosen)
 
     def _told(self, spec: DeploymentSpec, problem: NoChoice | None, over_quota: str, fit_count: int) -> tuple[str, str]:
         """(problem, remedy); both empty when every replica has its place."""

@@ -51,6 +51,7 @@ def plan_text(answer: contract.Plan) -> str:
             lines += ["", f"{planned.model}: {planned.problem}"]
             lines += [f"  {line}" for line in constraint_lines(planned.constraints)]
             lines += [f"  what would help: {planned.remedy}"] if planned.remedy else []
+            lines += [f"    {way}" for way in planned.ways]
     return "\n".join(lines)
 
 

@@ -157,6 +157,9 @@ def explanation_text(explanation: contract.Explanation, *, now_s: float, places:
     remedy = explanation.remedy or (view.remedy if view is not None else "")
     if remedy:
         lines += ["", f"What would help: {remedy}"]
+    if explanation.ways:
+        lines += [] if remedy else ["", "What would help one more"]
+        lines += [f"  {way}" for way in explanation.ways]
     return "\n".join(lines)
 
 

@@ -43,6 +43,7 @@ PLAN = contract.Plan(
             model="giant", verdict="new", wanted_count=3,
             replicas=(replica("a", 0, 1), replica("a", 0, 1)), problem="2 of 3 replicas fit: no room",
             remedy="use a share smaller by 10.0 GiB", codes=("no_gpu_room",),
+            ways=("with a share of 0.37 instead of 0.50 it would go to a/gpu1",),
             constraints=(contract.Constraint(code="no_gpu_room", gpu_count=3, node_count=1, short_by_bytes=10 * GIB),),
         ),
         contract.PlannedDeployment(
@@ -73,6 +74,7 @@ def test_a_plan_shows_places_victims_and_what_is_missing(plane: FakeControlPlane
 giant: 2 of 3 replicas fit: no room
   3 GPUs  on 1 node  no room  at least 10.0 GiB missing
   what would help: use a share smaller by 10.0 GiB
+    with a share of 0.37 instead of 0.50 it would go to a/gpu1
 
 chat takes the place of: tune (lab)
 
