@@ -94,7 +94,7 @@ SERVICE: Service[ClusterState] = Service(
     reads=reads,
     on_start=on_start,
     check_invariants=check_invariants,
-    state_version=3,
+    state_version=4,
     inbox_cursor=lambda state: state.inbox_seq,
 )
 _FOLDS: tuple[tuple[type, Any], ...] = (

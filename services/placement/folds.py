@@ -327,7 +327,11 @@ def fold_move_decided(state: ClusterState, fact: MoveDecided) -> None:
 
 
 def fold_move_ended(state: ClusterState, fact: MoveEnded) -> None:
-    state.moves.pop(fact.move_id, None)
+    """What did not succeed is not tried again soon: it costs a start each time."""
+    move = state.moves.pop(fact.move_id, None)
+    deployment = state.deployments.get(move.deployment_id) if move is not None else None
+    if deployment is not None and not fact.is_done:
+        deployment.not_moved_before_s = fact.at_s + state.settings.move_rest_s
 
 
 # --- Nodes are lost and come back -------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ def begun(state: ClusterState, ctx: Context) -> list[Outcome]:
     asked = state.repacking
     if asked is not None and asked.left_count > 0 and ctx.now_s <= asked.until_s:
         plan = planned(state, move_count_max=asked.left_count, now_s=ctx.now_s)
-        return begin(state, plan, ASKED, ctx)
+        if plan.steps:
+            return begin(state, plan, ASKED, ctx)
     lately = sum(ctx.now_s - at_s < HOUR_S for at_s in state.move_times_s)
     budget = state.settings.moves_per_hour_max - lately
     if budget <= 0:
@@ -145,10 +146,11 @@ def _wish(state: ClusterState, replica: Replica, *, now_s: float, rests_s: float
     rested_s = now_s - (replica.since_s if replica.ready_at_s is None else replica.ready_at_s)
     if ReasonCode.ROOM_BY_MOVING in replica.codes:
         rests_s = state.settings.move_rest_s  # Whatever moved a moment ago is where it shall be.
+    is_rested = rested_s >= rests_s and now_s >= deployment.not_moved_before_s
     idle = is_idle(state.observed, replica.deployment_id, now_s=now_s, settings=state.settings)
     return {
         "ask": ask,
-        "is_movable": rested_s >= rests_s,
+        "is_movable": is_rested,
         "is_serving": replica.state == "resident" and not idle,
         "moved_bytes": 0 if replica.ready_at_s is None else replica.weights_bytes,
         "park_bytes": demand.weights_bytes,

@@ -154,6 +154,8 @@ class Deployment:
     """Replicas that were ever made for it: names the next one."""
     refused_nodes: tuple[str, ...] = ()
     """Nodes that refused since the last success; asked again when they report more room."""
+    not_moved_before_s: float = 0.0
+    """A move of it was given up: it is left alone until then."""
     problem: str = ""
     remedy: str = ""
     alternatives: tuple[Alternative, ...] = ()

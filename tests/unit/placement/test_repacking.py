@@ -302,19 +302,18 @@ def test_a_new_instance_goes_on_with_what_an_operator_asked_for() -> None:
     assert 1 == len(moved(placement.tidy()))
 
 
-def test_a_refused_move_is_not_tried_on_the_same_node_again_and_again() -> None:
+def test_a_move_that_was_refused_is_not_tried_again_soon() -> None:
     placement = Repacking()
     placement.hear()
-    tries = 0
-    for _ in range(20):
-        placement.hear()
-        outcomes = placement.tidy()
-        if not moved(outcomes):
-            break
-        tries += 1
-        placement.refuse(proposal(outcomes))
+    placement.refuse(proposal(placement.tidy()))
+    placement.join(gpu("gpu-0"), gpu("gpu-1"))  # So that its refusal is a thing of the past.
+    placement.hear()
+    assert [] == moved(placement.tidy())
 
-    assert 1 <= tries <= placement.state.settings.refusal_count
+    placement.now_s += placement.state.settings.move_rest_s
+    placement.hear()
+
+    assert 1 == len(moved(placement.tidy()))
 
 
 def test_what_was_moved_a_moment_ago_stays_even_when_an_operator_asks() -> None:
