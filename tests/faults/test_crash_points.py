@@ -161,15 +161,15 @@ def test_what_a_stranger_puts_under_a_prefix_is_left_out_by_all(kind: str, write
 
 @pytest.mark.timeout(900)
 def test_a_batch_larger_than_one_append_is_committed_in_parts_whoever_dies_in_between() -> None:
-    """230 wishes arrive during one slow append; each has two facts, so they do not fit into one batch."""
+    """450 wishes arrive during one slow append, and each has its fact: they do not fit into one batch."""
 
     def flood(kills: tuple[Point, ...]) -> Fleet:
         async def story() -> Fleet:
             async with running({"placement": kills}, writers=("placement",), append_s=0.5) as fleet:
-                for number in range(230):
+                for number in range(450):
                     wish = spec(f"m{number}", 0.5)
                     await fleet.command(DeployRequested(command_id=f"c{number}", deployment=wish))
-                await fleet.until(lambda: 230 == len(fleet.commands_named()), what="all are in history")
+                await fleet.until(lambda: 450 == len(fleet.commands_named()), what="all are in history")
                 fleet.check_history()
                 fleet.check_commands()
                 fleet.check_replay(fleet.members["placement"])
