@@ -40,7 +40,7 @@ class Gangs:
     """{replica_id: when its held lease must have ended}"""
 
     def hear(self, fact: Fact, stored: Stored | None = None) -> None:
-        """`stored` says what the fact's writer had read, and when the stream took it, where clocks may be wrong."""
+        """`stored` says what the fact's writer had read (without it: no end of a lease), and when the stream took it."""
         match fact:
             case PlacementProposed():
                 self._proposed(fact)
@@ -93,7 +93,7 @@ class Gangs:
         missing = sorted(replica.replica_id for replica in members if replica.replica_id not in self.granted)
         assert not missing, f"{fact.gang_id} is committed, and {missing} have no lease: {fact}"
         for replica in members:
-            read_seq = 0 if stored is None else stored.cursor_seq
+            read_seq = -1 if stored is None else stored.cursor_seq
             there = self.standing[replica.deployment_id]
             there -= {name for name in there if self.ended_at.get(name, read_seq + 1) <= read_seq}
             wished_count = replica.deployment.replica_count
