@@ -40,7 +40,7 @@ class Gangs:
     """{replica_id: when its held lease must have ended}"""
 
     def hear(self, fact: Fact, stored: Stored | None = None) -> None:
-        """`stored` says what the fact's writer had read (without it: no end of a lease), and when the stream took it."""
+        """`stored` says when the stream took it, and what its writer had read; without it, of no end of a lease."""
         match fact:
             case PlacementProposed():
                 self._proposed(fact)
