@@ -64,7 +64,7 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     """A gateway's load sample older than this says nothing: its models count as busy."""
     gateway_gone_s: float = 10.0
     """A gateway that is silent this long is gone; its route leases ended long before."""
-    defragment_every_s: float = 10.0
+    defragment_every_s: float = 30.0
     """How often placement looks whether moves would free GPUs or let a waiting deployment in."""
     fragmented_fraction_min: float = 0.25
     """Of the bytes that nobody is promised, so much must lie on partly used GPUs before tidying up is worth it."""
