@@ -10,6 +10,7 @@ from services.placement import claims
 from services.placement.choosing import Choice, NoChoice
 from services.placement.packing.fleet import Place
 from services.placement.preemption import Preemption, may_displace_from_s, victims_for
+from services.placement.ranking import Taken
 from services.placement.state import ClusterState, Deployment
 from services.placement.tenants import OVER_QUOTA_REMEDY, Standing, most_parts, over_quota, standing_of
 
@@ -28,6 +29,8 @@ class Displacing:
         self.spoken_for: set[str] = set()
         """GPUs that were decided about, of which the state does not know yet."""
         self.outcomes: list[Outcome] = []
+        self._turn = object()
+        """Changes when GPUs are no longer spoken for."""
 
     @property
     def is_over(self) -> bool:
@@ -92,7 +95,7 @@ class Displacing:
             self._state,
             deployment,
             self._ctx.now_s,
-            without_gpus=self.spoken_for,
+            taken=Taken(gpus=self.spoken_for, turn=self._turn),
             without_nodes={other.node for other in besides},
             standing=self._standing,
         )
@@ -124,7 +127,7 @@ class Displacing:
         attempt = _Attempt(self)
         yield attempt
         if not attempt.is_kept:
-            self._kept_parts, self.spoken_for = kept_parts, spoken_for
+            self._kept_parts, self.spoken_for, self._turn = kept_parts, spoken_for, object()
 
 
 class _Attempt:

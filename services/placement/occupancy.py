@@ -7,26 +7,22 @@ function of the state alone: nothing depends on which questions were asked befor
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final
 
 from schemas.deployments import GRADE_ORDER, DeploymentSpec, ShareSpec
 from schemas.nodes import GpuOffer
 from services.placement.demands import base_bytes, request_bytes_on
-from services.placement.harm import Candidate, GpuRoom, Harm, Relief, Stand, Wanted, relief_of
+from services.placement.harm import Candidate, GpuRoom, Relief, Stand, Wanted, relief_of
 from services.placement.packing.fleet import PARTS
+from services.placement.ranking import LEAST_BOUND, MINUS_BYTES, Bound, Bounding, Ranking, Taken, bound_beside
 
 if TYPE_CHECKING:
     from services.placement.state import Claim, ClusterState, Node, Replica
 
-LEAST_BOUND: Final = (-1, -1, 0, 0, 0, 0.0, ())
-"""Of a place that may only have to be waited for."""
-MINUS_BYTES: Final = -(1 << 62)
 WANTED_MAX: Final = 4096
 """Answers that are kept; all are forgotten when there are more."""
-_Bounding = tuple[int, int, bool, float, str]
-"""(priority, bytes on this GPU, is parkable, when its work began, replica or gang) of one who may go"""
 RANKINGS_MAX: Final = 16
 """Classes of newcomers whose rankings are kept; the one that was asked for longest ago makes room."""
 
@@ -79,77 +75,12 @@ class Newcomer:
         )
 
 
-Bound = tuple[int, int, int, int, int, float, tuple[str, ...]]
-"""A harm, field by field, or less than the harm that a place turns out to be."""
-
-
-@dataclass(slots=True)
-class _Ranking:
-    """The places for one class of newcomers, least harm first."""
-
-    dirty: dict[str, None]
-    """Places to look at anew: GPUs, or nodes for those that span several."""
-    versions: dict[str, int] = field(default_factory=dict)
-    """{place: version of its entry}; a place without one is none"""
-    heap: list[tuple[Bound, tuple[str, ...], str, int, Relief | None]] = field(default_factory=list)
-    """(its harm, its GPUs, place, version, the relief); of one that was not worked out yet, at most the harm it is"""
-    ripening: list[tuple[float, str]] = field(default_factory=list)
-    """(when somebody there has run for his minimum, place)"""
-    version: int = 0
-
-    def put(self, place: str, bound: Bound | None, relief: Relief | None = None) -> None:
-        """`relief`: None while only a bound is known; without a bound the place is none."""
-        if bound is None:
-            self.versions.pop(place, None)
-            return
-        self.version += 1
-        self.versions[place] = self.version
-        heappush(self.heap, (bound, relief.gpu_uuids if relief is not None else (), place, self.version, relief))
-
-    def least(
-        self, work_out: "Callable[[str], Relief | None]", accept: "Callable[[str, Relief], bool]"
-    ) -> Relief | None:
-        """The least harmful one that is accepted. Those that are not are kept for others.
-
-        Bounds never exceed the harm, so that what comes first with its relief worked out is the least there is.
-        """
-        passed = []
-        found = None
-        while self.heap and found is None:
-            top = heappop(self.heap)
-            _, _, place, version, relief = top
-            if self.versions.get(place) != version:
-                continue
-            if relief is None:
-                relief = work_out(place)
-                self.put(place, None if relief is None else _bound_of(relief.harm), relief)
-                continue
-            passed.append(top)
-            if accept(place, relief):
-                found = relief
-        for top in passed:
-            heappush(self.heap, top)
-        return found
-
-
-def _bound_of(harm: Harm) -> Bound:
-    return (
-        harm.priority,
-        harm.rank,
-        harm.unparkable_count,
-        harm.ended_count,
-        harm.excess_bytes,
-        harm.began_s,
-        harm.holders,
-    )
-
-
 class Occupancy:
     """Changed by folds only, through `touch...`; read by everybody."""
 
     def __init__(self, state: "ClusterState") -> None:
         self._state = state
-        self._rankings: dict[Newcomer, _Ranking] = {}
+        self._rankings: dict[Newcomer, Ranking] = {}
         self._gangs: dict[str, dict[str, None]] = {}
         """{gang_id: ids of its replicas}"""
         self._wanted: dict[tuple[object, ...], Wanted | None] = {}
@@ -280,7 +211,9 @@ class Occupancy:
 
     # --- Places in order of harm --------------------------------------------------------------------------------------
 
-    def least_harm(self, newcomer: Newcomer, *, now_s: float, accept: Callable[[str, Relief], bool]) -> Relief | None:
+    def least_harm(
+        self, newcomer: Newcomer, *, now_s: float, accept: Callable[[str, Relief], bool], taken: Taken
+    ) -> Relief | None:
         """The place where room costs least. `accept(place, relief)` rules out places for reasons of its own.
 
         A relief without victims: there the newcomer need only wait for those who leave already.
@@ -288,7 +221,7 @@ class Occupancy:
         ranking = self._rankings.pop(newcomer, None)
         if ranking is None:
             places = self._node_of if newcomer.share.gpu_count == 1 else self._state.nodes
-            ranking = _Ranking(dirty=dict.fromkeys(places))
+            ranking = Ranking(dirty=dict.fromkeys(places))
             while len(self._rankings) >= RANKINGS_MAX:
                 del self._rankings[next(iter(self._rankings))]
         self._rankings[newcomer] = ranking
@@ -299,15 +232,15 @@ class Occupancy:
             if (place in self._state.nodes) == is_whole_node:
                 ranking.put(place, self._bound(place, newcomer, ranking, now_s=now_s))
         ranking.dirty.clear()
-        return ranking.least(lambda place: self._relief(place, newcomer, now_s=now_s), accept)
+        return ranking.least(lambda place: self._relief(place, newcomer, now_s=now_s), accept, taken)
 
-    def _bound(self, place: str, newcomer: Newcomer, ranking: _Ranking, *, now_s: float) -> Bound | None:
+    def _bound(self, place: str, newcomer: Newcomer, ranking: Ranking, *, now_s: float) -> Bound | None:
         """At most the harm of the place, quickly, and exact for one who stands alone; None where nobody helps."""
         node = self._state.nodes.get(self._node_of.get(place, place))
         if node is None:
             return None
         gpus = [place] if newcomer.share.gpu_count == 1 else list(node.gpus)
-        allowed: list[_Bounding] = []
+        allowed: list[Bounding] = []
         held_bytes = parkable_count = 0
         is_leaving = False
         best_rank = len(newcomer.terms.over)
@@ -344,7 +277,7 @@ class Occupancy:
             return loose  # By turns less may do.
         claimed_bytes = sum(self.claimed.get(place, {}).values())
         missing_bytes = held_bytes + claimed_bytes + wanted.request_bytes - gpu.allocatable_bytes
-        return _bound_beside(allowed, missing_bytes, best_rank)
+        return bound_beside(allowed, missing_bytes, best_rank)
 
     @staticmethod
     def _may_go(replica: "Replica", terms: Terms) -> bool:
@@ -449,35 +382,6 @@ class Occupancy:
     def _gpu(self, gpu_uuid: str) -> GpuOffer | None:
         node = self._state.nodes.get(self._node_of.get(gpu_uuid, ""))
         return node.gpus.get(gpu_uuid) if node is not None else None
-
-
-def _bound_beside(allowed: Sequence[_Bounding], missing_bytes: int, best_rank: int) -> Bound | None:
-    """Of those who may go: what is missing decides how many must."""
-    if len(allowed) == 1:
-        ((priority, size_bytes, is_parkable, began_s, holder),) = allowed
-        if size_bytes < missing_bytes:
-            return None
-        excess_bytes = size_bytes - max(0, missing_bytes)
-        return (priority, best_rank, int(not is_parkable), 1, excess_bytes, -began_s, (holder,))
-    freed_bytes = priority = 0
-    for each in sorted(allowed):
-        priority = each[0]
-        freed_bytes += each[1]
-        if freed_bytes >= missing_bytes:
-            break
-    else:
-        return None
-    pool = [each for each in allowed if each[0] <= priority]
-    parked_bytes = sum(each[1] for each in pool if each[2])
-    freed_bytes = count = 0
-    for size_bytes in sorted((each[1] for each in pool), reverse=True):
-        freed_bytes += size_bytes
-        count += 1
-        if freed_bytes >= missing_bytes:
-            break
-    youngest = sorted((each[3] for each in pool), reverse=True)[:count]
-    first = min(each[4] for each in pool)
-    return (priority, best_rank, int(parked_bytes < missing_bytes), count, 0, -sum(sorted(youngest)), (first,))
 
 
 def _began_s(replica: "Replica") -> float:

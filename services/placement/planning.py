@@ -24,6 +24,7 @@ from services.placement.core import SERVICE
 from services.placement.defragment import Step
 from services.placement.observed import latest_s
 from services.placement.preemption import Preemption, victims_for
+from services.placement.ranking import Taken
 from services.placement.remedies import ways_out
 from services.placement.state import ClusterState, Deployment
 from services.placement.tenants import OVER_QUOTA_REMEDY, ask_parts, gpus, largest_gpu_bytes, quota_left_parts
@@ -200,7 +201,7 @@ class _Planning:
                 codes=choice.codes,
                 reason=choice.reason,
             )
-        made = victims_for(state, self._wish(spec, now_s), now_s, without_gpus=self.touched_gpus)
+        made = victims_for(state, self._wish(spec, now_s), now_s, taken=Taken(gpus=self.touched_gpus))
         return choice if made is None else self._by_preemption(made)
 
     def _by_preemption(self, made: Preemption) -> PlannedReplica:

@@ -17,6 +17,7 @@ from schemas.deployments import AntiAffinity
 from schemas.placement import Victim
 from services.placement.harm import Candidate, Relief, Wanted
 from services.placement.occupancy import Newcomer, Occupancy, Terms
+from services.placement.ranking import Taken
 from services.placement.state import Claim, ClusterState, Deployment, Node, Replica
 from services.placement.tenants import Standing, gpus, over_quota, standing_of, terms_of
 
@@ -44,14 +45,14 @@ def victims_for(
     deployment: Deployment,
     now_s: float,
     *,
-    without_gpus: Collection[str] = (),
+    taken: Taken | None = None,
     without_nodes: Collection[str] = (),
     standing: Standing | None = None,
 ) -> Preemption | None:
     """The least harm that makes room for one more replica; None: nobody may be displaced, or waiting is enough.
 
-    `without_gpus`: spoken for by what was decided since the state was folded; `without_nodes`: where replicas of the
-    same deployment were put since then. `standing`: of this state, where several questions are asked of it. The index
+    `taken`: GPUs that were decided about since the state was folded; `without_nodes`: where replicas of the same
+    deployment were put since then. `standing`: of this state, where several questions are asked of it. The index
     makes it O(log GPUs) and what changed since the last question of its kind.
     """
     if now_s < may_displace_from_s(deployment) or over_quota(state, deployment):
@@ -64,13 +65,11 @@ def victims_for(
 
     def accept(place: str, relief: Relief) -> bool:
         node = state.nodes[occupancy.node_of(relief.gpu_uuids[0])]
-        if without_gpus and not set(relief.gpu_uuids).isdisjoint(without_gpus):
-            return False
         if not suits(node, relief):
             return False
         return _leaves_enough(state, relief, terms, standing)
 
-    relief = occupancy.least_harm(newcomer, now_s=now_s, accept=accept)
+    relief = occupancy.least_harm(newcomer, now_s=now_s, accept=accept, taken=taken or Taken())
     if relief is None or not relief.victims:
         return None
     node = state.nodes[occupancy.node_of(relief.gpu_uuids[0])]
