@@ -1,5 +1,6 @@
 """Why a model is where it is, why it is not elsewhere, who gave way, and what would help."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from schemas.placement import Alternative, Constraint
@@ -31,8 +32,7 @@ def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
     now = choose(state, deployment.spec, now_s=now_s, deployment_id=deployment.deployment_id)
     alternatives, constraints = _against(state, deployment.deployment_id, now_s)
     if replicas:
-        summary = "; ".join(_why(state, replica) for replica in replicas[:REPLICAS_TOLD_MAX])
-        summary += f"; and {len(replicas) - REPLICAS_TOLD_MAX} more" if len(replicas) > REPLICAS_TOLD_MAX else ""
+        summary = _summary(state, replicas)
     elif deployment.replica_count == 0:
         summary = "cold: scaled to zero, started by the next request"
     else:
@@ -58,6 +58,12 @@ def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
         if isinstance(now, NoChoice)
         else (),
     )
+
+
+def _summary(state: ClusterState, replicas: Sequence[Replica]) -> str:
+    parts = [_why(state, replica) for replica in replicas[:REPLICAS_TOLD_MAX]]
+    rest = len(replicas) - len(parts)
+    return "; ".join([*parts, *([f"and {rest} more"] if rest else [])])
 
 
 def _against(

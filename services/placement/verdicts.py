@@ -94,10 +94,11 @@ def verdict_of(
     missing = gib(first.short_by_bytes)
     reason, remedy = _REASONS[first.code]
     by = f" by {missing}" if first.short_by_bytes else ""
+    index = state.nodes[first.node].gpus[first.gpu_uuid].index
     constraints = constraints_of(against)
     return Verdict(
         reason=reason,
-        nearest=f"fits no GPU; nearest is {first.node}/{first.gpu_uuid[:12]}: {first.reason}{by}",
+        nearest=f"fits no GPU; nearest is {first.node}/gpu{index}: {first.reason}{by}",
         missing_bytes=first.short_by_bytes,
         remedy=remedy.format(missing=missing),
         alternatives=tuple(ranked[:ALTERNATIVES_MAX]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 WATCH_WAIT_S: Final = 5.0
 LOG_POLL_S: Final = 0.5
+# Columns; sentences are broken there.
+WIDTH: Final = 100
 # Pages of a thousand events that looking for the newest ones may read.
 PAGES_MAX: Final = 100
 
@@ -132,7 +135,7 @@ def explanation_text(explanation: contract.Explanation, *, now_s: float, places:
         where = f"  {words.share_text(view)} on {words.where_text(view)}" if view.replicas else ""
         lines.append(f"{explanation.model}  {words.state_text(view, now_s=now_s)}{where}")
     if explanation.summary:
-        lines.append(f"  {explanation.summary}")
+        lines += [_indented(line) for line in textwrap.wrap(explanation.summary, WIDTH - 2)]
     facts = _facts(explanation)
     if facts:
         lines += ["", _indented(output.table(["", ""], facts))]
@@ -174,7 +177,7 @@ def _facts(explanation: contract.Explanation) -> list[tuple[str, str]]:
     if explanation.displaced_by:
         rows.append(("displaced by", explanation.displaced_by))
     rows += [("moving", move) for move in explanation.moves]
-    if explanation.one_more:
+    if explanation.one_more and explanation.one_more not in explanation.summary:
         rows.append(("one more", explanation.one_more))
     return rows
 

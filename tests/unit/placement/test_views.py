@@ -52,6 +52,18 @@ def test_an_explanation_says_why_here_and_why_not_elsewhere() -> None:
     assert not_placed.remedy
 
 
+def test_of_many_replicas_the_first_few_are_told_one_by_one() -> None:
+    placement = Placement()
+    for number in range(6):
+        placement.join(gpu("gpu-0"), node=f"node-{number}")
+    placement.deploy(spec("wide", 50, is_parkable=False, replica_count=5))
+
+    wide = placement.ask(Explain(model="wide"))
+
+    assert 4 == wide.summary.count("chosen as")
+    assert wide.summary.endswith("; and 1 more")
+
+
 def test_a_cold_deployment_is_explained_as_cold() -> None:
     placement = furnished()
     placement.scale(placement.id_of("a"), 0)

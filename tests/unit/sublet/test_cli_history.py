@@ -211,3 +211,20 @@ def test_a_context_file_that_is_none_is_wrong_use(plane: FakeControlPlane, tmp_p
 
     assert result.exit_code == 2
     assert "the context file" in result.stderr
+
+
+def test_an_explanation_fits_100_columns_and_says_nothing_twice(plane: FakeControlPlane) -> None:
+    why = "chat fits no GPU; nearest is local/gpu3: no room by 12.3 GiB"
+    plane.explanation = contract.Explanation(
+        is_known=True, model="chat", summary="; ".join([f"not placed: {why}"] * 4), one_more=why,
+        ways=("with a share of 0.74 instead of 0.90 it would go to local/gpu3",),
+    )  # fmt: skip
+
+    lines = run(plane, "explain", "chat").stdout.splitlines()
+
+    assert max(map(len, lines)) <= 100
+    assert not [line for line in lines if "one more  " in line]
+    assert lines[-2:] == [
+        "What would help one more",
+        "  with a share of 0.74 instead of 0.90 it would go to local/gpu3",
+    ]
