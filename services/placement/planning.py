@@ -140,6 +140,7 @@ class _Planning:
         replicas: list[PlannedReplica] = []
         problem: NoChoice | None = None
         ways: tuple[str, ...] = ()
+        touched_before = set(self.touched_gpus)
         over_quota = self._over_quota(spec)
         with self.state.index.rooms.attempt() as keeps:
             chosen: list[Choice] = []
@@ -155,7 +156,7 @@ class _Planning:
                 keeps.append(True)
         fit_count = len(replicas)
         if problem is not None and spec.placement.is_gang:
-            replicas = []
+            replicas, self.touched_gpus = [], touched_before
         text, remedy = self._told(spec, problem, over_quota, fit_count)
         return PlannedDeployment(
             model=spec.name,

@@ -81,6 +81,19 @@ def test_a_gang_that_does_not_fit_takes_nothing_from_who_comes_after() -> None:
     assert answer.deployments[0].problem.startswith("2 of 3 replicas fit")
 
 
+def test_who_could_give_way_is_not_spared_for_a_gang_that_does_not_fit() -> None:
+    placement = two_gpus()
+    for outcome in placement.deploy(spec("tune", 60, is_parkable=False, priority="low")):
+        if isinstance(outcome, PlacementProposed):
+            placement.grant(outcome)
+    gang = spec("gang", 70, is_parkable=False, replica_count=3, placing={"is_gang": True})
+
+    answer = plan(placement, gang, spec("b", 70, is_parkable=False), spec("c", 70, is_parkable=False))
+
+    assert [len(planned.replicas) for planned in answer.deployments] == [0, 1, 1]
+    assert [victim.model for victim in answer.deployments[2].replicas[0].victims] == ["tune"]
+
+
 def test_what_is_deployed_already_is_unchanged_and_another_wish_replaces_it() -> None:
     placement = two_gpus()
     placement.deploy(spec("a", 50))
