@@ -197,6 +197,7 @@ def fold_release(state: ClusterState, fact: ReleaseProposed) -> None:
     replica = state.replicas.get(fact.replica_id)
     if replica is not None:
         replica.is_releasing = True
+        _part_ended(state, replica, f"a lease on {fact.node} was to end: {fact.reason}")
         state.index.touch(replica)
 
 

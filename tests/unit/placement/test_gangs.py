@@ -5,7 +5,14 @@ from typing import Any
 
 from kit.outcomes import Context, Outcome, Timer
 from schemas.inbox import RetireRequested
-from schemas.placement import FailureReason, GangAbandoned, GangCommitted, PlacementProposed, ReasonCode
+from schemas.placement import (
+    FailureReason,
+    GangAbandoned,
+    GangCommitted,
+    PlacementProposed,
+    ReasonCode,
+    ReleaseProposed,
+)
 from services.placement.core import SERVICE
 from services.placement.gangs import GangDue, PlaceNext
 from tests.unit.placement.builders import Placement, failure, gpu, kinds, spec
@@ -145,6 +152,24 @@ def test_a_lease_that_ends_before_the_gang_is_complete_ends_the_gang() -> None:
     outcomes = placement.release(first.replicas[0].replica_id)
 
     assert ["GangAbandoned", "GangAbandoned"] == [kind for kind in kinds(outcomes) if kind != "Timer"]
+
+
+def test_a_gang_of_which_a_part_is_released_before_it_is_complete_is_given_up_and_not_committed() -> None:
+    """A preemption may take the place of a gang that has not started."""
+    placement = fleet(1, 1)
+    first, second = proposals(placement.deploy(gang("g", 2)))
+    placement.grant(first)
+    its = first.replicas[0].replica_id
+    SERVICE.evolve(
+        placement.state, ReleaseProposed(at_s=placement.now_s, node=first.node, replica_id=its, reason="room for b")
+    )
+
+    outcomes = placement.grant(second)
+
+    abandoned = [o for o in outcomes if isinstance(o, GangAbandoned)]
+    assert {"node-0", "node-1"} == {a.node for a in abandoned}
+    assert "a lease on node-0 was to end: room for b" == abandoned[0].reason
+    assert "GangCommitted" not in kinds(outcomes)
 
 
 def test_a_new_instance_commits_what_is_complete_and_watches_what_is_not() -> None:
