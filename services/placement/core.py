@@ -46,7 +46,7 @@ from schemas.placement import (
     RepackAsked,
     WakeAsked,
 )
-from services.placement import claims, gangs, moves, observed, presence, repacking, tenants
+from services.placement import claims, gang_folds, gangs, moves, observed, presence, repacking, tenants
 from services.placement import folds as fold
 from services.placement.claims import ClaimOverdue
 from services.placement.gangs import GangDue, PlaceNext
@@ -109,8 +109,8 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (PlacementProposed, fold.fold_proposed),
     (PlacementFailed, fold.fold_failed_placement),
     (ReleaseProposed, fold.fold_release),
-    (GangCommitted, fold.fold_committed),
-    (GangAbandoned, fold.fold_abandoned),
+    (GangCommitted, gang_folds.fold_committed),
+    (GangAbandoned, gang_folds.fold_abandoned),
     (NodeJoined, fold.fold_joined),
     (LeaseGranted, fold.fold_granted),
     (LeaseRefused, fold.fold_refused),

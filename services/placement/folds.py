@@ -25,8 +25,6 @@ from schemas.placement import (
     CommandFact,
     DeploymentAdmitted,
     DeploymentRetired,
-    GangAbandoned,
-    GangCommitted,
     KeyAdded,
     KeyRevoked,
     MoveDecided,
@@ -41,8 +39,8 @@ from schemas.placement import (
     ReleaseProposed,
     RepackAsked,
 )
-from services.placement.settings import PlacementSettings
-from services.placement.state import Claim, ClusterState, Deployment, Gang, Key, Move, Node, Repacking, Replica
+from services.placement.gang_folds import join_gang, part_ended
+from services.placement.state import Claim, ClusterState, Deployment, Key, Move, Node, Repacking, Replica
 
 HOUR_S: Final = 3600.0
 
@@ -116,16 +114,7 @@ def fold_proposed(state: ClusterState, fact: PlacementProposed) -> None:
         add_replica(state, replica)
         state.index.count(proposal.deployment_id)
         if fact.gang_id:
-            _join_gang(state, fact, replica)
-
-
-def _join_gang(state: ClusterState, fact: PlacementProposed, replica: Replica) -> None:
-    gang = state.gangs.get(fact.gang_id)
-    if gang is None:
-        gang = Gang(gang_id=fact.gang_id, deployment_id=replica.deployment_id, proposed_at_s=fact.at_s)
-        state.gangs[fact.gang_id] = gang
-    gang.replica_ids[fact.node] = (*gang.replica_ids.get(fact.node, ()), replica.replica_id)
-    gang.missing[replica.replica_id] = fact.node
+            join_gang(state, fact, replica)
 
 
 def fold_failed_placement(state: ClusterState, fact: PlacementFailed) -> None:
@@ -141,63 +130,11 @@ def fold_failed_placement(state: ClusterState, fact: PlacementFailed) -> None:
         state.index.count(fact.deployment_id)
 
 
-def fold_committed(state: ClusterState, fact: GangCommitted) -> None:
-    """This node's part may start."""
-    gang = state.gangs.get(fact.gang_id)
-    if gang is None:
-        return
-    gang.replica_ids.pop(fact.node, None)
-    for replica_id in fact.replica_ids:
-        replica = state.replicas.get(replica_id)
-        if replica is not None:
-            replica.is_held = False
-    deployment = state.deployments.get(gang.deployment_id)
-    if deployment is not None:
-        deployment.gang_attempt_count = 0
-    if not gang.replica_ids:
-        del state.gangs[fact.gang_id]
-
-
-def fold_abandoned(state: ClusterState, fact: GangAbandoned) -> None:
-    """This node's part goes back; each lease still ends by its own fact."""
-    for replica_id in fact.replica_ids:
-        replica = state.replicas.get(replica_id)
-        if replica is not None:
-            replica.is_releasing = True
-            state.index.touch(replica)
-    gang = state.gangs.get(fact.gang_id)
-    if gang is None:
-        return
-    gang.replica_ids.pop(fact.node, None)
-    if gang.replica_ids:
-        return
-    del state.gangs[fact.gang_id]
-    deployment = state.deployments.get(gang.deployment_id)
-    if deployment is not None:
-        deployment.gang_not_before_s = fact.at_s + gang_pause_s(state.settings, deployment.gang_attempt_count)
-        deployment.gang_attempt_count += 1
-        deployment.problem = f"its gang was given up: {fact.reason}"
-        deployment.remedy = "it is tried again after a pause"
-        state.index.count(gang.deployment_id)
-
-
-def gang_pause_s(settings: PlacementSettings, attempt_count: int) -> float:
-    """Before the next try, after so many that were given up before this one."""
-    return min(settings.gang_pause_s * 2.0 ** min(attempt_count, 32), settings.gang_pause_max_s)
-
-
-def _part_ended(state: ClusterState, replica: Replica, problem: str) -> None:
-    """A lease of it was refused or has ended; of a gang that is not complete, so has the gang."""
-    gang = state.gangs.get(replica.gang_id)
-    if gang is not None and replica.is_held:
-        gang.problem = gang.problem or problem
-
-
 def fold_release(state: ClusterState, fact: ReleaseProposed) -> None:
     replica = state.replicas.get(fact.replica_id)
     if replica is not None:
         replica.is_releasing = True
-        _part_ended(state, replica, f"a lease on {fact.node} was to end: {fact.reason}")
+        part_ended(state, replica, f"a lease on {fact.node} was to end: {fact.reason}")
         state.index.touch(replica)
 
 
@@ -417,7 +354,7 @@ def fold_refused(state: ClusterState, fact: LeaseRefused) -> None:
         replica = drop_replica(state, replica_id)
         if replica is None:
             continue
-        _part_ended(state, replica, f"{fact.node} refused: {fact.message}")
+        part_ended(state, replica, f"{fact.node} refused: {fact.message}")
         deployment = state.deployments.get(replica.deployment_id)
         if deployment is not None:
             deployment.refused_nodes = (*deployment.refused_nodes, fact.node)
@@ -432,7 +369,7 @@ def fold_released(state: ClusterState, fact: LeaseReleased) -> None:
     was_waiting = released is None or released.deployment_id in state.waiting
     drop_replica(state, fact.replica_id)
     if released is not None:
-        _part_ended(state, released, f"a lease on {fact.node} ended: {fact.reason}")
+        part_ended(state, released, f"a lease on {fact.node} ended: {fact.reason}")
         if not was_waiting:
             _lacks_from(state, released.deployment_id, fact.at_s)
     _ask_refused_again(state)

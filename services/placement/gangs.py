@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kit.outcomes import Context, Input, Outcome, Timer
 from schemas.placement import FailureReason, GangAbandoned, GangCommitted, PlacementFailed, ReasonCode
 from services.placement.choosing import NoChoice
-from services.placement.folds import gang_pause_s
+from services.placement.gang_folds import gang_pause_s
 from services.placement.state import ClusterState, Deployment, Gang
 from services.placement.verdicts import Verdict
 
