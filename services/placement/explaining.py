@@ -29,7 +29,8 @@ def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
     replicas = state.replicas_of(deployment.deployment_id)
     is_short = len(replicas) < deployment.replica_count
     now_s = latest_s(state.observed, state.nodes.values())
-    now = choose(state, deployment.spec, now_s=now_s, deployment_id=deployment.deployment_id)
+    with state.index.rooms.trial(is_supposed=True):
+        now = choose(state, deployment.spec, now_s=now_s, deployment_id=deployment.deployment_id)
     alternatives, constraints = _against(state, deployment.deployment_id, now_s)
     if replicas:
         summary = _summary(state, replicas)

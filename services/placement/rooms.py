@@ -313,11 +313,14 @@ class Rooms:
     def trial(self, *, is_supposed: bool = False) -> Iterator[None]:
         """What is booked inside is undone at the end: the folds of the facts that were decided book it again.
 
-        `is_supposed`: no fact will follow, so what was found not to fit inside may fit again.
+        `is_supposed`: no fact will follow, so what was found not to fit inside may fit again; and whoever asks is told
+        what is missing now, not when it was found out.
         """
         assert self._booked is None, "a trial within a trial"
         self._booked = []
         known = self._verdicts_of, dict(self._verdicts)
+        if is_supposed:
+            self._verdicts = {}
         try:
             yield
         finally:

@@ -45,7 +45,7 @@ def plan_text(answer: contract.Plan) -> str:
     for planned in answer.deployments:
         victims = [victim for replica in planned.replicas for victim in replica.victims]
         if victims:
-            names = ", ".join(f"{victim.model} ({victim.tenant})" for victim in victims)
+            names = ", ".join(words.counted(f"{victim.model} ({victim.tenant})" for victim in victims))
             lines += ["", f"{planned.model} takes the place of: {names}"]
         if planned.problem:
             lines += ["", f"{planned.model}: {planned.problem}"]

@@ -173,7 +173,8 @@ def _facts(explanation: contract.Explanation) -> list[tuple[str, str]]:
         rows.append(("why", ", ".join(words.CODES.get(code, code.replace("_", " ")) for code in explanation.codes)))
     if explanation.policy:
         rows.append(("policy", explanation.policy))
-    rows += [("displaced", f"{one.model} of {one.tenant}: {one.reason}") for one in explanation.displaced]
+    displaced = words.counted(f"{one.model} of {one.tenant}: {one.reason}" for one in explanation.displaced)
+    rows += [("displaced", one) for one in displaced]
     if explanation.displaced_by:
         rows.append(("displaced by", explanation.displaced_by))
     rows += [("moving", move) for move in explanation.moves]

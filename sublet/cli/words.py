@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from sublet import _contract as contract
@@ -176,6 +177,11 @@ def phase_of(view: contract.DeploymentView | None) -> str:
     return phase.format(
         where=place_of(replica), node=replica.node, problem=replica.problem or "its engine did not start"
     )
+
+
+def counted(texts: Iterable[str]) -> list[str]:
+    """Equal ones once, in the order in which they came, with how many there are: `tune (lab) x2`."""
+    return [text if count == 1 else f"{text} x{count}" for text, count in Counter(texts).items()]
 
 
 def gpu_type(name: str) -> str:

@@ -64,6 +64,19 @@ def test_of_many_replicas_the_first_few_are_told_one_by_one() -> None:
     assert wide.summary.endswith("; and 1 more")
 
 
+def test_what_is_missing_is_told_as_it_is_now() -> None:
+    placement = Placement()
+    placement.join(gpu("gpu-0"))
+    placement.placed(spec("first", 30, is_parkable=False))
+    placement.deploy(spec("large", 60, is_parkable=False))
+    placement.placed(spec("second", 20, is_parkable=False))
+
+    explanation = placement.ask(Explain(model="large"))
+
+    assert "not placed: large fits no GPU; nearest is node-0/gpu0: no room by 10.0 GiB" == explanation.summary
+    assert explanation.one_more.endswith("no room by 30.0 GiB")
+
+
 def test_a_cold_deployment_is_explained_as_cold() -> None:
     placement = furnished()
     placement.scale(placement.id_of("a"), 0)

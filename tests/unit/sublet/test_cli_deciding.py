@@ -48,7 +48,7 @@ PLAN = contract.Plan(
         ),
         contract.PlannedDeployment(
             model="chat", verdict="unchanged", wanted_count=1,
-            replicas=(replica("b", 0, codes=("room_by_preemption",)),),
+            replicas=(replica("b", 0, codes=("room_by_preemption",)),) * 2,
         ),
         contract.PlannedDeployment(
             model="odd", verdict="rejected", wanted_count=1, problem="share: give exactly one of both.", remedy="",
@@ -68,7 +68,7 @@ def test_a_plan_shows_places_victims_and_what_is_missing(plane: FakeControlPlane
              MODEL  WHERE            GiB   WHY
 + new        giant  a/gpu0+1  x2     80.0  room beside all others
 ✗ no place   giant  1 of 3 replicas  -     see below
-= unchanged  chat   b/gpu0           40.0  others give way
+= unchanged  chat   b/gpu0  x2       40.0  others give way
 ✗ rejected   odd    -                -     rejected
 
 giant: 2 of 3 replicas fit: no room
@@ -76,7 +76,7 @@ giant: 2 of 3 replicas fit: no room
   what would help: use a share smaller by 10.0 GiB
     with a share of 0.37 instead of 0.50 it would go to a/gpu1
 
-chat takes the place of: tune (lab)
+chat takes the place of: tune (lab) x2
 
 odd: share: give exactly one of both.
 """)
