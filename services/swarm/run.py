@@ -26,6 +26,7 @@ from services.placement.settings import PlacementSettings
 from services.simulated import Shape, SimulatedSystem
 from services.swapper.settings import SwapperSettings
 from services.swarm.checks import Books, Conduct, check_ends, disagreement, is_answerable, signature
+from services.swarm.displacement import Displacement
 from services.swarm.gangs import Gangs
 from services.swarm.plan import TRAFFIC, Plan, Step, point_of
 from services.swarm.upkeep import Upkeep
@@ -95,7 +96,7 @@ class Run:
         self.outcome = Outcome(plan=plan)
         shape = shape_of(plan)
         self.books, self.upkeep = Books(), Upkeep()
-        self.gangs = Gangs()
+        self.gangs, self.displacement = Gangs(), Displacement()
         self.conduct = Conduct(load_fresh_s=shape.swapper.load_fresh_s + plan.faults.late_s + 1.0)
         self.system = SimulatedSystem(
             seed=plan.seed,
@@ -214,6 +215,7 @@ class Run:
         self.gangs.hear(fact, stored)
         self.conduct.hear(stored, fact)
         self.upkeep.hear(stored, fact)
+        self.displacement.hear(stored, fact)
         self.outcome.wake_count += isinstance(fact, WakeDecided)
         self.outcome.park_count += isinstance(fact, ParkDecided)
 
