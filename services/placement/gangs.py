@@ -70,9 +70,17 @@ def settle(state: ClusterState, ctx: Context) -> list[Outcome]:
         gang = state.gangs[gang_id]
         if gang.problem:
             outcomes += give_up(state, gang_id, gang.problem, ctx)
-        elif not gang.missing:
+        elif not gang.missing and _is_whole(state, gang):
             outcomes += _commit(gang, ctx)
     return outcomes
+
+
+def _is_whole(state: ClusterState, gang: Gang) -> bool:
+    """With it the deployment has all that it wishes for: also what was lost meanwhile, and is proposed by itself."""
+    deployment = state.deployments.get(gang.deployment_id)
+    others = [other for other in state.gangs.values() if other.deployment_id == gang.deployment_id]
+    is_granted = not any(other.missing or other.problem for other in others)
+    return is_granted and (deployment is None or state.index.lacking_count(deployment) <= 0)
 
 
 def _commit(gang: Gang, ctx: Context) -> list[GangCommitted]:

@@ -51,6 +51,8 @@ class Gangs:
             case GangAbandoned():
                 for replica_id in fact.replica_ids:
                     self._leave(replica_id)
+                kept = [one for one in self.members[fact.gang_id] if one.replica_id not in fact.replica_ids]
+                self.members[fact.gang_id] = kept
             case NodeLost():
                 self.lost[fact.node] = {replica_id for replica_id in fact.replica_ids if self._leave(replica_id)}
             case NodeReturned():

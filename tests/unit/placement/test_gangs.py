@@ -214,3 +214,15 @@ def test_a_gang_that_was_given_up_is_proposed_again_only_when_all_its_leases_hav
     again = [o for replica in second.replicas for o in placement.release(replica.replica_id)]
     again += placement.handle(PlaceNext())
     assert 2 == sum(len(p.replicas) for p in proposals(again))
+
+
+def test_parts_that_were_lost_one_after_the_other_start_together_again() -> None:
+    """Both leases end with their GPU; the first end is read, and answered, before the second is known."""
+    placement = fleet(2, 2)
+    (first,) = proposals(placement.deploy(gang("g", 2)))
+    placement.grant(first)
+    again = [p for replica in first.replicas for p in proposals(placement.release(replica.replica_id))]
+    assert [1, 1] == [len(p.replicas) for p in again]
+
+    assert "GangCommitted" not in kinds(placement.grant(again[0]))
+    assert ["GangCommitted", "GangCommitted"] == kinds(placement.grant(again[1]))
