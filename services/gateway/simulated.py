@@ -253,6 +253,8 @@ class SimulatedGateway(Party):
     # --- History and leases -------------------------------------------------------------------------------------------
 
     def read(self, stored: Stored) -> None:
+        if not self.is_alive:
+            return  # Its next life reads history from the start.
         self.simulation.counters.delivered_count += 1
         fact = decode(stored.body)
         assert isinstance(fact, Fact), fact

@@ -56,6 +56,8 @@ def begun(state: ClusterState, ctx: Context) -> list[Outcome]:
     budget = state.settings.moves_per_hour_max - lately
     if budget <= 0:
         return []
+    if not any(free > 0 for room in state.index.rooms.fleet if room.is_open for free in room.free_units):
+        return []  # Nothing could be moved anywhere.
     for deployment in _who_waits(state):
         room = _room_for(state, deployment, move_count_max=budget, now_s=ctx.now_s)
         if room is not None:

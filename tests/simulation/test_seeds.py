@@ -26,6 +26,11 @@ def test_no_seed_breaks_anything(seed: int) -> None:
     assert failure is None, f"{failure.message}\npython -m services sim --seed {seed} --seconds {SHORT_S:g}"
 
 
+def test_a_gateway_that_is_dead_reads_nothing_when_the_network_heals() -> None:
+    """Seed 131 cuts one off, crashes it, and heals the network before it is back."""
+    assert carry_out(draw_plan(131, lasts_s=400.0)).failure is None
+
+
 @pytest.mark.parametrize("seed", [1000, 1001, 1114])
 def test_no_hour_breaks_anything(seed: int) -> None:
     outcome = carry_out(draw_plan(seed))
