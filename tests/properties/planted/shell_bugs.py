@@ -209,7 +209,8 @@ def choices(seed: int, points: dict[str, list[Point]]) -> dict[str, Any]:
     writer = draw.choice(WRITERS)
     passed = points[writer]
     kinds = list({(point.step, point.kind): point for point in passed}.values())
-    point = draw.choice(draw.choice([passed, kinds]))
+    within = [point for point in passed if point.step == STORED] or kinds  # In the middle of what belongs together.
+    point = draw.choice(draw.choice([passed, kinds, within]))
     found: dict[str, Any] = {
         "seed": seed,
         "ack_lost_fraction": draw.choice([0.0, 0.15]),
