@@ -48,7 +48,8 @@ def plan_text(answer: contract.Plan) -> str:
             names = ", ".join(words.counted(f"{victim.model} ({victim.tenant})" for victim in victims))
             lines += ["", f"{planned.model} takes the place of: {names}"]
         if planned.problem:
-            lines += ["", f"{planned.model}: {planned.problem}"]
+            is_named = planned.problem.startswith(f"{planned.model} ")
+            lines += ["", planned.problem if is_named else f"{planned.model}: {planned.problem}"]
             lines += [f"  {line}" for line in constraint_lines(planned.constraints)]
             lines += [f"  what would help: {planned.remedy}"] if planned.remedy else []
             lines += [f"    {way}" for way in planned.ways]
