@@ -18,6 +18,47 @@ class EngineKind(StrEnum):
 
     SIMULATED = "simulated"
     TRAINING = "training"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    NIM = "nim"
+    LLAMA_SERVER = "llama-server"
+    OPENAI = "openai"
+    """Any command that serves the OpenAI routes."""
+
+
+class Runtime(StrEnum):
+    """What runs an engine's program."""
+
+    PROCESS = "process"
+    """A child of the holder, in a cgroup leaf of its own."""
+    DOCKER = "docker"
+    """A container of the host's Docker engine."""
+
+
+class SwapDriver(StrEnum):
+    """How an engine's memory leaves the GPU and comes back; quickest return first."""
+
+    STORE = "store"
+    """Weights belong to the memory broker: sealed once in host memory, mapped into the engine at a stable address."""
+    HTTP_SLEEP = "http-sleep"
+    """vLLM's ``/sleep`` and ``/wake_up``."""
+    HTTP_RELEASE = "http-release"
+    """SGLang's ``/release_memory_occupation`` and ``/resume_memory_occupation``."""
+    SLEEP_CHECKPOINT = "sleep-checkpoint"
+    """First `HTTP_SLEEP`, then the driver's checkpoint of what is left: a small image, and nothing stays."""
+    CHECKPOINT = "checkpoint"
+    """The driver's checkpoint of the whole process; the engine does not know."""
+    RESTART = "restart"
+    """Stopped and started again: nothing stays, and the return takes a cold start."""
+
+
+class ComputeSharing(StrEnum):
+    """How the engines on one GPU share its processors."""
+
+    TIME_SLICED = "time-sliced"
+    """The driver's default: one after the other, whole GPU each."""
+    MPS = "mps"
+    """At the same time, through the daemon that the node agent runs; each may have a ceiling."""
 
 
 class IsolationGrade(StrEnum):
@@ -62,6 +103,20 @@ class EngineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=False)
     """Simulated engines only: how long a cold start takes before weights are loaded. None: the node's setting."""
     arguments: dict[str, str] = {}
     """More command-line options for the engine, without the leading dashes."""
+    image: Annotated[str, Meta(max_length=256)] = ""
+    """Of its container, for the runtime `docker`; empty: the engine's usual one."""
+    command: tuple[str, ...] = ()
+    """Instead of the engine's usual program. ``{port}``, ``{model}`` and ``{memory_bytes}`` are filled in."""
+    environment: dict[str, str] = {}
+    """More variables for the engine. No secrets: they would be in every log of the fleet; name those in `secrets`."""
+    secrets: tuple[str, ...] = ()
+    """Names of secrets of the node, each handed to the engine as the variable of that name (``HF_TOKEN``)."""
+    runtime: Runtime | None = None
+    """None: what this kind of engine usually runs in on its node."""
+    swap_driver: SwapDriver | None = None
+    """None: the quickest that this engine and its node can do."""
+    is_elastic: bool | None = None
+    """Whether its cache can grow and shrink while it serves. None: as this kind of engine usually is."""
 
 
 class ShareSpec(Struct, frozen=True, kw_only=True):
@@ -75,6 +130,10 @@ class ShareSpec(Struct, frozen=True, kw_only=True):
     """A node that cannot enforce the share at least this strongly is never chosen."""
     gpu_count: Annotated[int, Meta(ge=1, le=64)] = 1
     """GPUs that one replica spans, all on one node; request and limit are of each of them."""
+    burst_weight: Annotated[int, Meta(ge=1, le=1000)] = 1
+    """Among those that want more than their request: free bytes go by weight, equal weights get equal parts."""
+    compute_portion: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """The most of a GPU's processors that it may use at a time; needs a GPU that is shared by MPS. None: no ceiling."""
 
 
 class HostSpec(Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from msgspec import Struct, field
 
-from schemas.deployments import IsolationGrade
+from schemas.deployments import ComputeSharing, IsolationGrade, SwapDriver
 from schemas.messages import NODE_WRITER, Fact, Signal
 from schemas.placement import ReplicaProposal
 from schemas.units import (
@@ -46,6 +46,16 @@ class GpuOffer(Struct, frozen=True, kw_only=True):
     is_software: bool
     peer_bytes_per_s: dict[str, float] = {}
     """{gpu_uuid: rate of the direct link to that GPU of the same node}; one that is not named has no direct link."""
+    compute_sharing: ComputeSharing = ComputeSharing.TIME_SLICED
+    compute_sharing_reason: str = ""
+    numa_index: int | None = None
+    """Of the host memory that is nearest; None: the host has one, or does not tell."""
+    is_mig: bool = False
+    """A part that the hardware keeps apart; it is offered as a GPU of its own, to one replica at a time."""
+    swap_drivers: tuple[SwapDriver, ...] = ()
+    """What this node can do for engines on this GPU, quickest return first; empty: not told."""
+    quarantine_reason: str = ""
+    """Not empty: it misbehaved, and takes no new lease before it is well again."""
 
     @property
     def allocatable_bytes(self) -> int:
@@ -112,6 +122,9 @@ class RefusalReason(StrEnum):
     NO_HOST_MEMORY = "no_host_memory"
     GRADE_NOT_AVAILABLE = "grade_not_available"
     ALREADY_HERE = "already_here"
+    QUARANTINED = "quarantined"
+    SWAP_NOT_AVAILABLE = "swap_not_available"
+    COMPUTE_NOT_AVAILABLE = "compute_not_available"
     STALE_WRITER = "stale_writer"
 
 
@@ -155,6 +168,10 @@ class Ready(Struct, frozen=True, kw_only=True):
     start_s: Seconds
     enforced_bytes: Bytes
     """The hard limit as read back from the guard before the engine's gate was opened; of all its shards together."""
+    grade: IsolationGrade | None = None
+    """How its share is enforced; the weakest of its GPUs. None: not told."""
+    swap_driver: SwapDriver | None = None
+    """How it will be parked; None: not told, or never."""
 
 
 class ReplicaReady(NodeFact, frozen=True, tag="nodes.replica_ready.v1"):
@@ -168,6 +185,15 @@ class ReplicaDraining(ReplicaFact, frozen=True, tag="nodes.replica_draining.v1")
 
     reason: str
     is_release: bool = False
+
+
+class ParkTier(StrEnum):
+    """Where the weights of a parked replica lie."""
+
+    HOST = "host"
+    DISK = "disk"
+    NOWHERE = "nowhere"
+    """They are loaded again."""
 
 
 class ReplicaParked(ReplicaFact, frozen=True, tag="nodes.replica_parked.v1"):
@@ -184,6 +210,8 @@ class ReplicaParked(ReplicaFact, frozen=True, tag="nodes.replica_parked.v1"):
     reason: str
     shard_residue_bytes: tuple[Bytes, ...] = ()
     """Of each shard, as measured on its GPU; empty: only the sum is known."""
+    swap_driver: SwapDriver | None = None
+    tier: ParkTier | None = None
 
     def residues(self, shard_count: int) -> tuple[int, ...]:
         """What each shard keeps on its GPU, by shard; a sum alone is spread evenly."""
@@ -219,6 +247,11 @@ class ReplicaResident(ReplicaFact, frozen=True, tag="nodes.replica_resident.v1")
     restore_s: Seconds
     verify_s: Seconds
     wake_s: Seconds
+    swap_driver: SwapDriver | None = None
+    map_s: Seconds = 0.0
+    """Of `restore_s`: putting memory behind its addresses. 0: not told apart."""
+    copy_s: Seconds = 0.0
+    """Of `restore_s`: from the first byte on the link to the last. 0: not told apart."""
 
 
 class WakeRefused(ReplicaFact, frozen=True, tag="nodes.wake_refused.v1"):
@@ -242,9 +275,130 @@ class ReplicaFailed(ReplicaFact, frozen=True, tag="nodes.replica_failed.v1"):
     """When it is tried again by its node, counted from this fact; nobody should ask for it sooner."""
 
 
+class ReplicaSuspect(ReplicaFact, frozen=True, tag="nodes.replica_suspect.v1"):
+    """What runs is not what should, or a step has not ended in its time.
+
+    It keeps its bytes and gets no request until its agent has found out: then it is adopted, or `ReplicaFailed`.
+    """
+
+    wake_epoch: Epoch
+    reason: str
+
+
+class ResizeReason(StrEnum):
+    BURST = "burst"
+    """More than its request, from what no lease claims now."""
+    GIVE_BACK = "give_back"
+    """An owner wants its bytes, or other borrowers their part."""
+    FREEZE = "freeze"
+    """At what it uses now, so that freed bytes cannot be taken again while others give back."""
+
+
+class LeaseResized(ReplicaFact, frozen=True, tag="nodes.lease_resized.v1"):
+    """The grant of a resident replica changed; never below its request.
+
+    A grant that grows is told before the engine may use it; one that shrinks, after its bytes are proven free.
+    """
+
+    lease_epoch: Epoch
+    granted_bytes: tuple[Bytes, ...]
+    """Of each shard, by shard."""
+    reason: ResizeReason
+    resize_s: Seconds = 0.0
+    """From the decision until the engine lived in the new grant."""
+
+
+class GiveBackStep(StrEnum):
+    """The ladder, least harm first."""
+
+    FREEZE = "freeze"
+    SHRINK = "shrink"
+    PARK = "park"
+    CHECKPOINT = "checkpoint"
+    STOP = "stop"
+
+
+class GaveBack(ReplicaFact, frozen=True, tag="nodes.gave_back.v1"):
+    """One step of a borrower towards what it owes, with what it brought."""
+
+    step: GiveBackStep
+    for_replica_id: Identifier
+    """Who wants its bytes; the first of several."""
+    asked_bytes: Bytes
+    freed_bytes: Bytes
+    step_s: Seconds
+    is_enough: bool
+    """False: the next step follows."""
+    reason: str = ""
+
+
+class Borrowing(Struct, frozen=True, kw_only=True):
+    """What one replica lent and borrowed on one GPU in a while; both in bytes times seconds."""
+
+    replica_id: Identifier
+    tenant: str
+    lent_byte_s: Count
+    """Of its request, what others used while it did not."""
+    borrowed_byte_s: Count
+    """What it was granted beyond its request."""
+
+
+class BorrowAccounted(NodeFact, frozen=True, tag="nodes.borrow_accounted.v1"):
+    """The account of a while on one GPU: all that was borrowed was lent by somebody, or by nobody's free bytes."""
+
+    gpu_uuid: str
+    from_s: UnixSeconds
+    entries: tuple[Borrowing, ...]
+    free_byte_s: Count
+    """Borrowed of what no lease asks for."""
+
+
 class GpuObserved(NodeFact, frozen=True, tag="nodes.gpu_observed.v1"):
     """Foreign or missing memory on a GPU changed what the node offers."""
 
     gpu_uuid: str
     foreign_bytes: Bytes
     used_fraction: Fraction
+
+
+class GpuFaultKind(StrEnum):
+    XID = "xid"
+    LOST = "lost"
+    """It fell off the bus: its memory is gone."""
+    ECC = "ecc"
+    THERMAL = "thermal"
+    """The driver slows it down because it is too hot."""
+    OVERUSE = "overuse"
+    """A workload was seen beyond its grant."""
+    UNANSWERED = "unanswered"
+    """The driver does not say any more how it is."""
+
+
+class GpuFaulted(NodeFact, frozen=True, tag="nodes.gpu_faulted.v1"):
+    """Something is wrong with a GPU, or with somebody on it."""
+
+    gpu_uuid: str
+    kind: GpuFaultKind
+    message: str
+    code: int = 0
+    """NVIDIA's XID number; 0 for the other kinds."""
+    replica_id: str = ""
+    """Of the workload that caused it; empty: not known, or not one of ours."""
+
+
+class GpuQuarantined(NodeFact, frozen=True, tag="nodes.gpu_quarantined.v1"):
+    """No new lease is granted on it; what serves there goes on as long as it can."""
+
+    gpu_uuid: str
+    reason: str
+    fault_count: Count
+    """Quarantines of this GPU so far, this one included: each lasts longer."""
+    quarantine_s: Seconds
+    """Until it is tried again, counted from this fact; 0: until an operator says so."""
+
+
+class GpuReinstated(NodeFact, frozen=True, tag="nodes.gpu_reinstated.v1"):
+    """It was tried and is well again."""
+
+    gpu_uuid: str
+    away_s: Seconds

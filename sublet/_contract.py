@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 import msgspec
 from msgspec import Struct
 
-ENGINES: Final = ("simulated", "training")
+ENGINES: Final = ("simulated", "training", "vllm", "sglang", "nim", "llama-server", "openai")
 KINDS: Final = ("inference", "training")
 GRADES: Final = ("hardware", "driver", "broker", "cooperative", "watched")
 """How a share is enforced, strongest first."""
@@ -44,6 +44,13 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     weights_bytes: int
     cold_start_s: float | None = None
     arguments: dict[str, str] = {}
+    image: str = ""
+    command: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    secrets: tuple[str, ...] = ()
+    runtime: str | None = None
+    swap_driver: str | None = None
+    is_elastic: bool | None = None
 
 
 class ShareSpec(Struct, frozen=True, kw_only=True):
@@ -53,6 +60,8 @@ class ShareSpec(Struct, frozen=True, kw_only=True):
     limit_bytes: int | None = None
     minimum_grade: str | None = None
     gpu_count: int = 1
+    burst_weight: int = 1
+    compute_portion: float | None = None
 
 
 class HostSpec(Struct, frozen=True, kw_only=True):

@@ -7,10 +7,16 @@ from schemas.autoscaler import ReplicasDecided
 from schemas.history import Progressed, WriterStarted
 from schemas.messages import Fact
 from schemas.nodes import (
+    BorrowAccounted,
+    GaveBack,
+    GpuFaulted,
     GpuObserved,
+    GpuQuarantined,
+    GpuReinstated,
     LeaseGranted,
     LeaseRefused,
     LeaseReleased,
+    LeaseResized,
     NodeJoined,
     ParkAbandoned,
     ReplicaDraining,
@@ -19,6 +25,7 @@ from schemas.nodes import (
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
     WakeRefused,
 )
@@ -110,6 +117,20 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
         + (f"; nothing new for {f.quarantine_s:.0f} s, loss {f.loss_count}" if f.quarantine_s else "")
     ),
     NodeJoined: lambda f: f"{f.node} offers {len(f.gpus)} GPUs ({f.label})",
+    GpuFaulted: lambda f: f"{f.gpu_uuid}: {f.message}",
+    GpuQuarantined: lambda f: (
+        f"{f.gpu_uuid} takes no new replica "
+        + (f"for {f.quarantine_s:.0f} s" if f.quarantine_s else "until an operator says so")
+        + f": {f.reason}"
+    ),
+    GpuReinstated: lambda f: f"{f.gpu_uuid} is well again after {f.away_s:.0f} s",
+    ReplicaSuspect: lambda f: f"suspect: {f.reason}",
+    LeaseResized: lambda f: f"{gib(sum(f.granted_bytes))} granted now: {f.reason.value.replace('_', ' ')}",
+    GaveBack: lambda f: (
+        f"{f.step} gave {gib(f.freed_bytes)} of {gib(f.asked_bytes)} back in {f.step_s:.2f} s"
+        + (f"; {f.reason}" if f.reason else "")
+    ),
+    BorrowAccounted: lambda f: f"borrowing on {f.gpu_uuid} accounted",
     GpuObserved: lambda f: f"{gib(f.foreign_bytes)} foreign on {f.gpu_uuid}",
     LeaseGranted: lambda f: f"{gib(sum(lease.granted_bytes for lease in f.leases))} granted by {f.node}",
     LeaseRefused: lambda f: f"{f.node} refused: {f.message}",

@@ -76,7 +76,8 @@ ENUMERATIONS = {
     f"#/$defs/{kind.__name__}"
     for kind in (
         deployments.EngineKind, deployments.WorkloadKind, deployments.IsolationGrade, deployments.Strategy,
-        deployments.AntiAffinity, inbox.Verdict, placement.ReasonCode, queries.PlanVerdict,
+        deployments.AntiAffinity, deployments.Runtime, deployments.SwapDriver, inbox.Verdict,
+        placement.ReasonCode, queries.PlanVerdict,
     )
 }  # fmt: skip
 

@@ -80,7 +80,7 @@ models.yaml:12:36: the limit 10GiB is below the request 20GiB
 models.yaml:13:11: warm must be a duration with its unit, for example 5m; found '5 minutes'
    13 |     warm: 5 minutes
       |           ^^^^^^^^^
-models.yaml:14:13: unknown engine 'simulatd'; use one of simulated, training
+models.yaml:14:13: unknown engine 'simulatd'; use one of simulated, training, vllm, sglang, nim, llama-server, openai
    14 |     engine: simulatd
       |             ^^^^^^^^  did you mean 'simulated'?
 models.yaml:15:3: 'low' is given twice
