@@ -2,8 +2,17 @@
 
 Both are Unix stream sockets. A message is one line of JSON; file descriptors travel beside the line that names them
 (SCM_RIGHTS), in the order in which it names them. One question is answered by one line before the next is asked; an
-answer that begins with ``{"refused"`` is a `BrokerRefused`. The connection is the lock: when it ends, all mappings of
-its engine are taken as gone.
+answer that begins with ``{"refused"`` is a `BrokerRefused`.
+
+An engine opens one connection for each of its GPUs, so that its shards are restored at the same time; each begins with
+`EngineHello`. A range belongs to the connection that asked for it. The connection is the lock: when it ends, the
+mappings of its ranges are taken as gone, and what its hello said was held.
+
+A message carries at most 250 descriptors beside it (the kernel's limit is 253). A line that names more is sent in as
+many parts as are needed, its descriptors in order, each batch with the first byte of its part.
+
+An image's first `PAGE_BYTES` are copied apart from the rest, in both directions: a software GPU whose large copies move
+nothing moves that much, so an engine can know its own content there too.
 
 Engines restate these in ``engines/store``; ``tests/contract`` holds both to the same bytes.
 """
@@ -13,6 +22,9 @@ from enum import StrEnum
 from msgspec import Struct
 
 from schemas.units import Bytes, Count, Epoch, Identifier, Seconds
+
+DESCRIPTORS_MAX = 250
+PAGE_BYTES = 4096
 
 # --- The node agent's side: who may hold how much ---------------------------------------------------------------------
 
@@ -132,6 +144,7 @@ class EngineHello(BrokerMessage, frozen=True):
     lease_epoch: Epoch
     key: str
     held_bytes: dict[str, Bytes] = {}
+    """{gpu_uuid: of memory that a former broker lent}. It has no range here; it is given back by its size."""
 
 
 class MemoryAsk(BrokerMessage, frozen=True):
@@ -161,6 +174,10 @@ class MemoryReturn(BrokerMessage, frozen=True):
     """The engine has unmapped the range: its memory may go to somebody else."""
 
     range_id: Identifier
+    gpu_uuid: str = ""
+    """With `size_bytes`, of memory that a former broker lent: so much less is held of what the hello said."""
+    size_bytes: Bytes = 0
+    """0: the range is one that was asked for on this connection."""
 
 
 class ImageSeal(BrokerMessage, frozen=True):
