@@ -19,7 +19,8 @@ from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
 from services.nodeagent import leases, residency
 from services.nodeagent.core import SERVICE
-from services.nodeagent.effects import NodeEffects
+from services.nodeagent.effects.hands import Hands
+from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient, HolderProblem
@@ -59,13 +60,15 @@ async def main() -> None:
                 shell=shell_settings("nodeagent"),
             )
             effects = NodeEffects(
-                settings,
-                guard=guard,
-                holder=holder,
-                engines=engines,
-                tracer=telemetry,
-                watchers=watchers,
-                report=runner.offer,
+                Hands(
+                    settings=settings,
+                    guard=guard,
+                    holder=holder,
+                    engines=engines,
+                    tracer=telemetry,
+                    watchers=watchers,
+                    report=runner.offer,
+                )
             )
             async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, holder, watchers)):
                 await serve(runner, connection, telemetry)

@@ -18,7 +18,8 @@ from devices.nvml import NvmlInventory
 from kit.outcomes import Input
 from kit.telemetry import Tracer
 from schemas.placement import ReplicaProposal
-from services.nodeagent.effects import NodeEffects
+from services.nodeagent.effects.hands import Hands
+from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
@@ -64,13 +65,15 @@ async def main(socket: str, state_dir: str, software_dir: str) -> None:
     host = softgpu.Host(Path(software_dir), gpus=0)  # Another process made it.
     async with anyio.create_task_group() as watchers:
         effects = NodeEffects(
-            settings,
-            guard=Guard(NvmlInventory()),
-            holder=holder,
-            engines=engines,
-            tracer=Tracer(None, None, root_ratio=0.0),
-            watchers=watchers,
-            report=ended.append,
+            Hands(
+                settings=settings,
+                guard=Guard(NvmlInventory()),
+                holder=holder,
+                engines=engines,
+                tracer=Tracer(None, None, root_ratio=0.0),
+                watchers=watchers,
+                report=ended.append,
+            )
         )
         replica = msgspec.json.decode(await anyio.to_thread.run_sync(sys.stdin.readline), type=ReplicaProposal)
         while word := (await anyio.to_thread.run_sync(sys.stdin.readline)).strip():

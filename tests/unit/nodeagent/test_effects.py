@@ -11,8 +11,9 @@ from schemas.deployments import DeploymentSpec, EngineSpec, ShareSpec
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal, ShareProposal
 from schemas.units import MiB
-from services.nodeagent import effects as effects_module
-from services.nodeagent.effects import NodeEffects
+from services.nodeagent.effects import parking
+from services.nodeagent.effects.hands import Hands
+from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineState, Slept
 from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import AdoptEngine, EngineLost, EngineParked, ParkEngine
@@ -64,13 +65,15 @@ async def test_engines_that_a_restarted_holder_does_not_know_are_reported_as_los
     reported: list[Input] = []
     async with anyio.create_task_group() as watchers:
         effects = NodeEffects(
-            NodeAgentSettings(),
-            guard=cast(Any, None),
-            holder=cast(Any, RestartedHolder()),
-            engines=cast(Any, Engines()),
-            tracer=Tracer(None, None, root_ratio=0.0),
-            watchers=watchers,
-            report=reported.append,
+            Hands(
+                settings=NodeAgentSettings(),
+                guard=cast(Any, None),
+                holder=cast(Any, RestartedHolder()),
+                engines=cast(Any, Engines()),
+                tracer=Tracer(None, None, root_ratio=0.0),
+                watchers=watchers,
+                report=reported.append,
+            )
         )
         await effects.perform(AdoptEngine(replica=replica(), lease_epoch=7, wake_epoch=0, should_be_parked=False), "")
 
@@ -136,13 +139,15 @@ async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:
     ended: list[Input] = []
     async with anyio.create_task_group() as watchers:
         effects = NodeEffects(
-            NodeAgentSettings(),
-            guard=cast(Any, guard),
-            holder=cast(Any, CalmHolder()),
-            engines=cast(Any, SleepingEngines()),
-            tracer=Tracer(None, None, root_ratio=0.0),
-            watchers=watchers,
-            report=ended.append,
+            Hands(
+                settings=NodeAgentSettings(),
+                guard=cast(Any, guard),
+                holder=cast(Any, CalmHolder()),
+                engines=cast(Any, SleepingEngines()),
+                tracer=Tracer(None, None, root_ratio=0.0),
+                watchers=watchers,
+                report=ended.append,
+            )
         )
         wide = replica(*used, request_bytes=4000 * MiB)
         park = ParkEngine(replica=wide, lease_epoch=7, wake_epoch=1, drain_s=1.0, reason="idle")
@@ -163,7 +168,7 @@ async def test_a_park_whose_bytes_stay_on_any_of_its_gpus_is_not_told_as_done(
     stuck: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it holds in all would still be allowed; on one GPU it is too much, and others count on these bytes."""
-    monkeypatch.setattr(effects_module, "FREED_DEADLINE_S", 0.05)
+    monkeypatch.setattr(parking, "FREED_DEADLINE_S", 0.05)
 
     result, guard = await parked({"GPU-0": 100 * MiB, "GPU-1": 100 * MiB} | {stuck: 700 * MiB})
 

@@ -1,0 +1,96 @@
+"""What every effect works with: one host's hands, and the few grips that most effects need."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from anyio.abc import TaskGroup
+
+from kit.outcomes import Input
+from kit.telemetry import Tracer
+from schemas.holders import EngineView
+from schemas.placement import ReplicaProposal
+from services.nodeagent.engine_client import EngineClient, EngineProblem
+from services.nodeagent.guard import Guard
+from services.nodeagent.holder_client import HolderClient
+from services.nodeagent.inputs import EngineEffect
+from services.nodeagent.settings import NodeAgentSettings
+
+HOLDER_RETRY_S: Final = 0.5
+log = logging.getLogger("nodeagent")
+
+
+class Gone(Exception):
+    """The engine of this lease does not run any more, or must not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hands:
+    """One host's hands."""
+
+    settings: NodeAgentSettings
+    guard: Guard
+    holder: HolderClient
+    engines: EngineClient
+    tracer: Tracer
+    watchers: TaskGroup
+    """Where those run who wait for an engine's end."""
+    report: Callable[[Input], None]
+    """Takes what nobody asked for."""
+    watched: set[tuple[str, int]] = field(default_factory=set)
+    """{(replica_id, lease_epoch)} of the engines whose end somebody waits for."""
+
+    def endpoint(self, engine: EngineView) -> str:
+        return f"http://{self.settings.engine_host}:{engine.port}"
+
+    async def running(self, effect: EngineEffect) -> EngineView:
+        """The engine of this lease; raises `Gone` when it does not run."""
+        engine = await self.holder.engine(effect.replica.replica_id)
+        if engine is None or engine.lease_epoch != effect.lease_epoch:
+            raise Gone("the holder does not know it")
+        if not engine.is_alive:
+            raise Gone(f"it ended with code {engine.exit_code}: {log_line(engine)}")
+        return engine
+
+    async def limit(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> int:
+        """Allow it so much on each of its GPUs, by shard, and give the sum as read back; see `Guard.limit`."""
+        enforced = [
+            await self.guard.limit(share.gpu_uuid, engine.namespace, granted_bytes=size)
+            for share, size in zip(replica.shares, sizes, strict=True)
+        ]
+        return sum(enforced)
+
+    async def is_idle(self, effect: EngineEffect, endpoint: str, *, timeout_s: float) -> bool:
+        """True when nothing is in flight; a training job yields between two steps by itself."""
+        if effect.replica.deployment.kind == "training":
+            return True
+        try:
+            return await self.engines.wait_until_idle(endpoint, timeout_s=timeout_s)
+        except EngineProblem as error:
+            raise Gone(str(error)) from error
+
+    async def verify(self, effect: EngineEffect, endpoint: str) -> None:
+        """It gives a token, or `Gone`."""
+        deployment = effect.replica.deployment
+        try:
+            await self.engines.verify(
+                endpoint, deployment.name, deployment.kind, timeout_s=self.settings.wake_deadline_s
+            )
+        except EngineProblem as error:
+            raise Gone(f"it does not give a token: {error}") from error
+
+
+def requests(replica: ReplicaProposal) -> tuple[int, ...]:
+    """What each of its shards is guaranteed, by shard."""
+    return tuple(share.request_bytes for share in replica.shares)
+
+
+def log_line(engine: EngineView) -> str:
+    """The last line of its log that says something, for the reason of its end."""
+    try:
+        lines = Path(engine.log_path).read_text(errors="replace").splitlines()
+    except OSError:
+        return "no log"
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "its log is empty")

@@ -1,0 +1,59 @@
+"""Every effect of the node agent, and who carries it out."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import anyio
+
+from kit.outcomes import Effect, Input
+from services.nodeagent.effects.adopting import adopt
+from services.nodeagent.effects.ending import lost, stop
+from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log
+from services.nodeagent.effects.parking import park
+from services.nodeagent.effects.probing import probe
+from services.nodeagent.effects.starting import start
+from services.nodeagent.effects.waking import wake
+from services.nodeagent.holder_client import HolderProblem
+from services.nodeagent.inputs import (
+    AdoptEngine,
+    EngineEffect,
+    ParkEngine,
+    ProbeNode,
+    StartEngine,
+    StopEngine,
+    WakeEngine,
+)
+
+Work = Callable[[Hands, Any, str], Awaitable[Input | None]]
+"""Called with the hands, the effect and the trace that it belongs to. May raise `HolderProblem`, or `Gone`."""
+
+WORK: Final[Mapping[type[Effect], Work]] = {
+    ProbeNode: probe,
+    StartEngine: start,
+    ParkEngine: park,
+    WakeEngine: wake,
+    StopEngine: stop,
+    AdoptEngine: adopt,
+}
+
+
+class NodeEffects:
+    """One host's hands at work."""
+
+    def __init__(self, hands: Hands) -> None:
+        self._hands = hands
+
+    async def perform(self, effect: Effect, traceparent: str) -> Input | None:
+        """The result; an engine that is gone is a result too. Waits for the holder as long as it is away."""
+        lost_because: str | None = None
+        while True:
+            try:
+                if lost_because is not None:
+                    assert isinstance(effect, EngineEffect), effect
+                    return await lost(self._hands, effect, lost_because)
+                return await WORK[type(effect)](self._hands, effect, traceparent)
+            except HolderProblem as problem:
+                log.warning("holder problem", extra={"reason": str(problem), "effect": type(effect).__name__})
+                await anyio.sleep(HOLDER_RETRY_S)
+            except Gone as gone:
+                lost_because = str(gone)

@@ -1,0 +1,44 @@
+"""What this host has: its GPUs with what can be enforced on them, its memory, its processors."""
+
+import os
+from pathlib import Path
+
+from kit.machine import kept_machine_id
+from services.nodeagent.effects.hands import Hands
+from services.nodeagent.inputs import NodeProbed, ProbeNode
+
+
+async def probe(hands: Hands, effect: ProbeNode, traceparent: str) -> NodeProbed:
+    settings = hands.settings
+    view = await hands.holder.view()
+    pids = frozenset(engine.pid for engine in view.engines) | {os.getpid()}
+    offers = await hands.guard.offers(settings, our_pids=pids)
+    is_software = any(offer.is_software for offer in offers)
+    budget_bytes = settings.host_budget_bytes or host_bytes("MemAvailable") // 2
+    cpu_count, memory_bytes = os.cpu_count(), host_bytes("MemTotal")
+    return NodeProbed(
+        machine_id=kept_machine_id(Path(settings.state_dir)),
+        gpus=offers,
+        host_budget_bytes=budget_bytes,
+        holder_url=settings.holder_url,
+        label="software GPU" if is_software else "real GPU",
+        cpu_millicores=None if cpu_count is None else 1000 * cpu_count,
+        memory_bytes=_beside_budget(memory_bytes, budget_bytes) if memory_bytes else None,
+    )
+
+
+def _beside_budget(memory_bytes: int, budget_bytes: int) -> int:
+    """What replicas may ask of the host's memory. A budget beyond what there is takes none: its weights are phantom."""
+    return memory_bytes - budget_bytes if budget_bytes <= memory_bytes else memory_bytes
+
+
+def host_bytes(name: str) -> int:
+    """A line of the kernel's account of memory; 0 when it does not say.
+
+    ``MemAvailable`` could be taken without swapping, as the kernel estimates it; ``MemTotal`` stays the same while
+    engines come and go.
+    """
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,97 @@
+"""Cold starts: gated, limited, read back, let go, loaded, verified, routed."""
+
+import os
+import sys
+import time
+from typing import Final
+
+import anyio
+
+from devices.api import DeviceError
+from kit.outcomes import Input
+from services.nodeagent.effects.ending import end_of, end_older, watch
+from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log, requests
+from services.nodeagent.engine_client import EngineProblem
+from services.nodeagent.guard import NotEnforced
+from services.nodeagent.holder_client import HolderProblem
+from services.nodeagent.inputs import EngineEffect, EngineStarted, StartEngine
+from services.nodeagent.launch import engine_start
+
+ENGINE_ENVIRONMENT: Final = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "HOME", "LANG")
+ENGINE_ENVIRONMENT_PREFIXES: Final = ("SOFTGPU_", "OTEL_")
+
+
+async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
+    began_s = time.monotonic()
+    replica = effect.replica
+    wish = engine_start(
+        replica,
+        lease_epoch=effect.lease_epoch,
+        settings=hands.settings,
+        python=hands.settings.engine_python or sys.executable,
+        environment=engine_environment(),
+    )
+    await end_older(hands, effect)
+    engine = await hands.holder.start(wish)
+    try:
+        enforced_bytes = await hands.limit(replica, engine, requests(replica))
+    except (NotEnforced, DeviceError) as error:
+        raise Gone(f"its share cannot be enforced: {error}") from error
+    if engine.is_gated:
+        await hands.holder.open_gate(replica.replica_id, lease_epoch=effect.lease_epoch)
+    endpoint = hands.endpoint(engine)
+    with hands.tracer.span("engine load", parent=traceparent):
+        await _until_ready(hands, effect, endpoint)
+    with hands.tracer.span("engine verify", parent=traceparent):
+        await hands.verify(effect, endpoint)
+    await hands.holder.open_route(replica.replica_id, endpoint)
+    watch(hands, effect)
+    return EngineStarted(
+        replica_id=replica.replica_id,
+        lease_epoch=effect.lease_epoch,
+        endpoint=endpoint,
+        start_s=time.monotonic() - began_s,
+        enforced_bytes=enforced_bytes,
+    )
+
+
+async def _until_ready(hands: Hands, effect: EngineEffect, endpoint: str) -> None:
+    """Ready, or `Gone` when it fails, ends, or takes too long."""
+    problem = ""
+    async with anyio.create_task_group() as tg:
+
+        async def watch_end() -> None:
+            nonlocal problem
+            while not problem:
+                try:
+                    reason = await end_of(hands, effect.replica.replica_id, effect.lease_epoch)
+                    problem = f"while loading: {reason}" if reason else ""
+                except HolderProblem as away:
+                    log.warning("holder problem", extra={"reason": str(away), "effect": "StartEngine"})
+                    await anyio.sleep(HOLDER_RETRY_S)
+            tg.cancel_scope.cancel()
+
+        async def watch_ready() -> None:
+            nonlocal problem
+            with anyio.move_on_after(hands.settings.start_deadline_s) as scope:
+                try:
+                    await hands.engines.wait_until_ready(endpoint)
+                except EngineProblem as error:
+                    problem = str(error)
+            if scope.cancelled_caught:
+                problem = f"not ready after {hands.settings.start_deadline_s:.0f} s"
+            tg.cancel_scope.cancel()
+
+        tg.start_soon(watch_end)
+        tg.start_soon(watch_ready)
+    if problem:
+        raise Gone(problem)
+
+
+def engine_environment() -> dict[str, str]:
+    """What engines inherit: nothing that could be a secret."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in ENGINE_ENVIRONMENT or name.startswith(ENGINE_ENVIRONMENT_PREFIXES)
+    }
