@@ -144,3 +144,15 @@ class GangHoldOver(Input):
     """Leases that are held for this gang have been held long enough."""
 
     gang_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OveruseSeen(Input):
+    """The watchdog measured a replica beyond what it is granted on a GPU; told once for as long as it lasts."""
+
+    gpu_uuid: str
+    replica_id: str
+    used_bytes: int
+    granted_bytes: int
+    is_stopped: bool
+    """Its grace was over on a GPU that is only watched: its engine is being stopped, and its end follows by itself."""
