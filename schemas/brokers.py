@@ -5,8 +5,10 @@ Both are Unix stream sockets. A message is one line of JSON; file descriptors tr
 answer that begins with ``{"refused"`` is a `BrokerRefused`.
 
 An engine opens one connection for each of its GPUs, so that its shards are restored at the same time; each begins with
-`EngineHello`. A range belongs to the connection that asked for it. The connection is the lock: when it ends, the
-mappings of its ranges are taken as gone, and what its hello said was held.
+`EngineHello`. A range belongs to the connection that asked for it. The connection is the lock: when it ends, nobody
+else may use its ranges, and nobody asks for more through it. But its memory counts as held until its process is gone
+or the account is closed, because a process that lives may still map it. Such a process says hello again, names as held
+what it still maps, and gives it back by its size.
 
 A message carries at most 250 descriptors beside it (the kernel's limit is 253). A line that names more is sent in as
 many parts as are needed, its descriptors in order, each batch with the first byte of its part.
@@ -43,10 +45,15 @@ class AccountOpen(BrokerMessage, frozen=True):
     """Secret; the engine gets it in its environment."""
     granted_bytes: dict[str, Bytes]
     """{gpu_uuid: the most that it may hold there}. Below what it holds: nothing more until it has given back."""
+    deployment_id: str = ""
+    """Whose images it seals: replicas of one deployment wake from each other's. Empty: the replica's own."""
 
 
 class AccountClose(BrokerMessage, frozen=True):
-    """The engine's process is gone: all its memory is taken back. Its sealed images stay until the deployment ends."""
+    """The engine's process is gone: all its memory is taken back. Its sealed images stay until the deployment ends.
+
+    Answered when the memory is free again, or in the pool. An account that is not open is no error.
+    """
 
     replica_id: Identifier
     lease_epoch: Epoch
@@ -127,6 +134,9 @@ class HostPoolView(Struct, frozen=True, kw_only=True):
 
 
 class BrokerView(Struct, frozen=True, kw_only=True):
+    broker_id: str = ""
+    """Another one than before: the broker was restarted. It knows no accounts then; open them again."""
+    pid: int = 0
     accounts: tuple[AccountView, ...]
     gpus: tuple[GpuPoolView, ...]
     host: tuple[HostPoolView, ...]
@@ -237,3 +247,5 @@ class BrokerRefused(Struct, frozen=True, kw_only=True):
 
     refused: str
     short_by_bytes: Bytes = 0
+    again_after_s: Seconds = 0.0
+    """Ask again then, such as while the agent has not yet opened the account; 0: asking again does not help."""
