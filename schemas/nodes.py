@@ -318,6 +318,18 @@ class GiveBackStep(StrEnum):
     STOP = "stop"
 
 
+class GiveBackAsked(ReplicaFact, frozen=True, tag="nodes.give_back_asked.v1"):
+    """A borrower must give bytes: the ladder begins. Each of its steps ends with `GaveBack`."""
+
+    for_replica_id: Identifier
+    """Who wants its bytes; the first of several."""
+    asked_bytes: Bytes
+    """What is missing on the GPU that lacks most, of all its borrowers together."""
+    is_owed: bool = True
+    """An owner wants them, so that the ladder goes on to its end. False: other borrowers want their part, so that it is
+    asked to shrink and no more."""
+
+
 class GaveBack(ReplicaFact, frozen=True, tag="nodes.gave_back.v1"):
     """One step of a borrower towards what it owes, with what it brought."""
 

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 
 from kit.outcomes import Effect, Input
-from schemas.nodes import GpuOffer
+from schemas.nodes import GpuOffer, ResizeReason
 from schemas.placement import ReplicaProposal
 
 
@@ -66,6 +66,34 @@ class AdoptEngine(EngineEffect):
     """After the agent's own restart: is the engine still there, and as it should be?"""
 
     should_be_parked: bool
+    granted_bytes: tuple[int, ...] = ()
+    """By shard, what it may use while it is resident; empty: its request."""
+    resize_epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResizeEngine(EngineEffect):
+    """Let it live in another grant, while it serves.
+
+    To grow, its limit is raised, then its budget. To shrink, its budget is lowered, its use proven, then its limit
+    lowered. To freeze, its limit becomes what it uses, but no less than `granted_bytes`. A newer resize of the same
+    replica ends an older one.
+    """
+
+    reason: ResizeReason
+    granted_bytes: tuple[int, ...]
+    """By shard."""
+    before_bytes: tuple[int, ...]
+    """By shard, what it was granted when this was decided; to grow: before that."""
+    resize_epoch: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictEngine(EngineEffect):
+    """End its process at once, because it has not given back what it owes; told as `EngineLost`."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +155,44 @@ class EngineLost(EngineInput):
     """The process ended, would not start, or does not answer; its bytes are proven free."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineResized(EngineInput):
+    """It lives in the grant that was asked for; to freeze: in that of `granted_bytes`."""
+
+    reason: ResizeReason
+    granted_bytes: tuple[int, ...]
+    """By shard, proven."""
+    resize_epoch: int
+    resize_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNotResized(EngineInput):
+    """It did not come to where it should in its time, or could not."""
+
+    reason: ResizeReason
+    granted_bytes: tuple[int, ...]
+    """By shard, what it is proven to live in."""
+    resize_epoch: int
+    resize_s: float
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveBackDue(EngineInput):
+    """A step of the ladder has had its time."""
+
+    resize_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BurstDue(Input):
+    """Time to share out what no lease claims."""
+
+    is_first: bool = False
+    """Of this life of the agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Bytes of each GPU while one decision is being made: what is held, what is claimed by waiting wakes, what is free."""
+"""Bytes of each GPU while one decision is being made: what is held, borrowed, claimed by waiting wakes, and free."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Ledger:
     """
 
     def __init__(self, state: NodeState, *, settled: Replica | None = None) -> None:
-        """`settled`: its drain has just ended one way or the other, so it promises nothing any more."""
+        """`settled`: what it was doing has just ended one way or the other, so it promises nothing any more."""
         self._settings = state.settings
         # Of a GPU that is gone: nothing.
         self._offered = {uuid: 0 for replica in state.replicas.values() for uuid in replica.share_bytes}
@@ -29,6 +29,7 @@ class Ledger:
         self._held = {uuid: state.held_bytes(uuid) for uuid in self._offered}
         self._claimed = dict.fromkeys(self._offered, 0)
         self._giving = dict.fromkeys(self._offered, 0)
+        self._borrowed = dict.fromkeys(self._offered, 0)
         self._resting = dict.fromkeys(self._offered, 0)
         self._fixed = dict.fromkeys(self._offered, 0)
         self._largest = dict.fromkeys(self._offered, 0)
@@ -37,8 +38,10 @@ class Ledger:
                 _add(self._claimed, replica.wanted_bytes)
             elif replica.residency is Residency.DRAINING and replica is not settled:
                 _add(self._giving, replica.yielding_bytes)
+            elif replica.residency is Residency.RESIDENT and replica is not settled:
+                _add(self._borrowed, replica.borrowed_bytes)
             if replica.residency is not Residency.FAILED:
-                self._live(replica.share_bytes, replica.residue_bytes, is_parkable=_is_parkable(replica.proposal))
+                self._live(replica.request_bytes, replica.residue_bytes, is_parkable=_is_parkable(replica.proposal))
 
     def hold(self, amounts: Mapping[str, int]) -> None:
         """Book bytes (negative: give back)."""
@@ -60,9 +63,30 @@ class Ledger:
         """A waiting wake was begun or refused."""
         _add(self._claimed, {gpu_uuid: -size for gpu_uuid, size in claimed.items()})
 
+    def claim(self, wanted: Mapping[str, int]) -> None:
+        """A wake was accepted that waits for these."""
+        _add(self._claimed, wanted)
+
+    def drain(self, replica: Replica) -> None:
+        """A resident replica begins to drain: its park will give all but its residue."""
+        _add(self._giving, replica.yielding_bytes)
+        self.settle_loan(replica.borrowed_bytes)
+
+    def lend(self, amounts: Mapping[str, int]) -> None:
+        """A resident replica has these beyond its request."""
+        _add(self._borrowed, amounts)
+
+    def settle_loan(self, amounts: Mapping[str, int]) -> None:
+        """These are borrowed no longer."""
+        _add(self._borrowed, {gpu_uuid: -size for gpu_uuid, size in amounts.items()})
+
+    def lacking_bytes(self, gpu_uuid: str) -> int:
+        """What waiting wakes want and neither is free nor comes from a park. 0 or less: nothing."""
+        return -(self.unclaimed_bytes(gpu_uuid) + self._giving[gpu_uuid])
+
     def promised_free_bytes(self, gpu_uuid: str) -> int:
-        """Unclaimed once every replica that is draining now has parked. May be negative."""
-        return self.unclaimed_bytes(gpu_uuid) + self._giving[gpu_uuid]
+        """Unclaimed once all that drains has parked and all that is borrowed is given back. May be negative."""
+        return self.unclaimed_bytes(gpu_uuid) + self._giving[gpu_uuid] + self._borrowed[gpu_uuid]
 
     def short_of(self, wanted: Mapping[str, int]) -> Shortage:
         """What is missing beyond all that is promised, on the GPU that lacks most; the first of equals."""

@@ -51,3 +51,18 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """Simulated engines without their own setting take this long to start before weights are loaded."""
     engine_python: str = ""
     """Interpreter for the engines that we ship; empty: the agent's own."""
+    burst_tick_s: float = 1.0
+    """How often bytes that no lease claims are shared out among those that may have more than their request. 0: never,
+    so that every grant is its request."""
+    burst_step_bytes: int = 512 * MiB
+    """A grant changes by so much at least: each change costs its engine some driver calls."""
+    burst_rest_s: float = 5.0
+    """Whoever has given bytes back does not grow again sooner."""
+    grow_deadline_s: float = 10.0
+    """An engine that has not grown by then keeps what it had."""
+    freeze_deadline_s: float = 0.5
+    """When an owner wants bytes, borrowers are held at what they use within this."""
+    give_back_deadline_s: float = 2.0
+    """From the wish of an owner until a borrower that was asked has shrunk; later it is parked or stopped."""
+    account_every_s: float = 60.0
+    """How often is told who lent and borrowed how much. An account that somebody's lease has left is told at once."""

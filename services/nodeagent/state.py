@@ -1,12 +1,17 @@
 """What the node agent knows: its GPUs, its leases, and where each replica is in the residency machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from schemas.deployments import DeploymentSpec, EngineKind
 from schemas.nodes import (
+    GaveBack,
+    GiveBackAsked,
+    GiveBackStep,
     GpuOffer,
     LeaseGranted,
     LeaseReleased,
+    LeaseResized,
     NodeJoined,
     ParkAbandoned,
     ReplicaDraining,
@@ -16,6 +21,7 @@ from schemas.nodes import (
     ReplicaResident,
     ReplicaStarting,
     ReplicaWaking,
+    ResizeReason,
     WakeRefused,
 )
 from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
@@ -38,6 +44,28 @@ class Residency(StrEnum):
 
 HOLDING_SHARE = frozenset({Residency.STARTING, Residency.RESIDENT, Residency.DRAINING, Residency.WAKING})
 
+ELASTIC = frozenset({EngineKind.SIMULATED})
+"""Engines whose cache grows and shrinks while they serve, unless their deployment says otherwise."""
+
+
+def is_elastic(spec: DeploymentSpec) -> bool:
+    """Whether its engine can live in another grant without a restart."""
+    said = spec.engine.is_elastic
+    return spec.engine.kind in ELASTIC if said is None else said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivingBack:
+    """Where a borrower is on the ladder."""
+
+    step: GiveBackStep
+    for_replica_id: str
+    asked_bytes: int
+    asked_at_s: float
+    step_at_s: float
+    is_owed: bool
+    """False: other borrowers want their part, and nothing harsher than a wish follows."""
+
 
 @dataclass(slots=True)
 class Replica:
@@ -49,7 +77,9 @@ class Replica:
     residency: Residency
     since_s: float
     share_bytes: dict[str, int]
-    """{gpu_uuid: what its shard there holds while it is resident}, in the order of its shards."""
+    """{gpu_uuid: what its shard there is granted now, and holds while it is resident}, in the order of its shards.
+
+    More than its request only while it is resident, draining, or being released."""
     residue_bytes: dict[str, int]
     """{gpu_uuid: what its shard there keeps while it is parked}; expected at first, measured from the first park on."""
     held_for: str = ""
@@ -69,6 +99,29 @@ class Replica:
     """While it is being released: {gpu_uuid: what it holds there}."""
     ordered_at_s: float = 0.0
     reserved_at_s: float = 0.0
+    giving_back: GivingBack | None = None
+    """While it must give bytes back; only while it is resident or draining for that."""
+    gave_back_at_s: float = 0.0
+    """When its grant last became smaller."""
+    resize_epoch: int = 0
+    """Raised whenever its size is settled anew; results of older resizes are ignored."""
+
+    @property
+    def request_bytes(self) -> dict[str, int]:
+        """{gpu_uuid: what its shard there is guaranteed while it is resident}"""
+        return {share.gpu_uuid: share.request_bytes for share in self.proposal.shares}
+
+    @property
+    def borrowed_bytes(self) -> dict[str, int]:
+        """{gpu_uuid: what it is granted there beyond its request}"""
+        return {
+            share.gpu_uuid: self.share_bytes[share.gpu_uuid] - share.request_bytes for share in self.proposal.shares
+        }
+
+    @property
+    def granted_bytes(self) -> tuple[int, ...]:
+        """By shard."""
+        return tuple(self.share_bytes.values())
 
     @property
     def step(self) -> tuple[Residency, int, int]:
@@ -95,12 +148,18 @@ class Replica:
     @property
     def wanted_bytes(self) -> dict[str, int]:
         """By GPU: what it must get there beyond what it holds, to be resident."""
-        return {gpu_uuid: size - self.held_on(gpu_uuid) for gpu_uuid, size in self.share_bytes.items()}
+        return {gpu_uuid: size - self.held_on(gpu_uuid) for gpu_uuid, size in self.request_bytes.items()}
 
     @property
     def yielding_bytes(self) -> dict[str, int]:
         """By GPU: what its park gives there."""
         return {gpu_uuid: size - self.residue_bytes[gpu_uuid] for gpu_uuid, size in self.share_bytes.items()}
+
+    def settle_at_request(self) -> None:
+        """What it borrowed has ended."""
+        self.share_bytes = self.request_bytes
+        self.giving_back = None
+        self.resize_epoch += 1
 
 
 @dataclass(slots=True)
@@ -205,6 +264,10 @@ def fold_draining(state: NodeState, fact: ReplicaDraining) -> None:
     replica = state.replicas.get(fact.replica_id)
     if replica is not None and fact.is_release:
         replica.releasing_bytes = replica.held_bytes
+    if replica is not None:
+        replica.resize_epoch += 1
+        is_parking = replica.giving_back is not None and replica.giving_back.step is GiveBackStep.PARK
+        replica.giving_back = replica.giving_back if is_parking and not fact.is_release else None
     _move(state, fact.replica_id, Residency.RELEASING if fact.is_release else Residency.DRAINING, fact.at_s)
 
 
@@ -216,6 +279,7 @@ def fold_parked(state: NodeState, fact: ReplicaParked) -> None:
     replica = _move(state, fact.replica_id, Residency.PARKED, fact.at_s)
     if replica is not None:
         replica.wake_epoch = fact.wake_epoch
+        replica.settle_at_request()
         replica.residue_bytes = dict(zip(replica.share_bytes, fact.residues(len(replica.share_bytes)), strict=True))
 
 
@@ -256,3 +320,52 @@ def fold_failed(state: NodeState, fact: ReplicaFailed) -> None:
         replica.is_started = False
         replica.endpoint = ""
         replica.victim_ids = ()
+        replica.settle_at_request()
+
+
+LADDER = (GiveBackStep.FREEZE, GiveBackStep.SHRINK, GiveBackStep.PARK, GiveBackStep.STOP)
+
+
+def next_step(replica: Replica, step: GiveBackStep) -> GiveBackStep:
+    """What follows on the ladder, least harm first; a step that this replica cannot take is left out."""
+    spec = replica.proposal.deployment
+    takes = {GiveBackStep.SHRINK: is_elastic(spec), GiveBackStep.PARK: spec.swap.is_parkable, GiveBackStep.STOP: True}
+    later = LADDER[LADDER.index(step) + 1 :]
+    return next((each for each in later if takes[each]), GiveBackStep.STOP)
+
+
+def fold_resized(state: NodeState, fact: LeaseResized) -> None:
+    replica = state.replicas.get(fact.replica_id)
+    if replica is None:
+        return
+    replica.share_bytes = dict(zip(replica.share_bytes, fact.granted_bytes, strict=True))
+    if fact.reason is ResizeReason.BURST:
+        replica.resize_epoch += 1
+    else:
+        replica.gave_back_at_s = fact.at_s
+
+
+def fold_asked(state: NodeState, fact: GiveBackAsked) -> None:
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None:
+        replica.resize_epoch += 1
+        replica.giving_back = GivingBack(
+            step=GiveBackStep.FREEZE if fact.is_owed else GiveBackStep.SHRINK,
+            for_replica_id=fact.for_replica_id,
+            asked_bytes=fact.asked_bytes,
+            asked_at_s=fact.at_s,
+            step_at_s=fact.at_s,
+            is_owed=fact.is_owed,
+        )
+
+
+def fold_gave_back(state: NodeState, fact: GaveBack) -> None:
+    replica = state.replicas.get(fact.replica_id)
+    if replica is None or replica.giving_back is None:
+        return
+    replica.resize_epoch += 1
+    replica.gave_back_at_s = fact.at_s
+    if fact.is_enough or not replica.giving_back.is_owed:
+        replica.giving_back = None
+    else:
+        replica.giving_back = replace(replica.giving_back, step=next_step(replica, fact.step), step_at_s=fact.at_s)

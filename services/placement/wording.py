@@ -9,6 +9,7 @@ from schemas.messages import Fact
 from schemas.nodes import (
     BorrowAccounted,
     GaveBack,
+    GiveBackAsked,
     GpuFaulted,
     GpuObserved,
     GpuQuarantined,
@@ -126,6 +127,11 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     GpuReinstated: lambda f: f"{f.gpu_uuid} is well again after {f.away_s:.0f} s",
     ReplicaSuspect: lambda f: f"suspect: {f.reason}",
     LeaseResized: lambda f: f"{gib(sum(f.granted_bytes))} granted now: {f.reason.value.replace('_', ' ')}",
+    GiveBackAsked: lambda f: (
+        f"must give back: {gib(f.asked_bytes)} are missing for {f.for_replica_id}"
+        if f.is_owed
+        else f"should give back: {f.for_replica_id} gets its part of {gib(f.asked_bytes)}"
+    ),
     GaveBack: lambda f: (
         f"{f.step} gave {gib(f.freed_bytes)} of {gib(f.asked_bytes)} back in {f.step_s:.2f} s"
         + (f"; {f.reason}" if f.reason else "")
