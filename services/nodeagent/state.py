@@ -108,12 +108,12 @@ class Replica:
 
     @property
     def request_bytes(self) -> dict[str, int]:
-        """{gpu_uuid: what its shard there is guaranteed while it is resident}"""
+        """By GPU: what its shard there is guaranteed while it is resident."""
         return {share.gpu_uuid: share.request_bytes for share in self.proposal.shares}
 
     @property
     def borrowed_bytes(self) -> dict[str, int]:
-        """{gpu_uuid: what it is granted there beyond its request}"""
+        """By GPU: what it is granted there beyond its request."""
         return {
             share.gpu_uuid: self.share_bytes[share.gpu_uuid] - share.request_bytes for share in self.proposal.shares
         }
