@@ -61,7 +61,7 @@ class EngineStart(Struct, frozen=True, kw_only=True):
     gpu_uuids: tuple[str, ...]
     """Becomes CUDA_VISIBLE_DEVICES unless `environment` sets it."""
     port: int = 0
-    """0: the holder picks a free one and puts it in place of ``{port}`` in the arguments."""
+    """0: the holder picks a free one and puts it in place of ``{port}`` in arguments and environment."""
 
 
 class EngineStop(Struct, frozen=True, kw_only=True):

@@ -251,6 +251,7 @@ class Engines:
 
 def _spawn_gated(wish: EngineStart, environment: Mapping[str, str], *, port: int, log_path: Path) -> Child:
     arguments = [argument.replace("{port}", str(port)) for argument in wish.arguments]
+    environment = {name: value.replace("{port}", str(port)) for name, value in environment.items()}
     try:
         return spawn(arguments, environment=environment, log_path=log_path, is_gated=True)
     except (OSError, ValueError) as error:

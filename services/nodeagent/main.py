@@ -25,6 +25,7 @@ from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.logs import read_tail
+from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
 
@@ -38,7 +39,8 @@ async def main() -> None:
     journal = Journal(Path(settings.state_dir) / "journal")
     machine = Machine(machine_id=kept_machine_id(Path(settings.state_dir)), take_over_from=settings.take_over_from)
     holder, engines = HolderClient(settings.holder_socket), EngineClient()
-    guard = Guard(await anyio.to_thread.run_sync(NvmlInventory))
+    inventory = await anyio.to_thread.run_sync(NvmlInventory)
+    guard, rooms = Guard(inventory), Rooms(inventory)
     writer = f"node.{settings.node}"
     try:
         async with connected("nodeagent", user=writer) as (bus, connection), anyio.create_task_group() as watchers:
@@ -68,6 +70,7 @@ async def main() -> None:
                     tracer=telemetry,
                     watchers=watchers,
                     report=runner.offer,
+                    rooms=rooms,
                 )
             )
             async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, holder, watchers)):

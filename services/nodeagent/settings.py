@@ -49,6 +49,8 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """Before the first restart of a failed engine; doubles each time."""
     cold_start_s: float = 10.0
     """Simulated engines without their own setting take this long to start before weights are loaded."""
+    weight_cache_dir: str = ""
+    """Folder where engines keep the weights that they download, shared by all of this host. Empty: each its own."""
     engine_python: str = ""
     """Interpreter for the engines that we ship; empty: the agent's own."""
     burst_tick_s: float = 1.0

@@ -24,6 +24,7 @@ from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
+from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 
 DRAIN_S = 20.0
@@ -63,16 +64,18 @@ async def main(socket: str, state_dir: str, software_dir: str) -> None:
     holder, engines = HolderClient(socket), EngineClient()
     ended: list[Input] = []
     host = softgpu.Host(Path(software_dir), gpus=0)  # Another process made it.
+    inventory = NvmlInventory()
     async with anyio.create_task_group() as watchers:
         effects = NodeEffects(
             Hands(
                 settings=settings,
-                guard=Guard(NvmlInventory()),
+                guard=Guard(inventory),
                 holder=holder,
                 engines=engines,
                 tracer=Tracer(None, None, root_ratio=0.0),
                 watchers=watchers,
                 report=ended.append,
+                rooms=Rooms(inventory),
             )
         )
         replica = msgspec.json.decode(await anyio.to_thread.run_sync(sys.stdin.readline), type=ReplicaProposal)

@@ -167,7 +167,12 @@ async def test_an_engine_gets_its_port_its_gpus_its_group_and_nothing_of_ours(
     monkeypatch.setenv("SOFTGPU_STATE", "kept")
     async with holder_and_agent(tmp_path, cgroup="off") as (_, agent):
         view = await agent.start(
-            "a", "sh", "-c", "echo port={port}; env; echo up", environment={"MINE": "1"}, gpu_uuids=["GPU-1", "GPU-2"]
+            "a",
+            "sh",
+            "-c",
+            "echo port={port}; env; echo up",
+            environment={"MINE": "1", "PORT": "{port}"},
+            gpu_uuids=["GPU-1", "GPU-2"],
         )
         await agent.open_gate("a")
         await agent.wait("a")
@@ -175,8 +180,8 @@ async def test_an_engine_gets_its_port_its_gpus_its_group_and_nothing_of_ours(
         lines = log_of(view).splitlines()
 
     assert {
-        f"port={view.port}", "MINE=1", "CUDA_VISIBLE_DEVICES=GPU-1,GPU-2", "SOFTGPU_GROUP=sublet-a",
-        "SOFTGPU_STATE=kept",
+        f"port={view.port}", f"PORT={view.port}", "MINE=1", "CUDA_VISIBLE_DEVICES=GPU-1,GPU-2",
+        "SOFTGPU_GROUP=sublet-a", "SOFTGPU_STATE=kept",
     } <= set(lines)  # fmt: skip
     assert not [line for line in lines if "secret" in line]
     assert view.namespace == "sublet-a"

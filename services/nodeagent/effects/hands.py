@@ -16,6 +16,7 @@ from services.nodeagent.engine_client import EngineClient, EngineProblem
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect
+from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 
 HOLDER_RETRY_S: Final = 0.5
@@ -39,6 +40,8 @@ class Hands:
     """Where those run who wait for an engine's end."""
     report: Callable[[Input], None]
     """Takes what nobody asked for."""
+    rooms: Rooms | None = None
+    """What engines see on this host's GPUs; None where none is ever started."""
     watched: set[tuple[str, int]] = field(default_factory=set)
     """{(replica_id, lease_epoch)} of the engines whose end somebody waits for."""
 

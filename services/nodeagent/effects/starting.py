@@ -15,7 +15,7 @@ from services.nodeagent.engine_client import EngineProblem
 from services.nodeagent.guard import NotEnforced
 from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import EngineEffect, EngineStarted, StartEngine
-from services.nodeagent.launch import engine_start
+from services.nodeagent.launch import engine_start, process_job
 
 ENGINE_ENVIRONMENT: Final = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "HOME", "LANG")
 ENGINE_ENVIRONMENT_PREFIXES: Final = ("SOFTGPU_", "OTEL_")
@@ -24,14 +24,15 @@ ENGINE_ENVIRONMENT_PREFIXES: Final = ("SOFTGPU_", "OTEL_")
 async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
     began_s = time.monotonic()
     replica = effect.replica
-    wish = engine_start(
+    await end_older(hands, effect)
+    assert hands.rooms is not None
+    job = process_job(
         replica,
-        lease_epoch=effect.lease_epoch,
+        rooms=await hands.rooms.of({share.gpu_uuid: share.request_bytes for share in replica.shares}),
         settings=hands.settings,
         python=hands.settings.engine_python or sys.executable,
-        environment=engine_environment(),
     )
-    await end_older(hands, effect)
+    wish = engine_start(job, lease_epoch=effect.lease_epoch, environment=engine_environment())
     engine = await hands.holder.start(wish)
     try:
         enforced_bytes = await hands.limit(replica, engine, requests(replica))
