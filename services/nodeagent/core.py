@@ -220,4 +220,10 @@ def wake_refused(state: NodeState, replica: Replica, reason: str, short_bytes: i
 
 
 def effect(kind: type[T], replica: Replica, **values: Any) -> T:
-    return kind(replica=replica.proposal, lease_epoch=replica.lease_epoch, wake_epoch=replica.wake_epoch, **values)
+    return kind(
+        replica=replica.proposal,
+        lease_epoch=replica.lease_epoch,
+        wake_epoch=replica.wake_epoch,
+        swap_driver=replica.swap_driver,
+        **values,
+    )

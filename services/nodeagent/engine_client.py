@@ -33,17 +33,6 @@ class EngineState(msgspec.Struct, kw_only=True):
     """Device bytes that it says it holds, its context included; 0 when it does not say."""
 
 
-class Slept(msgspec.Struct, kw_only=True):
-    copied_bytes: int = 0
-    freed_bytes: int = 0
-    sleep_s: float = 0.0
-
-
-class Woke(msgspec.Struct, kw_only=True):
-    copied_bytes: int = 0
-    wake_s: float = 0.0
-
-
 class _Failure(msgspec.Struct, kw_only=True):
     error: str | dict[str, object] = ""
     free_bytes: int = 0
@@ -84,13 +73,9 @@ class EngineClient:
             return True
         return False
 
-    async def sleep(self, endpoint: str, *, timeout_s: float) -> Slept:
-        return msgspec.json.decode(
-            await self._call("POST", f"{endpoint}/sleep?level=1", timeout_s=timeout_s), type=Slept
-        )
-
-    async def wake(self, endpoint: str, *, timeout_s: float) -> Woke:
-        return msgspec.json.decode(await self._call("POST", f"{endpoint}/wake_up", timeout_s=timeout_s), type=Woke)
+    async def post(self, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
+        """What it answered; for swap drivers, which know what they ask."""
+        return await self._call("POST", url, timeout_s=timeout_s, body=body)
 
     async def verify(self, endpoint: str, model: str, kind: WorkloadKind, *, timeout_s: float) -> None:
         """One token, or for training the answer that it is resident: the proof that the weights are usable."""

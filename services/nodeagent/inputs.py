@@ -6,7 +6,8 @@
 from dataclasses import dataclass
 
 from kit.outcomes import Effect, Input
-from schemas.nodes import GpuOffer, ResizeReason
+from schemas.deployments import SwapDriver
+from schemas.nodes import GpuOffer, ParkTier, ResizeReason
 from schemas.placement import ReplicaProposal
 
 
@@ -34,6 +35,8 @@ class EngineEffect(Effect):
     replica: ReplicaProposal
     lease_epoch: int
     wake_epoch: int
+    swap_driver: SwapDriver | None = None
+    """How it is parked and woken, or will be. None: as engines were before drivers had names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,7 @@ class EngineStarted(EngineInput):
     endpoint: str
     start_s: float
     enforced_bytes: int
+    swap_driver: SwapDriver | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +124,9 @@ class EngineParked(EngineInput):
     park_s: float
     drain_s: float
     reason: str
+    swap_driver: SwapDriver | None = None
+    tier: ParkTier = ParkTier.HOST
+    """`NOWHERE`: its process is gone, and its wake is a cold start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +142,9 @@ class EngineWoken(EngineInput):
     copied_bytes: int
     restore_s: float
     verify_s: float
+    swap_driver: SwapDriver | None = None
+    map_s: float = 0.0
+    copy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

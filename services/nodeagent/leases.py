@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from kit.outcomes import Context, Outcome, Timer
+from schemas.abilities import NoSwapDriver, swap_driver_for
 from schemas.deployments import GRADE_ORDER
 from schemas.nodes import Lease, LeaseGranted, LeaseRefused, LeaseReleased, RefusalReason, ReplicaDraining
 from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed, ReleaseProposed, ReplicaProposal
@@ -10,7 +11,7 @@ from services.nodeagent.core import SERVICE, current, effect, names, released, s
 from services.nodeagent.inputs import EngineStopped, GangHoldOver, StartEngine, StopEngine
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.residency import next_wakes
-from services.nodeagent.state import NodeState, Residency, expected_residue
+from services.nodeagent.state import NodeState, Residency, expected_residue, parked_host_bytes, swap_driver_of
 
 
 @SERVICE.on(PlacementProposed)
@@ -49,7 +50,8 @@ def _first_starts(state: NodeState, leased: Iterable[tuple[ReplicaProposal, int]
         if ledger.has_unclaimed(wanted):
             ledger.hold(wanted)
             yield starting(state, replica, wake_epoch=1, ctx=ctx)
-            yield StartEngine(replica=replica, lease_epoch=lease_epoch, wake_epoch=1)
+            driver = swap_driver_of(state, replica)
+            yield StartEngine(replica=replica, lease_epoch=lease_epoch, wake_epoch=1, swap_driver=driver)
 
 
 def _leases(state: NodeState, replica: ReplicaProposal, ctx: Context) -> list[Lease]:
@@ -76,7 +78,7 @@ def _refusal(state: NodeState, proposed: PlacementProposed, ctx: Context) -> Lea
     for replica in proposed.replicas:
         refused = _refusal_of(state, ledger, replica)
         if refused is None and replica.deployment.swap.is_parkable:
-            host_bytes += replica.deployment.engine.weights_bytes  # Once, however many GPUs it spans.
+            host_bytes += parked_host_bytes(state, replica, swap_driver_of(state, replica))
             if host_bytes > state.host_budget_bytes:
                 over_bytes = host_bytes - state.host_budget_bytes
                 refused = (RefusalReason.NO_HOST_MEMORY, f"host memory is short by {over_bytes} bytes", 0)
@@ -104,6 +106,10 @@ def _refusal_of(state: NodeState, ledger: Ledger, replica: ReplicaProposal) -> t
             return RefusalReason.UNKNOWN_GPU, f"no GPU {share.gpu_uuid} on this node", 0
         if minimum is not None and GRADE_ORDER.index(gpu.grade) > GRADE_ORDER.index(minimum):
             return RefusalReason.GRADE_NOT_AVAILABLE, f"this GPU gives '{gpu.grade}', not '{minimum}'", 0
+    offered = tuple(state.gpus[share.gpu_uuid].swap_drivers for share in replica.shares)
+    chosen = swap_driver_for(replica.deployment.engine, offered)
+    if replica.deployment.swap.is_parkable and isinstance(chosen, NoSwapDriver):
+        return RefusalReason.SWAP_NOT_AVAILABLE, chosen.reason, 0
     if len({share.gpu_uuid for share in replica.shares}) < len(replica.shares):
         return RefusalReason.NO_ROOM, "two of its shards are proposed for one GPU", 0
     short = ledger.short_for_lease(replica)

@@ -25,6 +25,7 @@ from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.logs import read_tail
+from services.nodeagent.mover.mover import Mover, plain_drivers
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
@@ -67,6 +68,7 @@ async def main() -> None:
                     guard=guard,
                     holder=holder,
                     engines=engines,
+                    mover=Mover(plain_drivers(engines)),
                     tracer=telemetry,
                     watchers=watchers,
                     report=runner.offer,

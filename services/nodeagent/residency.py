@@ -47,6 +47,7 @@ def engine_started(state: NodeState, started: EngineStarted, ctx: Context) -> Se
         wake_epoch=replica.wake_epoch,
         start_s=started.start_s,
         enforced_bytes=started.enforced_bytes,
+        swap_driver=started.swap_driver or replica.swap_driver,
     )
     return [ReplicaReady(node=state.settings.node, at_s=ctx.now_s, replicas=(ready,))]
 
@@ -123,6 +124,8 @@ def engine_parked(state: NodeState, parked: EngineParked, ctx: Context) -> Seque
         drain_s=parked.drain_s,
         reason=parked.reason,
         shard_residue_bytes=parked.residues,
+        swap_driver=parked.swap_driver or replica.swap_driver,
+        tier=parked.tier,
     )
     residues = dict(zip(replica.share_bytes, parked.residues, strict=True))
     return [fact, *next_wakes(state, ctx, freed=replica, residues=residues)]
@@ -265,6 +268,9 @@ def engine_woken(state: NodeState, woken: EngineWoken, ctx: Context) -> Sequence
             restore_s=woken.restore_s,
             verify_s=woken.verify_s,
             wake_s=max(0.0, ctx.now_s - replica.ordered_at_s),
+            swap_driver=woken.swap_driver or replica.swap_driver,
+            map_s=woken.map_s,
+            copy_s=woken.copy_s,
         )
     ]
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from schemas.deployments import DeploymentSpec, EngineKind
+from schemas.abilities import NoSwapDriver, image_bytes, swap_driver_for
+from schemas.deployments import DeploymentSpec, EngineKind, SwapDriver
 from schemas.nodes import (
     GaveBack,
     GiveBackAsked,
@@ -14,6 +15,7 @@ from schemas.nodes import (
     LeaseResized,
     NodeJoined,
     ParkAbandoned,
+    ParkTier,
     ReplicaDraining,
     ReplicaFailed,
     ReplicaParked,
@@ -86,6 +88,8 @@ class Replica:
     """The gang for which its lease is held: it does not start before that gang is committed."""
     hold_ends_s: float = 0.0
     """When a held lease ends by itself."""
+    swap_driver: SwapDriver | None = None
+    """How it is parked and woken: chosen at the grant and again for each start, fixed while its engine lives."""
     wake_epoch: int = 1
     """Raised at each park."""
     endpoint: str = ""
@@ -190,9 +194,9 @@ class NodeState:
     def host_bytes(self) -> int:
         """Host memory that the sealed weights of all parkable replicas take."""
         return sum(
-            r.proposal.deployment.engine.weights_bytes
-            for r in self.replicas.values()
-            if r.proposal.deployment.swap.is_parkable
+            parked_host_bytes(self, replica.proposal, replica.swap_driver)
+            for replica in self.replicas.values()
+            if replica.proposal.deployment.swap.is_parkable
         )
 
 
@@ -200,8 +204,29 @@ def new_state(settings: NodeAgentSettings) -> NodeState:
     return NodeState(settings=settings)
 
 
+def swap_driver_of(state: NodeState, proposal: ReplicaProposal) -> SwapDriver | None:
+    """How it would be parked on its GPUs as they are offered now; None where its wish cannot be met."""
+    offered = [state.gpus[share.gpu_uuid].swap_drivers for share in proposal.shares if share.gpu_uuid in state.gpus]
+    chosen = swap_driver_for(proposal.deployment.engine, tuple(offered))
+    return None if isinstance(chosen, NoSwapDriver) else chosen
+
+
+def parked_host_bytes(state: NodeState, proposal: ReplicaProposal, driver: SwapDriver | None) -> int:
+    """Host memory that it takes while it is parked."""
+    shares = proposal.shares
+    return image_bytes(
+        driver or SwapDriver.HTTP_SLEEP,
+        proposal.deployment.engine,
+        share_bytes=sum(share.request_bytes for share in shares),
+        residue_bytes=sum(expected_residue(share, state.settings) for share in shares),
+    )
+
+
 def fold_joined(state: NodeState, fact: NodeJoined) -> None:
     state.gpus = {gpu.gpu_uuid: gpu for gpu in fact.gpus}
+    for replica in state.replicas.values():
+        if not replica.has_process:
+            replica.swap_driver = swap_driver_of(state, replica.proposal)
     state.host_budget_bytes = fact.host_budget_bytes
     state.machine_id = fact.machine_id
 
@@ -223,6 +248,7 @@ def fold_granted(state: NodeState, fact: LeaseGranted) -> None:
             residue_bytes={lease.gpu_uuid: lease.residue_bytes for lease in leases},
             held_for=fact.gang_id,
             hold_ends_s=fact.at_s + fact.gang_hold_s,
+            swap_driver=swap_driver_of(state, proposal),
         )
 
 
@@ -258,6 +284,7 @@ def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
             replica.endpoint = ready.endpoint
             replica.is_started = True
             replica.attempt_count = 0
+            replica.swap_driver = ready.swap_driver
 
 
 def fold_draining(state: NodeState, fact: ReplicaDraining) -> None:
@@ -276,10 +303,17 @@ def fold_abandoned(state: NodeState, fact: ParkAbandoned) -> None:
 
 
 def fold_parked(state: NodeState, fact: ReplicaParked) -> None:
-    replica = _move(state, fact.replica_id, Residency.PARKED, fact.at_s)
+    is_nowhere = fact.tier is ParkTier.NOWHERE
+    replica = _move(state, fact.replica_id, Residency.GRANTED if is_nowhere else Residency.PARKED, fact.at_s)
     if replica is not None:
         replica.wake_epoch = fact.wake_epoch
         replica.settle_at_request()
+        replica.swap_driver = fact.swap_driver
+        if is_nowhere:  # Its next wake is a cold start, as if it had never run.
+            replica.is_started = False
+            replica.lease_epoch += 1
+            replica.endpoint = ""
+            replica.swap_driver = swap_driver_of(state, replica.proposal)
         replica.residue_bytes = dict(zip(replica.share_bytes, fact.residues(len(replica.share_bytes)), strict=True))
 
 
@@ -321,6 +355,7 @@ def fold_failed(state: NodeState, fact: ReplicaFailed) -> None:
         replica.endpoint = ""
         replica.victim_ids = ()
         replica.settle_at_request()
+        replica.swap_driver = swap_driver_of(state, replica.proposal)
 
 
 LADDER = (GiveBackStep.FREEZE, GiveBackStep.SHRINK, GiveBackStep.PARK, GiveBackStep.STOP)

@@ -24,6 +24,7 @@ from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
+from services.nodeagent.mover.mover import Mover, plain_drivers
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 
@@ -72,6 +73,7 @@ async def main(socket: str, state_dir: str, software_dir: str) -> None:
                 guard=Guard(inventory),
                 holder=holder,
                 engines=engines,
+                mover=Mover(plain_drivers(engines)),
                 tracer=Tracer(None, None, root_ratio=0.0),
                 watchers=watchers,
                 report=ended.append,

@@ -50,6 +50,7 @@ async def end(hands: Hands, effect: EngineEffect, engine: EngineView) -> None:
     await hands.holder.stop(engine.replica_id, lease_epoch=engine.lease_epoch, grace_s=grace_s)
     for share in effect.replica.shares:
         await hands.guard.clear(share.gpu_uuid, engine.namespace)
+    await hands.mover.by(effect.swap_driver).forget(hands.target(effect, engine))
     await hands.holder.forget(engine.replica_id, lease_epoch=engine.lease_epoch)
 
 
@@ -59,6 +60,11 @@ def watch(hands: Hands, effect: EngineEffect) -> None:
     if key not in hands.watched:
         hands.watched.add(key)
         hands.watchers.start_soon(_watch_end, hands, effect)
+
+
+def unwatch(hands: Hands, effect: EngineEffect) -> None:
+    """Its end is wanted, and told by whoever wants it."""
+    hands.watched.discard((effect.replica.replica_id, effect.lease_epoch))
 
 
 async def end_of(hands: Hands, replica_id: str, lease_epoch: int) -> str | None:
@@ -77,6 +83,8 @@ async def _watch_end(hands: Hands, effect: EngineEffect) -> None:
     while True:
         try:
             reason = await end_of(hands, replica_id, lease_epoch)
+            if (replica_id, lease_epoch) not in hands.watched:
+                break
             if reason is not None:
                 hands.report(await lost(hands, effect, reason))
                 break

@@ -16,6 +16,8 @@ from services.nodeagent.engine_client import EngineClient, EngineProblem
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect
+from services.nodeagent.mover.driver import SwapTarget
+from services.nodeagent.mover.mover import Mover
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 
@@ -35,6 +37,7 @@ class Hands:
     guard: Guard
     holder: HolderClient
     engines: EngineClient
+    mover: Mover
     tracer: Tracer
     watchers: TaskGroup
     """Where those run who wait for an engine's end."""
@@ -47,6 +50,16 @@ class Hands:
 
     def endpoint(self, engine: EngineView) -> str:
         return f"http://{self.settings.engine_host}:{engine.port}"
+
+    def target(self, effect: EngineEffect, engine: EngineView) -> SwapTarget:
+        """The engine as swap drivers take it."""
+        return SwapTarget(
+            replica=effect.replica,
+            lease_epoch=effect.lease_epoch,
+            engine=engine,
+            endpoint=self.endpoint(engine),
+            timeout_s=self.settings.wake_deadline_s,
+        )
 
     async def running(self, effect: EngineEffect) -> EngineView:
         """The engine of this lease; raises `Gone` when it does not run."""

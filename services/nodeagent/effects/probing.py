@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from kit.machine import kept_machine_id
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.inputs import NodeProbed, ProbeNode
@@ -13,12 +15,13 @@ async def probe(hands: Hands, effect: ProbeNode, traceparent: str) -> NodeProbed
     view = await hands.holder.view()
     pids = frozenset(engine.pid for engine in view.engines) | {os.getpid()}
     offers = await hands.guard.offers(settings, our_pids=pids)
+    swaps = await hands.mover.offered([offer.gpu_uuid for offer in offers])
     is_software = any(offer.is_software for offer in offers)
     budget_bytes = settings.host_budget_bytes or host_bytes("MemAvailable") // 2
     cpu_count, memory_bytes = os.cpu_count(), host_bytes("MemTotal")
     return NodeProbed(
         machine_id=kept_machine_id(Path(settings.state_dir)),
-        gpus=offers,
+        gpus=tuple(replace(offer, swap_drivers=swaps[offer.gpu_uuid]) for offer in offers),
         host_budget_bytes=budget_bytes,
         holder_url=settings.holder_url,
         label="software GPU" if is_software else "real GPU",

@@ -9,6 +9,7 @@ import anyio
 
 from devices.api import DeviceError
 from kit.outcomes import Input
+from schemas.holders import EngineView
 from services.nodeagent.effects.ending import end_of, end_older, watch
 from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log, requests
 from services.nodeagent.engine_client import EngineProblem
@@ -16,6 +17,7 @@ from services.nodeagent.guard import NotEnforced
 from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import EngineEffect, EngineStarted, StartEngine
 from services.nodeagent.launch import engine_start, process_job
+from services.nodeagent.mover.driver import Broken, StillResident
 
 ENGINE_ENVIRONMENT: Final = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "HOME", "LANG")
 ENGINE_ENVIRONMENT_PREFIXES: Final = ("SOFTGPU_", "OTEL_")
@@ -47,13 +49,23 @@ async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
         await hands.verify(effect, endpoint)
     await hands.holder.open_route(replica.replica_id, endpoint)
     watch(hands, effect)
+    hands.watchers.start_soon(_prepare, hands, effect, engine)
     return EngineStarted(
         replica_id=replica.replica_id,
         lease_epoch=effect.lease_epoch,
         endpoint=endpoint,
         start_s=time.monotonic() - began_s,
         enforced_bytes=enforced_bytes,
+        swap_driver=effect.swap_driver,
     )
+
+
+async def _prepare(hands: Hands, effect: EngineEffect, engine: EngineView) -> None:
+    """So that its first park need not take host memory first; when that fails, the park says so."""
+    try:
+        await hands.mover.by(effect.swap_driver).prepare(hands.target(effect, engine))
+    except (StillResident, Broken) as error:
+        log.warning("swap not prepared", extra={"reason": str(error), "replica_id": effect.replica.replica_id})
 
 
 async def _until_ready(hands: Hands, effect: EngineEffect, endpoint: str) -> None:

@@ -1,13 +1,20 @@
 """Wakes: the limit first, then the restore, then one token, then its route."""
 
 import time
+from typing import Final
+
+import anyio
 
 from kit.outcomes import Input
 from schemas.holders import EngineView
+from schemas.units import MiB
 from services.nodeagent.effects.hands import Gone, Hands, requests
 from services.nodeagent.effects.parking import proven_residues
-from services.nodeagent.engine_client import EngineProblem
-from services.nodeagent.inputs import EngineNotWoken, EngineWoken, WakeEngine
+from services.nodeagent.inputs import EngineEffect, EngineNotWoken, EngineWoken, WakeEngine
+from services.nodeagent.mover.driver import Broken, Driver, StillParked, SwapTarget, Woken
+
+AGAIN_S: Final = 0.05
+"""Before a failed wake is tried once more: as long as the driver may take to give back what another has let go."""
 
 
 async def wake(hands: Hands, effect: WakeEngine, traceparent: str) -> Input:
@@ -15,13 +22,13 @@ async def wake(hands: Hands, effect: WakeEngine, traceparent: str) -> Input:
     endpoint = hands.endpoint(engine)
     replica_id = effect.replica.replica_id
     began_s = time.monotonic()
-    await hands.limit(effect.replica, engine, requests(effect.replica))
-    with hands.tracer.span("restore", parent=traceparent) as span:
+    driver = hands.mover.by(effect.swap_driver)
+    with hands.tracer.span(f"wake by {driver.name}", parent=traceparent) as span:
         try:
-            woke = await hands.engines.wake(endpoint, timeout_s=hands.settings.wake_deadline_s)
-        except EngineProblem as error:
+            woken = await restored(hands, effect, engine)
+        except StillParked as error:
             return await _rolled_back(hands, effect, engine, error)
-        span.set("sublet.copied_bytes", woke.copied_bytes)
+        span.set("sublet.copied_bytes", woken.copied_bytes)
     restored_s = time.monotonic()
     with hands.tracer.span("verify", parent=traceparent):
         await hands.verify(effect, endpoint)
@@ -30,21 +37,39 @@ async def wake(hands: Hands, effect: WakeEngine, traceparent: str) -> Input:
         replica_id=replica_id,
         lease_epoch=effect.lease_epoch,
         endpoint=endpoint,
-        copied_bytes=woke.copied_bytes,
+        copied_bytes=woken.copied_bytes,
         restore_s=restored_s - began_s,
         verify_s=time.monotonic() - restored_s,
+        swap_driver=driver.name,
+        map_s=woken.map_s,
+        copy_s=woken.copy_s,
     )
 
 
-async def _rolled_back(hands: Hands, effect: WakeEngine, engine: EngineView, error: EngineProblem) -> Input:
-    """A wake that the engine could not do: parked as before if it says so, else lost."""
+async def restored(hands: Hands, effect: EngineEffect, engine: EngineView) -> Woken:
+    """Allowed its share again, and back in it. Raises `StillParked`, or `Gone`."""
+    driver, target = hands.mover.by(effect.swap_driver), hands.target(effect, engine)
+    await hands.limit(effect.replica, engine, requests(effect.replica))
     try:
-        state = await hands.engines.state(hands.endpoint(engine))
-    except EngineProblem:
+        return await _twice_at_most(driver, target)
+    except Broken as error:
         raise Gone(str(error)) from error
-    if state.state != "asleep":
-        raise Gone(f"{error}; it is {state.state} now") from error
-    await hands.limit(effect.replica, engine, await proven_residues(hands, effect, engine))
+
+
+async def _twice_at_most(driver: Driver, target: SwapTarget) -> Woken:
+    try:
+        return await driver.wake(target)
+    except StillParked:
+        if not driver.is_wake_repeatable:
+            raise
+    await anyio.sleep(AGAIN_S)
+    return await driver.wake(target)
+
+
+async def _rolled_back(hands: Hands, effect: WakeEngine, engine: EngineView, error: StillParked) -> Input:
+    """Parked as before, which is proven again: what failed half-way may have left something."""
+    residues = await proven_residues(hands, effect, engine)
+    await hands.limit(effect.replica, engine, [max(size, MiB) for size in residues])
     return EngineNotWoken(
         replica_id=effect.replica.replica_id,
         lease_epoch=effect.lease_epoch,

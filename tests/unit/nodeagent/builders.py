@@ -241,4 +241,9 @@ def effects(outcomes: list[Outcome]) -> list[Effect]:
 
 def start_of(agent: Agent, name: str) -> StartEngine:
     lease = agent.lease(name)
-    return StartEngine(replica=lease.proposal, lease_epoch=lease.lease_epoch, wake_epoch=lease.wake_epoch)
+    return StartEngine(
+        replica=lease.proposal,
+        lease_epoch=lease.lease_epoch,
+        wake_epoch=lease.wake_epoch,
+        swap_driver=lease.swap_driver,
+    )

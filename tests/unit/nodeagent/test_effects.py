@@ -14,9 +14,10 @@ from schemas.units import MiB
 from services.nodeagent.effects import parking
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
-from services.nodeagent.engine_client import EngineState, Slept
+from services.nodeagent.engine_client import EngineState
 from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import AdoptEngine, EngineLost, EngineParked, ParkEngine
+from services.nodeagent.mover.mover import Mover, plain_drivers
 from services.nodeagent.settings import NodeAgentSettings
 
 pytestmark = pytest.mark.anyio
@@ -70,6 +71,7 @@ async def test_engines_that_a_restarted_holder_does_not_know_are_reported_as_los
                 guard=cast(Any, None),
                 holder=cast(Any, RestartedHolder()),
                 engines=cast(Any, Engines()),
+                mover=Mover(plain_drivers(cast(Any, Engines()))),
                 tracer=Tracer(None, None, root_ratio=0.0),
                 watchers=watchers,
                 report=reported.append,
@@ -110,8 +112,8 @@ class SleepingEngines:
     async def wait_until_idle(self, endpoint: str, *, timeout_s: float) -> bool:
         return True
 
-    async def sleep(self, endpoint: str, *, timeout_s: float) -> Slept:
-        return Slept()
+    async def post(self, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
+        return b""
 
 
 class GuardOf:
@@ -144,6 +146,7 @@ async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:
                 guard=cast(Any, guard),
                 holder=cast(Any, CalmHolder()),
                 engines=cast(Any, SleepingEngines()),
+                mover=Mover(plain_drivers(cast(Any, SleepingEngines()))),
                 tracer=Tracer(None, None, root_ratio=0.0),
                 watchers=watchers,
                 report=ended.append,
