@@ -7,7 +7,7 @@ import pytest
 
 from kit.outcomes import Input
 from kit.telemetry import Tracer
-from schemas.deployments import DeploymentSpec, EngineSpec, ShareSpec
+from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, ShareSpec
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal, ShareProposal
 from schemas.units import MiB
@@ -109,7 +109,7 @@ class SleepingEngines:
     async def state(self, endpoint: str) -> EngineState:
         return EngineState(state="asleep", held_bytes=1000 * MiB)
 
-    async def wait_until_idle(self, endpoint: str, *, timeout_s: float) -> bool:
+    async def wait_until_idle(self, endpoint: str, *, timeout_s: float, kind: EngineKind) -> bool:
         return True
 
     async def post(self, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
