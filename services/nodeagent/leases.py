@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kit.outcomes import Context, Outcome, Timer
 from schemas.abilities import NoSwapDriver, swap_driver_for
-from schemas.deployments import GRADE_ORDER
 from schemas.nodes import Lease, LeaseGranted, LeaseRefused, LeaseReleased, RefusalReason, ReplicaDraining
 from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed, ReleaseProposed, ReplicaProposal
 from services.nodeagent.core import SERVICE, current, effect, names, released, starting
+from services.nodeagent.grades import why_not_enforced
 from services.nodeagent.inputs import EngineStopped, GangHoldOver, StartEngine, StopEngine
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.residency import next_wakes
@@ -99,13 +99,13 @@ def _refusal(state: NodeState, proposed: PlacementProposed, ctx: Context) -> Lea
 
 def _refusal_of(state: NodeState, ledger: Ledger, replica: ReplicaProposal) -> tuple[RefusalReason, str, int] | None:
     """Why one of its GPUs cannot take its shard, with the bytes that are free there."""
-    minimum = replica.deployment.share.minimum_grade
     for share in replica.shares:
         gpu = state.gpus.get(share.gpu_uuid)
         if gpu is None:
             return RefusalReason.UNKNOWN_GPU, f"no GPU {share.gpu_uuid} on this node", 0
-        if minimum is not None and GRADE_ORDER.index(gpu.grade) > GRADE_ORDER.index(minimum):
-            return RefusalReason.GRADE_NOT_AVAILABLE, f"this GPU gives '{gpu.grade}', not '{minimum}'", 0
+        refused = why_not_enforced(gpu, replica.deployment)
+        if refused is not None:
+            return *refused, 0
     offered = tuple(state.gpus[share.gpu_uuid].swap_drivers for share in replica.shares)
     chosen = swap_driver_for(replica.deployment.engine, offered)
     if replica.deployment.swap.is_parkable and isinstance(chosen, NoSwapDriver):

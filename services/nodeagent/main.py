@@ -22,7 +22,7 @@ from services.nodeagent.core import SERVICE
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
-from services.nodeagent.guard import Guard
+from services.nodeagent.guard.making import guard_of
 from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.logs import read_tail
 from services.nodeagent.mover.mover import Mover, plain_drivers
@@ -41,7 +41,7 @@ async def main() -> None:
     machine = Machine(machine_id=kept_machine_id(Path(settings.state_dir)), take_over_from=settings.take_over_from)
     holder, engines = HolderClient(settings.holder_socket), EngineClient()
     inventory = await anyio.to_thread.run_sync(NvmlInventory)
-    guard, rooms = Guard(inventory), Rooms(inventory)
+    guard, rooms = guard_of(settings, inventory, holder), Rooms(inventory)
     writer = f"node.{settings.node}"
     try:
         async with connected("nodeagent", user=writer) as (bus, connection), anyio.create_task_group() as watchers:

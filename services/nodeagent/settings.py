@@ -31,6 +31,14 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
 
     Not a fraction: it does not grow with the card.
     """
+    isolation_probe_s: float = 30.0
+    """How long the process that proves a GPU's isolation grade may take; 0: the driver's word is taken for it."""
+    is_trusting_engines: bool = True
+    """Whether an engine's own budget counts as `cooperative`. Without: what cannot be enforced is only watched."""
+    broker_socket: str = ""
+    """Private socket of this host's memory broker, the agent's side. Empty: no broker."""
+    broker_engine_socket: str = ""
+    """Its other socket, which engines are told."""
     residue_bytes: int = 640 * MiB
     """Expected device bytes of a parked engine (its context) until the first park measures it."""
     host_budget_bytes: int = 0

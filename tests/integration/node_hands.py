@@ -21,7 +21,7 @@ from schemas.placement import ReplicaProposal
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
-from services.nodeagent.guard import Guard
+from services.nodeagent.guard.making import guard_of
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
 from services.nodeagent.mover.mover import Mover, plain_drivers
@@ -70,7 +70,7 @@ async def main(socket: str, state_dir: str, software_dir: str) -> None:
         effects = NodeEffects(
             Hands(
                 settings=settings,
-                guard=Guard(inventory),
+                guard=guard_of(settings, inventory, holder),
                 holder=holder,
                 engines=engines,
                 mover=Mover(plain_drivers(engines)),

@@ -1,6 +1,5 @@
 """The interface of all adapters: what an engine is told at its start, and how it is asked while it runs."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -160,8 +159,7 @@ def gauge(text: str, names: tuple[str, ...]) -> float | None:
     for name in names:
         samples = [line.rsplit(maxsplit=1)[-1] for line in text.splitlines() if _names(line, name)]
         if samples:
-            total = sum(float(sample) for sample in samples)
-            return total if math.isfinite(total) else None
+            return sum(float(sample) for sample in samples)
     return None
 
 

@@ -48,8 +48,7 @@ async def end_older(hands: Hands, effect: EngineEffect) -> None:
 async def end(hands: Hands, effect: EngineEffect, engine: EngineView) -> None:
     grace_s = hands.settings.stop_grace_s
     await hands.holder.stop(engine.replica_id, lease_epoch=engine.lease_epoch, grace_s=grace_s)
-    for share in effect.replica.shares:
-        await hands.guard.clear(share.gpu_uuid, engine.namespace)
+    await hands.guard.lift(effect.replica, engine)
     await hands.mover.by(effect.swap_driver).forget(hands.target(effect, engine))
     await hands.holder.forget(engine.replica_id, lease_epoch=engine.lease_epoch)
 

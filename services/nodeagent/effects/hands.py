@@ -71,21 +71,15 @@ class Hands:
         return engine
 
     async def limit(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> int:
-        """Allow it so much on each of its GPUs, by shard, and give the sum as read back; see `Guard.limit`."""
-        enforced = [
-            await self.guard.limit(share.gpu_uuid, engine.namespace, granted_bytes=size)
-            for share, size in zip(replica.shares, sizes, strict=True)
-        ]
-        return sum(enforced)
+        """Allow it so much on each of its GPUs, by shard, and give the sum as read back; see `Guard.hold`."""
+        return await self.guard.hold(replica, engine, sizes)
 
     async def is_idle(self, effect: EngineEffect, endpoint: str, *, timeout_s: float) -> bool:
         """True when nothing is in flight; a training job yields between two steps by itself."""
         if effect.replica.deployment.kind == "training":
             return True
         try:
-            return await self.engines.wait_until_idle(
-                endpoint, timeout_s=timeout_s, kind=effect.replica.deployment.engine.kind
-            )
+            return await self.engines.wait_until_idle(endpoint, timeout_s=timeout_s)
         except EngineProblem as error:
             raise Gone(str(error)) from error
 

@@ -14,7 +14,7 @@ async def probe(hands: Hands, effect: ProbeNode, traceparent: str) -> NodeProbed
     settings = hands.settings
     view = await hands.holder.view()
     pids = frozenset(engine.pid for engine in view.engines) | {os.getpid()}
-    offers = await hands.guard.offers(settings, our_pids=pids)
+    offers = await hands.guard.offers(our_pids=pids)
     swaps = await hands.mover.offered([offer.gpu_uuid for offer in offers])
     is_software = any(offer.is_software for offer in offers)
     budget_bytes = settings.host_budget_bytes or host_bytes("MemAvailable") // 2

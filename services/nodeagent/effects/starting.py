@@ -6,6 +6,7 @@ import time
 from typing import Final
 
 import anyio
+from msgspec import structs
 
 from devices.api import DeviceError
 from kit.outcomes import Input
@@ -35,6 +36,9 @@ async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
         python=hands.settings.engine_python or sys.executable,
     )
     wish = engine_start(job, lease_epoch=effect.lease_epoch, environment=engine_environment())
+    # Over what the deployment sets: nobody chooses another account or another ceiling.
+    held = hands.guard.environment(replica, lease_epoch=effect.lease_epoch)
+    wish = structs.replace(wish, environment=wish.environment | held)
     engine = await hands.holder.start(wish)
     try:
         enforced_bytes = await hands.limit(replica, engine, requests(replica))
@@ -46,6 +50,10 @@ async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
     with hands.tracer.span("engine load", parent=traceparent):
         await _until_ready(hands, effect, endpoint)
     with hands.tracer.span("engine verify", parent=traceparent):
+        try:
+            await hands.guard.verify(replica, engine)
+        except (NotEnforced, DeviceError) as error:
+            raise Gone(f"its share is not enforced: {error}") from error
         await hands.verify(effect, endpoint)
     await hands.holder.open_route(replica.replica_id, endpoint)
     watch(hands, effect)
@@ -88,7 +96,7 @@ async def _until_ready(hands: Hands, effect: EngineEffect, endpoint: str) -> Non
             nonlocal problem
             with anyio.move_on_after(hands.settings.start_deadline_s) as scope:
                 try:
-                    await hands.engines.wait_until_ready(endpoint, effect.replica.deployment.engine.kind)
+                    await hands.engines.wait_until_ready(endpoint)
                 except EngineProblem as error:
                     problem = str(error)
             if scope.cancelled_caught:

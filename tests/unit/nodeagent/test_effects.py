@@ -1,5 +1,6 @@
 """What the node agent's hands notice by themselves."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import anyio
@@ -7,7 +8,7 @@ import pytest
 
 from kit.outcomes import Input
 from kit.telemetry import Tracer
-from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, ShareSpec
+from schemas.deployments import DeploymentSpec, EngineSpec, ShareSpec
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal, ShareProposal
 from schemas.units import MiB
@@ -109,7 +110,7 @@ class SleepingEngines:
     async def state(self, endpoint: str) -> EngineState:
         return EngineState(state="asleep", held_bytes=1000 * MiB)
 
-    async def wait_until_idle(self, endpoint: str, *, timeout_s: float, kind: EngineKind) -> bool:
+    async def wait_until_idle(self, endpoint: str, *, timeout_s: float) -> bool:
         return True
 
     async def post(self, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
@@ -126,12 +127,12 @@ class GuardOf:
     async def used_bytes(self, gpu_uuid: str, namespace: str, pid: int) -> int:
         return self._used[gpu_uuid]
 
-    async def limit(self, gpu_uuid: str, namespace: str, *, granted_bytes: int) -> int:
-        self.limits[gpu_uuid] = granted_bytes
-        return granted_bytes
+    async def hold(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> int:
+        self.limits = {share.gpu_uuid: size for share, size in zip(replica.shares, sizes, strict=True)}
+        return sum(sizes)
 
-    async def clear(self, gpu_uuid: str, namespace: str) -> None:
-        self.limits.pop(gpu_uuid, None)
+    async def lift(self, replica: ReplicaProposal, engine: EngineView) -> None:
+        self.limits = {}
 
 
 async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:

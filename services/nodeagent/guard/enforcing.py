@@ -1,0 +1,204 @@
+"""`Guard`: which backend holds on which GPU of this host, and all that the rest of the agent asks of it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace as replaced
+from typing import Final
+
+import anyio.to_thread
+
+from devices.api import GpuDescription, Inventory, NotSupported
+from schemas.deployments import GRADE_ORDER, IsolationGrade
+from schemas.holders import EngineView
+from schemas.nodes import GpuOffer
+from schemas.placement import ReplicaProposal
+from schemas.units import GB, MiB
+from services.nodeagent.broker_client import BrokerProblem
+from services.nodeagent.grades import brokered_bytes, is_brokered
+from services.nodeagent.guard.accounts import Accounts
+from services.nodeagent.guard.api import Backend, NotEnforced, Share, Verdict
+from services.nodeagent.guard.broker import BrokerQuota
+from services.nodeagent.guard.cooperative import EnginesBudget, Watched
+from services.nodeagent.guard.driver import DriverLimits
+from services.nodeagent.guard.hardware import HardwarePart
+from services.nodeagent.guard.proof import Proof
+from services.nodeagent.settings import NodeAgentSettings
+
+log = logging.getLogger("nodeagent")
+
+LINK_GB_PER_S: Final = {3: 13.0, 4: 26.0, 5: 53.0, 6: 106.0}
+"""Achieved with pinned memory on 16 lanes, by PCIe generation; 53 is NVIDIA's figure for an H100 (gen 5)."""
+
+NOBODYS_BYTES_MAX: Final = 64 * MiB
+"""Used on a GPU beside what the driver reserves and what it lists by process: rounding, no engine's memory."""
+
+
+class Guard:
+    """Limits on the GPUs of this host. Without a `proof`, what the driver says of itself is believed."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        settings: NodeAgentSettings,
+        *,
+        proof: Proof | None = None,
+        accounts: Accounts | None = None,
+    ) -> None:
+        self.inventory = inventory
+        self.accounts = accounts
+        self._settings = settings
+        self._backends: Sequence[Backend] = (
+            HardwarePart(inventory),
+            DriverLimits(inventory, proof),
+            BrokerQuota(inventory, accounts, proof, reserve_bytes=settings.reserve_bytes),
+            EnginesBudget(inventory),
+            Watched(inventory),
+        )
+        assert [backend.grade for backend in self._backends] == list(GRADE_ORDER), "the strongest is tried first"
+        self._chosen: dict[str, tuple[Backend, Verdict]] = {}
+
+    # --- What is here -------------------------------------------------------------------------------------------------
+
+    async def offers(self, *, our_pids: frozenset[int]) -> tuple[GpuOffer, ...]:
+        """Every GPU of this host, with the grade that trying found, now."""
+        offers = []
+        for gpu in await anyio.to_thread.run_sync(self.inventory.gpus):
+            self._chosen[gpu.uuid] = await self._choose(gpu)
+            offers.append(await anyio.to_thread.run_sync(self._offer, gpu, our_pids))
+        return tuple(offers)
+
+    async def _choose(self, gpu: GpuDescription) -> tuple[Backend, Verdict]:
+        """The strongest backend that holds, with why; behind it, why the stronger ones do not."""
+        missing = []
+        for backend in self._backends:
+            if backend.grade is IsolationGrade.COOPERATIVE and not self._settings.is_trusting_engines:
+                missing.append("this host trusts no engine's budget")
+                continue
+            verdict = await backend.prove(gpu)
+            if verdict.is_proven:
+                return backend, replaced(verdict, reason="; ".join([verdict.reason, *missing]))
+            if backend.grade is not IsolationGrade.HARDWARE:
+                missing.append(verdict.reason)
+        raise AssertionError("the last backend always holds")
+
+    def _offer(self, gpu: GpuDescription, our_pids: frozenset[int]) -> GpuOffer:
+        backend, verdict = self._chosen[gpu.uuid]
+        used = self.inventory.process_bytes(gpu.uuid)
+        lanes_fraction = (gpu.link_width_count or 16) / 16
+        return GpuOffer(
+            gpu_uuid=gpu.uuid,
+            index=gpu.index,
+            name=gpu.name,
+            capacity_bytes=gpu.capacity_bytes,
+            reserve_bytes=self._settings.reserve_bytes + gpu.reserved_bytes,
+            foreign_bytes=sum(size or 0 for pid, size in used.items() if pid not in our_pids),
+            grade=backend.grade,
+            grade_reason=verdict.reason,
+            link_bytes_per_s=LINK_GB_PER_S.get(gpu.link_generation or 4, 26.0) * lanes_fraction * GB,
+            is_software=gpu.is_software,
+            peer_bytes_per_s=dict(self.inventory.peer_bytes_per_s(gpu.uuid)),
+        )
+
+    async def grade(self, gpu_uuid: str) -> IsolationGrade:
+        return (await self._backend(gpu_uuid)).grade
+
+    async def _backend(self, gpu_uuid: str) -> Backend:
+        """As found at the last look; effects of an earlier life may come before the first."""
+        if gpu_uuid not in self._chosen:
+            gpus = await anyio.to_thread.run_sync(self.inventory.gpus)
+            gpu = next((gpu for gpu in gpus if gpu.uuid == gpu_uuid), None)
+            if gpu is None:
+                raise NotEnforced(f"no GPU {gpu_uuid} on this host")
+            self._chosen[gpu_uuid] = await self._choose(gpu)
+        return self._chosen[gpu_uuid][0]
+
+    # --- What engines may hold ----------------------------------------------------------------------------------------
+
+    def environment(self, replica: ReplicaProposal, *, lease_epoch: int) -> dict[str, str]:
+        """What its engine needs to be held; for the holder, before it starts."""
+        if self.accounts is None or not is_brokered(replica.deployment.engine):
+            return {}
+        return self.accounts.environment(replica.replica_id, lease_epoch=lease_epoch)
+
+    async def hold(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> int:
+        """Hold the engine to so much on each of its GPUs, by shard, and give the sum of the limits as read back.
+
+        0 where none can be set; the grade says so. Before its gate opens, and at each new grant. Takes nothing back.
+        Raises `NotEnforced`, `DeviceError`.
+        """
+        shares = [await self._share(replica, index, engine, size) for index, size in enumerate(sizes)]
+        if self.accounts is not None and is_brokered(replica.deployment.engine):
+            try:
+                await self.accounts.allow(
+                    replica.replica_id,
+                    lease_epoch=engine.lease_epoch,
+                    tenant=replica.tenant,
+                    deployment_id=replica.deployment_id,
+                    granted_bytes={share.gpu_uuid: share.brokered_bytes for share in shares},
+                )
+            except BrokerProblem as problem:
+                raise NotEnforced(str(problem)) from problem
+        return sum([await (await self._backend(share.gpu_uuid)).enforce(share) for share in shares])
+
+    async def verify(self, replica: ReplicaProposal, engine: EngineView) -> None:
+        """When it is ready: it is under its limits. Raises `NotEnforced`, `DeviceError`."""
+        for index, proposed in enumerate(replica.shares):
+            share = await self._share(replica, index, engine, proposed.request_bytes)
+            await (await self._backend(share.gpu_uuid)).verify(share)
+
+    async def lift(self, replica: ReplicaProposal, engine: EngineView) -> None:
+        """Its process is gone, its cgroup goes next. Idempotent."""
+        for index in range(len(replica.shares)):
+            share = await self._share(replica, index, engine, 0)
+            await (await self._backend(share.gpu_uuid)).lift(share)
+        if self.accounts is not None and is_brokered(replica.deployment.engine):
+            await self.accounts.close(replica.replica_id, lease_epoch=engine.lease_epoch)
+
+    async def _share(self, replica: ReplicaProposal, index: int, engine: EngineView, granted_bytes: int) -> Share:
+        proposed = replica.shares[index]
+        lent_bytes = 0
+        if self.accounts is not None:
+            lent_bytes = brokered_bytes(
+                replica.deployment.engine,
+                granted_bytes=granted_bytes,
+                context_bytes=await self._context_bytes(proposed.gpu_uuid),
+                shard_count=len(replica.shares),
+            )
+        return Share(
+            gpu_uuid=proposed.gpu_uuid,
+            namespace=engine.namespace,
+            request_bytes=proposed.request_bytes,
+            granted_bytes=granted_bytes,
+            brokered_bytes=lent_bytes,
+            replica_id=replica.replica_id,
+            lease_epoch=engine.lease_epoch,
+        )
+
+    async def _context_bytes(self, gpu_uuid: str) -> int:
+        """As measured when the grade was tried, else as the setting expects it."""
+        await self._backend(gpu_uuid)
+        measured_bytes = self._chosen[gpu_uuid][1].context_bytes
+        return self._settings.residue_bytes if measured_bytes is None else measured_bytes
+
+    async def used_bytes(self, gpu_uuid: str, namespace: str, pid: int) -> int | None:
+        """What the engine uses now, by the driver's account; None when it does not say."""
+        grade = await self.grade(gpu_uuid)
+        return await anyio.to_thread.run_sync(self._used_bytes, gpu_uuid, namespace, pid, grade)
+
+    def _used_bytes(self, gpu_uuid: str, namespace: str, pid: int, grade: IsolationGrade) -> int | None:
+        try:
+            if grade is IsolationGrade.DRIVER:
+                return self.inventory.limit(gpu_uuid, namespace).used_bytes
+            return self._listed_bytes(gpu_uuid, pid)
+        except NotSupported:
+            return None
+
+    def _listed_bytes(self, gpu_uuid: str, pid: int) -> int | None:
+        """Of a process that is not listed it is 0 only when nobody's bytes are missing from the list."""
+        listed = self.inventory.process_bytes(gpu_uuid)
+        if pid in listed:
+            return listed[pid]
+        memory = self.inventory.memory(gpu_uuid)
+        reserved_bytes = next((gpu.reserved_bytes for gpu in self.inventory.gpus() if gpu.uuid == gpu_uuid), 0)
+        nobodys_bytes = memory.used_bytes - reserved_bytes - sum(size or 0 for size in listed.values())
+        return 0 if nobodys_bytes < NOBODYS_BYTES_MAX else None
