@@ -44,6 +44,10 @@ class WakeFailedError(Exception):
         self.is_fatal = is_fatal
 
 
+class NotSealedError(Exception):
+    """The content could not be kept in host memory; nothing was let go, and the engine is resident as before."""
+
+
 class DamagedError(Exception):
     """What lies in device memory is not what was put there."""
 

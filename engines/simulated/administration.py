@@ -35,6 +35,8 @@ class AdministrationRoutes:
         app.router.add_post("/wake_up", self.wake_up)
         app.router.add_get("/sublet/state", self.state)
         app.router.add_post("/sublet/budget", self.budget)
+        app.router.add_get("/sublet/weights", self.weights)
+        app.router.add_post("/sublet/weights", self.update_weights)
 
     async def health(self, _: web.Request) -> web.Response:
         """200 while the engine is alive, asleep too, as vLLM answers; 503 while it loads and after it failed."""
@@ -87,6 +89,8 @@ class AdministrationRoutes:
                 "kv_used_bytes": batcher.used_blocks * batcher.geometry.block_bytes,
                 "context_bytes": engine.context_bytes,
                 "held_bytes": engine.held_bytes,
+                "is_brokered": engine.is_brokered,
+                "gpus": engine.shares,
                 "budget_bytes": engine.target_bytes,
                 "context_tokens_max": engine.serving.tokens_max,
                 "weights_generation": engine.weights_generation,
@@ -95,6 +99,13 @@ class AdministrationRoutes:
                 "gpu_sharing": engine.pace.sharing.mode if engine.pace.sees_neighbours else "alone",
             }
         )
+
+    async def weights(self, _: web.Request) -> web.Response:
+        digest = await self._engine.weights_digest()
+        return json_response({"weights_generation": self._engine.weights_generation, "digest": digest})
+
+    async def update_weights(self, _: web.Request) -> web.Response:
+        return json_response(await self._changes.finish(self._engine.update_weights()))
 
     async def budget(self, request: web.Request) -> web.Response:
         try:

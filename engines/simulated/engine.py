@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from devices.api import DeviceError, OutOfMemory
+from engines.backing import Backing, backing_of
 from engines.errors import DamagedError, LoadFailedError, WakeFailedError, invalid, unavailable
 from engines.gpu import GpuThread, OpenedGpu, open_gpus
 from engines.model.timing import TimingModel
@@ -22,13 +24,16 @@ from engines.simulated.reports import (
     EngineSettings,
     EngineState,
     SleepReport,
+    UpdateReport,
     WakeReport,
     out_of_memory,
 )
 from engines.simulated.serving import Serving, Ticket
 from engines.simulated.shards import ShardedMemory
+from engines.store.connection import StoreError
 
 WAKE_TAGS = frozenset({"weights", "kv_cache"})
+FIRST_GENERATION = 1
 
 
 class Engine:
@@ -44,8 +49,9 @@ class Engine:
         self.is_paused = False  # level 0 sleep: memory stays, requests are refused
         self.failure = ""  # why, when the state is FAILED
         self.target_bytes = settings.memory_bytes  # the budget, reached or not
-        self.weights_generation = 1
         self.held_bytes = 0  # on the device, by our own books
+        self.shares: list[dict[str, object]] = []  # the same, of each GPU
+        self.is_brokered = False  # memory comes from the host's memory broker
         self.device_label = "unknown"  # until the GPU is open
         self._log = log
         self._gpu_thread = GpuThread()
@@ -62,6 +68,10 @@ class Engine:
     def weights_bytes(self) -> int:
         """As they lie on the device: rounded up to its granularity once that is known."""
         return self.settings.weights_bytes if self._memory is None else self._memory.weights.size_bytes
+
+    @property
+    def weights_generation(self) -> int:
+        return FIRST_GENERATION if self._memory is None else self._memory.weights.generation
 
     @property
     def context_bytes(self) -> int:
@@ -114,6 +124,9 @@ class Engine:
         except OutOfMemory as error:
             self._log.error("CUDA out of memory", requested_bytes=error.requested_bytes, free_bytes=error.free_bytes)
             raise out_of_memory(error) from error
+        except StoreError as error:
+            self._log.error("memory broker did not lend", reason=error.reason)
+            raise unavailable(f"The memory broker did not lend: {error}", "broker_unavailable") from error
         except DeviceError as error:
             self._break(str(error))
             raise unavailable(f"The engine has failed: {error}", "engine_failed") from error
@@ -147,7 +160,9 @@ class Engine:
             gpus = await self._gpu_thread.run(open_gpus, self.settings.gpu_uuids)
             self.device_label = gpus[0].label
             self._log.bind(device=self.device_label)
-            memory = await self._gpu_thread.run(self._load_memory, gpus, self._plan(gpus))
+            backings = await self._gpu_thread.run(lambda: [backing_of(gpu) for gpu in gpus])
+            self.is_brokered = any(backing.is_brokered for backing in backings)
+            memory = await self._gpu_thread.run(self._load_memory, gpus, backings, self._plan(gpus))
         except OutOfMemory as error:
             raise LoadFailedError(
                 "CUDA out of memory",
@@ -158,6 +173,8 @@ class Engine:
             ) from error
         except (DeviceError, DamagedError) as error:
             raise LoadFailedError("GPU not usable", reason=str(error), gpu=",".join(self.settings.gpu_uuids)) from error
+        except (StoreError, ValueError) as error:
+            raise LoadFailedError("memory broker not usable", reason=str(error)) from error
         self._memory = memory
         self.pace.join(self.settings.gpu_uuids, self._log)
         self._apply_block_limit()
@@ -171,6 +188,7 @@ class Engine:
             is_context_measured=all(gpu.is_context_measured for gpu in gpus),
             weights_address=hex(memory.weights.address),
             is_bulk_checked=memory.weights.is_bulk_checked,
+            is_brokered=self.is_brokered,
         )
 
     def _plan(self, gpus: Sequence[OpenedGpu]) -> MemoryPlan:
@@ -180,6 +198,7 @@ class Engine:
             weights_bytes=-(-self.settings.weights_bytes // len(gpus)),
             context_bytes=max(gpu.context_bytes for gpu in gpus),
             granularity_bytes=max(gpu.device.granularity_bytes for gpu in gpus),
+            is_brokered=self.is_brokered,
         )
         if self.settings.memory_bytes < plan.minimum_bytes:
             raise LoadFailedError(
@@ -191,12 +210,23 @@ class Engine:
             )
         return plan
 
-    def _load_memory(self, gpus: Sequence[OpenedGpu], plan: MemoryPlan) -> ShardedMemory:
+    def _load_memory(self, gpus: Sequence[OpenedGpu], backings: Sequence[Backing], plan: MemoryPlan) -> ShardedMemory:
         """On the GPU thread."""
-        memory = ShardedMemory(gpus, plan=plan, label=self.settings.model, generation=self.weights_generation)
-        memory.weights.restore()
+        memory = ShardedMemory(
+            gpus, plan=plan, label=self.settings.model, generation=FIRST_GENERATION, backings=backings
+        )
+        memory.weights.load()
         memory.weights.verify()
-        memory.grow_kv(plan.slab_count(self.settings.memory_bytes))
+        try:
+            memory.kv.grow(plan.slab_count(self.settings.memory_bytes))
+        except OutOfMemory:
+            # The account was opened before anybody knew what our context takes: live in what it allows.
+            if not self.is_brokered or not memory.kv.backed_count:
+                raise
+            self.target_bytes = plan.fixed_bytes + memory.kv.backed_count * plan.slab_bytes
+            self._log.warning(
+                "budget not reached", memory_bytes=self.settings.memory_bytes, target_bytes=self.target_bytes
+            )
         return memory
 
     # -- sleep and wake
@@ -211,29 +241,36 @@ class Engine:
             started_s = time.perf_counter()
             self.transition = "sleeping"
             try:
-                freed_bytes = await self._fall_asleep(level=level, is_waiting=is_waiting, timeout_s=timeout_s)
-            except DeviceError as error:
+                report = await self._fall_asleep(level=level, is_waiting=is_waiting, timeout_s=timeout_s)
+            except (DeviceError, StoreError) as error:
                 self._break(str(error))
                 raise unavailable(f"The engine has failed: {error}", "engine_failed") from error
             finally:
                 self.transition = None
-            return SleepReport(freed_bytes=freed_bytes, sleep_s=time.perf_counter() - started_s)
+            return replace(report, sleep_s=time.perf_counter() - started_s)
 
-    async def _fall_asleep(self, *, level: int, is_waiting: bool, timeout_s: float | None) -> int:
+    async def _fall_asleep(self, *, level: int, is_waiting: bool, timeout_s: float | None) -> SleepReport:
         if is_waiting and not await self.serving.drain(timeout_s):
             self._log.warning("requests outlasted the time to drain", in_flight_count=self.serving.in_flight_count)
         self.serving.fail_all(unavailable("Aborted: the engine is going to sleep.", "aborted_by_sleep"))
         if level == 0:
             self.is_paused = True
-            return 0
-        freed_bytes = await self._gpu_thread.run(self._loaded_memory().drop_all)
+            return SleepReport()
+        memory = self._loaded_memory()
+        try:
+            # Nothing has been let go yet: an engine whose weights cannot be kept stays resident.
+            copied_bytes = await self._gpu_thread.run(memory.weights.seal)
+        except StoreError as error:
+            self._log.error("weights not sealed", reason=error.reason)
+            raise unavailable(f"The weights could not be sealed: {error}", "not_sealed") from error
+        freed_bytes = await self._gpu_thread.run(memory.drop_all)
         self.serving.has_workspace = False
         self.serving.set_block_limit(0, dropped_error=unavailable("The engine is asleep.", "model_asleep"))
         self._refresh_books()
         self.state = EngineState.ASLEEP
         self.is_paused = False
-        self._log.info("asleep", freed_bytes=freed_bytes, copied_bytes=0, held_bytes=self.held_bytes)
-        return freed_bytes
+        self._log.info("asleep", freed_bytes=freed_bytes, copied_bytes=copied_bytes, held_bytes=self.held_bytes)
+        return SleepReport(freed_bytes=freed_bytes, copied_bytes=copied_bytes)
 
     async def wake(self, tags: frozenset[str]) -> WakeReport:
         """Weights and KV memory back, verified. Idempotent. With one tag only that part; resident needs both.
@@ -278,7 +315,7 @@ class Engine:
         try:
             if "weights" in tags and not memory.weights.is_resident:
                 restored = memory.weights.restore()
-                copied_bytes, map_s, copy_s = restored.restored_bytes, restored.back_s, restored.restore_s
+                copied_bytes, map_s, copy_s = restored.copied_bytes, restored.map_s, restored.copy_s
                 verify_s = memory.weights.verify()
             if "kv_cache" in tags:
                 kv_started_s = time.perf_counter()
@@ -287,9 +324,40 @@ class Engine:
         except OutOfMemory as error:
             memory.drop_all()
             raise WakeFailedError(f"CUDA out of memory: {error}", free_bytes=memory.free_bytes()) from error
+        except StoreError as error:
+            memory.drop_all()
+            raise WakeFailedError(f"The memory broker did not lend: {error}", free_bytes=None) from error
         except (DamagedError, DeviceError) as error:
             raise WakeFailedError(str(error), free_bytes=None, is_fatal=True) from error
         return WakeReport(copied_bytes=copied_bytes, map_s=map_s, copy_s=copy_s, verify_s=verify_s)
+
+    # -- weights
+
+    async def update_weights(self) -> UpdateReport:
+        """Other weights of the next generation, as a reload or a merge would leave them; the next sleep seals them.
+
+        Raises `EngineError` unless the engine is resident.
+        """
+        async with self._lock:
+            self.check_serving()
+            memory = self._loaded_memory()
+            started_s = time.perf_counter()
+            try:
+                await self._gpu_thread.run(memory.weights.update)
+                digest = await self._gpu_thread.run(memory.weights.digest)
+            except DeviceError as error:
+                self._break(str(error))
+                raise unavailable(f"The engine has failed: {error}", "engine_failed") from error
+            self._log.info("weights updated", weights_generation=self.weights_generation)
+            return UpdateReport(
+                weights_generation=self.weights_generation, digest=digest, update_s=time.perf_counter() - started_s
+            )
+
+    async def weights_digest(self) -> str:
+        """Of what lies on the device now. Raises `EngineError` unless the engine is resident."""
+        async with self._lock:
+            self.check_serving()
+            return await self._gpu_thread.run(self._loaded_memory().weights.digest)
 
     # -- budget
 
@@ -316,6 +384,8 @@ class Engine:
                 await self._gpu_thread.run(memory.kv.grow, wanted_count)
             except OutOfMemory as error:
                 self._log.warning("budget not reached", target_bytes=memory_bytes, free_bytes=error.free_bytes)
+            except StoreError as error:
+                self._log.warning("budget not reached", target_bytes=memory_bytes, reason=error.reason)
             self._apply_block_limit()
             await self._settle_budget()
             return BudgetReport(
@@ -360,6 +430,7 @@ class Engine:
 
     def _refresh_books(self) -> None:
         self.held_bytes = self._loaded_memory().held_bytes
+        self.shares = self._loaded_memory().shares()
 
     async def run(self) -> None:
         """Serve until cancelled."""

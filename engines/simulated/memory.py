@@ -1,25 +1,33 @@
 """The device memory of the simulated engine: weights at a stable address, and KV memory in slabs that come and go.
 
-The weights have a *sealed* copy in pinned host memory, written once. They never change on the device, so putting the
-engine to sleep copies nothing: the device memory is let go, and waking restores it from the seal.
+The weights have a *sealed* copy in host memory, the engine's own or the memory broker's (`engines.backing`), written
+once. While they do not change on the device, putting the engine to sleep copies nothing: the device memory is let go,
+and waking restores it from the seal. After an update the next sleep seals them anew.
 
 All calls block; the engine makes them on its GPU thread.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 
-from devices.api import Device, HostBuffer, MiB, OutOfMemory, Region, RestoreResult, round_up
+from devices.api import Device, GiB, MiB, OutOfMemory, Region, round_up
+from engines.backing import Backing, OwnBacking, Restored, moves_bulk_bytes
 from engines.errors import DamagedError
 from engines.gpu import OpenedGpu
 from engines.probes import PROBE_BYTES, Probe, damaged, digest_of, probe_content, probe_offsets
+from engines.store.connection import StoreError
 
 # KV memory is given back in slabs of about a sixty-fourth of it: fine enough to return a small part, coarse enough
 # that 40 GiB are 640 driver calls (about 0.1 s). 64 MiB is also what `devices` creates at a time.
 SLAB_BYTES_MAX = 64 * MiB
 SLABS_WANTED = 64
+# A slab of the broker's costs a question and an answer (about 0.3 ms) beside the driver's calls. So there are never
+# more than about 64 to 80 of them, in whole pieces of 64 MiB where they are that large.
+BROKERED_SLAB_BYTES_MAX = 4 * GiB
+BROKERED_PIECE_BYTES = 64 * MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,31 +54,55 @@ class MemoryPlan:
         return max(memory_bytes - self.fixed_bytes, 0) // self.slab_bytes
 
 
-def plan_memory(*, memory_bytes: int, weights_bytes: int, context_bytes: int, granularity_bytes: int) -> MemoryPlan:
+def plan_memory(
+    *,
+    memory_bytes: int,
+    weights_bytes: int,
+    context_bytes: int,
+    granularity_bytes: int,
+    is_brokered: bool = False,
+) -> MemoryPlan:
     """The division of a budget. It may be too small: compare it with `minimum_bytes`."""
     weights_bytes = round_up(weights_bytes, granularity_bytes=granularity_bytes)
     kv_bytes = max(memory_bytes - context_bytes - weights_bytes - granularity_bytes, 0)
     slab_bytes = round_up(kv_bytes // SLABS_WANTED, granularity_bytes=granularity_bytes)
+    if is_brokered and slab_bytes > BROKERED_PIECE_BYTES:
+        slab_bytes = round_up(slab_bytes, granularity_bytes=BROKERED_PIECE_BYTES)
     return MemoryPlan(
         context_bytes=context_bytes,
         weights_bytes=weights_bytes,
         workspace_bytes=granularity_bytes,
-        slab_bytes=min(max(slab_bytes, granularity_bytes), SLAB_BYTES_MAX),
+        slab_bytes=min(max(slab_bytes, granularity_bytes), BROKERED_SLAB_BYTES_MAX if is_brokered else SLAB_BYTES_MAX),
     )
 
 
 class Weights:
-    """The weights of one model: an address range, the sealed host copy, and probes to know them by."""
+    """The weights of one model on one GPU: an address range, its sealed copy, and probes to know them by.
 
-    def __init__(self, gpu: OpenedGpu, *, label: str, size_bytes: int, generation: int) -> None:
+    `load` makes them; from then on they are resident, or dropped and sealed.
+    """
+
+    def __init__(
+        self,
+        gpu: OpenedGpu,
+        *,
+        label: str,
+        size_bytes: int,
+        generation: int,
+        backing: Backing | None = None,
+        name: str = "weights",
+    ) -> None:
         self.generation = generation
+        self.sealed_generation = 0  # of the copy in host memory; 0: there is none
+        # Whether whole copies move real bytes: then the probes of the whole range are verified, else the first alone.
+        self.is_bulk_checked = not gpu.is_software
+        self._is_software = gpu.is_software
+        self._backing: Backing = backing or OwnBacking(gpu.device)
         self._device: Device = gpu.device
         self._region: Region = self._device.reserve(size_bytes)
-        self._host: HostBuffer = self._device.host_arena(self._region.size_bytes)
-        self._probes = self._seal(label)
-        # Whether whole copies move real bytes; on the software GPU found out at the first restore.
-        self._is_bulk_checked = not gpu.is_software
-        self._has_restored = False
+        self._label = label
+        self._name = name
+        self._probes: tuple[Probe, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -85,42 +117,69 @@ class Weights:
         return self._device.is_backed(self._region)
 
     @property
-    def is_bulk_checked(self) -> bool:
-        """False in the software GPU's phantom mode, where only the first page is moved and verified."""
-        return self._is_bulk_checked
+    def is_dirty(self) -> bool:
+        """The device has content that host memory has not."""
+        return self.sealed_generation != self.generation
 
-    def restore(self) -> RestoreResult:
-        """Bring the weights to the device at link speed. Raises `OutOfMemory` with nothing left behind."""
-        result = self._device.restore(self._region, self._host)
-        # In phantom mode a large copy moves nothing; the first page is small enough to be moved for real.
-        self._device.copy_to_device(self._region, self._host, size_bytes=PROBE_BYTES)
-        return result
+    def load(self) -> None:
+        """Memory, content, and its sealed copy. Raises `OutOfMemory`, `StoreError`; there is no second try."""
+        self._backing.prepare(self._region, self._name)
+        self._backing.back(self._region, self._name)
+        if self._is_software:
+            self.is_bulk_checked = moves_bulk_bytes(self._device, self._region)
+        self._device.fill(self._region, 0)  # what a former owner left is not part of the weights
+        self._probes = self._written()
+        # Replicas of one model have the same bytes, so the broker keeps them once.
+        self._seal(content_id=f"simulated:{self._label}:{self.size_bytes}:{self.generation}")
+
+    def update(self) -> None:
+        """Other content of the next generation, as a reload or a merge would leave it. They have to be resident."""
+        self.generation += 1
+        self._probes = self._written()
+
+    def seal(self) -> int:
+        """Bring the host copy up to date; the bytes copied, none where it is. Raises `StoreError`, still resident."""
+        return self._seal(content_id="") if self.is_dirty else 0
+
+    def restore(self) -> Restored:
+        """Bring the sealed weights to the device at link speed. Raises `OutOfMemory` with nothing left behind."""
+        return self._backing.restore(self._region, self._name, generation=self.sealed_generation)
 
     def verify(self) -> float:
-        """Compare the probes with what was sealed; the seconds it took. Raises `DamagedError`."""
+        """Compare the probes with what was put there; the seconds it took. Raises `DamagedError`."""
         started_s = time.perf_counter()
-        wrong = damaged(self._probes[:1], self._read)
-        bulk = self._probes[1:]
-        if not self._has_restored and not self._is_bulk_checked:
-            self._is_bulk_checked = bool(bulk) and not damaged(bulk, self._read)
-        if self._is_bulk_checked:
-            wrong += damaged(bulk, self._read)
+        wrong = damaged(self._checked_probes, self._read)
         if wrong:
             raise DamagedError(wrong)
-        self._has_restored = True
         return time.perf_counter() - started_s
 
-    def drop(self) -> int:
-        """Let the device memory go without copying; the bytes freed."""
-        return self._device.unback(self._region).released_bytes
+    def digest(self) -> str:
+        """Of what lies on the device now at the places that are verified."""
+        content = hashlib.blake2b(digest_size=16)
+        for probe in self._checked_probes:
+            content.update(self._read(probe.offset_bytes))
+        return content.hexdigest()
 
-    def _seal(self, label: str) -> tuple[Probe, ...]:
+    def drop(self) -> int:
+        """Let the device memory go without copying; the bytes freed. What was not sealed is lost."""
+        return self._backing.unback(self._region, self._name)
+
+    @property
+    def _checked_probes(self) -> tuple[Probe, ...]:
+        return self._probes if self.is_bulk_checked else self._probes[:1]
+
+    def _written(self) -> tuple[Probe, ...]:
         probes = []
         for offset in probe_offsets(self._region.size_bytes):
-            content = probe_content(label, generation=self.generation, offset_bytes=offset)
-            self._host.write(content, offset_bytes=offset)
+            content = probe_content(self._label, generation=self.generation, offset_bytes=offset)
+            self._device.write(self._region, content, offset_bytes=offset)
             probes.append(Probe(offset_bytes=offset, digest=digest_of(content)))
         return tuple(probes)
+
+    def _seal(self, *, content_id: str) -> int:
+        copied_bytes = self._backing.seal(self._region, self._name, generation=self.generation, content_id=content_id)
+        self.sealed_generation = self.generation
+        return copied_bytes
 
     def _read(self, offset_bytes: int) -> bytes:
         return self._device.read(self._region, offset_bytes=offset_bytes, size_bytes=PROBE_BYTES)
@@ -129,10 +188,10 @@ class Weights:
 class KvSlabs:
     """KV memory as slabs of one size. The first `backed_count` have memory behind them."""
 
-    def __init__(self, device: Device, *, slab_bytes: int) -> None:
+    def __init__(self, backing: Backing, *, slab_bytes: int) -> None:
         self.slab_bytes = slab_bytes
         self.backed_count = 0
-        self._device = device
+        self._backing = backing
         self._regions: list[Region] = []
 
     @property
@@ -143,8 +202,8 @@ class KvSlabs:
         """Back slabs up to that many. Raises `OutOfMemory` and keeps those that it got."""
         while self.backed_count < slab_count:
             if self.backed_count == len(self._regions):
-                self._regions.append(self._device.reserve(self.slab_bytes))
-            self._device.back(self._regions[self.backed_count])
+                self._regions.append(self._backing.device.reserve(self.slab_bytes))
+            self._backing.back(self._regions[self.backed_count], self._name(self.backed_count))
             self.backed_count += 1
 
     def shrink(self, slab_count: int) -> int:
@@ -152,40 +211,61 @@ class KvSlabs:
         freed_bytes = 0
         while self.backed_count > slab_count:
             self.backed_count -= 1
-            freed_bytes += self._device.unback(self._regions[self.backed_count]).released_bytes
+            freed_bytes += self._backing.unback(self._regions[self.backed_count], self._name(self.backed_count))
         return freed_bytes
+
+    @staticmethod
+    def _name(slab: int) -> str:
+        return f"kv-{slab}"
 
 
 class Workspace:
     """A little memory taken when the engine gets busy, as a real one takes activations: here it may run out."""
 
-    def __init__(self, device: Device, *, size_bytes: int) -> None:
-        self._device = device
-        self._region = device.reserve(size_bytes)
+    def __init__(self, backing: Backing, *, size_bytes: int) -> None:
+        self._backing = backing
+        self._region = backing.device.reserve(size_bytes)
 
     @property
     def is_held(self) -> bool:
-        return self._device.is_backed(self._region)
+        return self._backing.device.is_backed(self._region)
 
     def take(self) -> None:
         """Raises `OutOfMemory`. Idempotent."""
         if not self.is_held:
-            self._device.back(self._region)
+            self._backing.back(self._region, "workspace")
 
     def give_back(self) -> int:
         """The bytes freed. Idempotent."""
-        return self._device.unback(self._region).released_bytes
+        return self._backing.unback(self._region, "workspace")
 
 
 class EngineMemory:
     """All device memory of one engine."""
 
-    def __init__(self, gpu: OpenedGpu, *, plan: MemoryPlan, label: str, generation: int) -> None:
+    def __init__(
+        self,
+        gpu: OpenedGpu,
+        *,
+        plan: MemoryPlan,
+        label: str,
+        generation: int,
+        backing: Backing | None = None,
+        name: str = "weights",
+    ) -> None:
         self.plan = plan
         self.gpu = gpu
-        self.weights = Weights(gpu, label=label, size_bytes=plan.weights_bytes, generation=generation)
-        self.kv = KvSlabs(gpu.device, slab_bytes=plan.slab_bytes)
-        self.workspace = Workspace(gpu.device, size_bytes=plan.workspace_bytes)
+        self.backing: Backing = backing or OwnBacking(gpu.device)
+        self.weights = Weights(
+            gpu,
+            label=label,
+            size_bytes=plan.weights_bytes,
+            generation=generation,
+            backing=self.backing,
+            name=name,
+        )
+        self.kv = KvSlabs(self.backing, slab_bytes=plan.slab_bytes)
+        self.workspace = Workspace(self.backing, size_bytes=plan.workspace_bytes)
 
     @property
     def held_bytes(self) -> int:
@@ -203,7 +283,7 @@ class EngineMemory:
         before_count = self.kv.backed_count
         try:
             self.kv.grow(slab_count)
-        except OutOfMemory:
+        except (OutOfMemory, StoreError):
             self.kv.shrink(before_count)
             raise
 
@@ -214,3 +294,4 @@ class EngineMemory:
     def close(self) -> None:
         """Leave the device; everything on it is freed."""
         self.gpu.device.close()
+        self.backing.close()

@@ -50,7 +50,7 @@ def out_of_memory(error: OutOfMemory) -> EngineError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SleepReport:
-    """Weights are never copied on the way out: their sealed host copy is unchanged."""
+    """Weights are copied on the way out only after an update: else their sealed copy is what the device has."""
 
     copied_bytes: int = 0
     freed_bytes: int = 0
@@ -58,8 +58,20 @@ class SleepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """The device has these weights now; `digest` is of the places that a wake verifies."""
+
+    weights_generation: int
+    digest: str
+    update_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WakeReport:
-    """`copy_s` runs from the start of the restore to its last byte and overlaps `map_s`; the parts do not add up."""
+    """`copy_s` ends with the last byte and overlaps `map_s`; the parts do not add up.
+
+    The memory broker counts it from the first byte on the link, the engine itself from the start of the restore.
+    """
 
     copied_bytes: int = 0
     map_s: float = 0.0

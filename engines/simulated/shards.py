@@ -1,19 +1,23 @@
 """One engine's memory over all of its GPUs: the same plan on each, weights and KV memory spread evenly.
 
-It offers what `EngineMemory` offers for one GPU, and is that with one. GPUs are served one after the other, on the
-engine's one GPU thread: a restore takes as long as on one GPU with as many bytes, although each has a link of its own.
+It offers what `EngineMemory` offers for one GPU, and is that with one. What takes long (load, seal, restore, verify,
+drop) runs on all GPUs at the same time, a thread for each, for each has a link of its own.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from devices.api import OutOfMemory, RestoreResult
+from devices.api import DeviceError, OutOfMemory
+from engines.backing import Restored, at_once
 from engines.simulated.memory import EngineMemory, KvSlabs, MemoryPlan, Weights, Workspace
+from engines.store.connection import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from engines.backing import Backing
     from engines.gpu import OpenedGpu
 
 
@@ -40,26 +44,51 @@ class ShardedWeights:
     def is_bulk_checked(self) -> bool:
         return all(shard.is_bulk_checked for shard in self._shards)
 
-    def restore(self) -> RestoreResult:
-        """Bring all shards to their devices. Raises `OutOfMemory` with nothing left behind on any."""
+    @property
+    def generation(self) -> int:
+        return self._shards[0].generation
+
+    def load(self) -> None:
+        """All shards on their devices, and sealed. Raises `OutOfMemory`, `StoreError`."""
+        at_once([shard.load for shard in self._shards])
+
+    def update(self) -> None:
+        """Other content of the next generation on every device."""
+        for shard in self._shards:
+            shard.update()
+
+    def seal(self) -> int:
+        """Bring the host copies up to date; the bytes copied, none where they are."""
+        return sum(at_once([shard.seal for shard in self._shards]))
+
+    def restore(self) -> Restored:
+        """Bring all shards to their devices. On any error nothing is left behind on any.
+
+        Seconds are those of the shard that took longest: they run side by side.
+        """
         try:
-            results = [shard.restore() for shard in self._shards]
-        except OutOfMemory:
+            results = at_once([shard.restore for shard in self._shards])
+        except (DeviceError, StoreError):
             self.drop()
             raise
-        return RestoreResult(
-            restored_bytes=sum(result.restored_bytes for result in results),
-            back_s=sum(result.back_s for result in results),
-            restore_s=sum(result.restore_s for result in results),
+        return Restored(
+            copied_bytes=sum(result.copied_bytes for result in results),
+            map_s=max(result.map_s for result in results),
+            copy_s=max(result.copy_s for result in results),
+            restore_s=max(result.restore_s for result in results),
         )
 
     def verify(self) -> float:
         """The seconds it took. Raises `DamagedError` for the first shard that is not what was sealed."""
-        return sum(shard.verify() for shard in self._shards)
+        return max(at_once([shard.verify for shard in self._shards]))
+
+    def digest(self) -> str:
+        """Of what lies on the devices now, shard by shard."""
+        return "-".join(shard.digest() for shard in self._shards)
 
     def drop(self) -> int:
         """Let the device memory go without copying; the bytes freed."""
-        return sum(shard.drop() for shard in self._shards)
+        return sum(at_once([shard.drop for shard in self._shards]))
 
 
 class ShardedKv:
@@ -79,15 +108,14 @@ class ShardedKv:
     def grow(self, slab_count: int) -> None:
         """Back slabs up to that many on each. Raises `OutOfMemory` and keeps as many as every GPU has room for."""
         try:
-            for shard in self._shards:
-                shard.grow(slab_count)
-        except OutOfMemory:
+            at_once([partial(shard.grow, slab_count) for shard in self._shards])
+        except (OutOfMemory, StoreError):
             self.shrink(self.backed_count)
             raise
 
     def shrink(self, slab_count: int) -> int:
         """Let slabs go down to that many on each; the bytes freed."""
-        return sum(shard.shrink(slab_count) for shard in self._shards)
+        return sum(at_once([partial(shard.shrink, slab_count) for shard in self._shards]))
 
 
 class ShardedWorkspace:
@@ -105,7 +133,7 @@ class ShardedWorkspace:
         try:
             for shard in self._shards:
                 shard.take()
-        except OutOfMemory:
+        except (OutOfMemory, StoreError):
             self.give_back()
             raise
 
@@ -117,10 +145,25 @@ class ShardedWorkspace:
 class ShardedMemory:
     """All device memory of one engine. `plan` is that of each GPU, sizes are of all together."""
 
-    def __init__(self, gpus: Sequence[OpenedGpu], *, plan: MemoryPlan, label: str, generation: int) -> None:
+    def __init__(
+        self,
+        gpus: Sequence[OpenedGpu],
+        *,
+        plan: MemoryPlan,
+        label: str,
+        generation: int,
+        backings: Sequence[Backing] | None = None,
+    ) -> None:
         self.plan = plan
         self._shards = [
-            EngineMemory(gpu, plan=plan, label=f"{label}/{index}" if index else label, generation=generation)
+            EngineMemory(
+                gpu,
+                plan=plan,
+                label=f"{label}/{index}" if index else label,
+                generation=generation,
+                backing=backings[index] if backings else None,
+                name=f"weights-{index}",
+            )
             for index, gpu in enumerate(gpus)
         ]
         self.weights = ShardedWeights([shard.weights for shard in self._shards])
@@ -141,6 +184,18 @@ class ShardedMemory:
         """What is on the devices now, by our own books."""
         return sum(shard.held_bytes for shard in self._shards)
 
+    def shares(self) -> list[dict[str, object]]:
+        """What is held of each GPU: the context, which is the engine's own, apart from what the broker lends."""
+        return [
+            {
+                "gpu_uuid": shard.gpu.device.gpu_uuid,
+                "context_bytes": shard.plan.context_bytes,
+                "brokered_bytes": shard.backing.brokered_bytes,
+                "held_bytes": shard.held_bytes,
+            }
+            for shard in self._shards
+        ]
+
     def free_bytes(self) -> int:
         """Free on the GPU that has least, as the driver reports it."""
         return min(shard.free_bytes() for shard in self._shards)
@@ -150,13 +205,13 @@ class ShardedMemory:
         before_count = self.kv.backed_count
         try:
             self.kv.grow(slab_count)
-        except OutOfMemory:
+        except (OutOfMemory, StoreError):
             self.kv.shrink(before_count)
             raise
 
     def drop_all(self) -> int:
         """Workspace, KV memory and weights off the devices, nothing copied; the bytes freed. Idempotent."""
-        return sum(shard.drop_all() for shard in self._shards)
+        return sum(at_once([shard.drop_all for shard in self._shards]))
 
     def close(self) -> None:
         """Leave the devices; everything on them is freed."""

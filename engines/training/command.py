@@ -118,6 +118,8 @@ class Routes:
                 "kv_bytes": 0,
                 "context_bytes": job.context_bytes,
                 "held_bytes": job.held_bytes,
+                "is_brokered": job.is_brokered,
+                "gpus": job.shares,
                 "budget_bytes": job.settings.memory_bytes,
                 "weights_generation": job.progress.step_count,  # every step changes the memory
                 "steps": job.progress.step_count,

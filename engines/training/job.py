@@ -13,11 +13,13 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from devices.api import DeviceError, OutOfMemory
-from engines.errors import DamagedError, LoadFailedError, WakeFailedError, unavailable
+from engines.backing import Backing, backing_of
+from engines.errors import DamagedError, LoadFailedError, NotSealedError, WakeFailedError, unavailable
 from engines.gpu import GpuThread, OpenedGpu, open_gpus
 from engines.model.sharing import Sharing
 from engines.model.timing import StepCost
 from engines.pacing import GpuPace
+from engines.store.connection import StoreError
 from engines.training.progress import Progress, beginning
 from engines.training.shards import ShardedTrainingMemory
 
@@ -87,6 +89,8 @@ class Job:
         self.checkpointed_step_count = 0  # steps that the newest checkpoint has
         self.checkpoint_count = 0  # written by this process
         self.held_bytes = 0  # on the device, by our own books
+        self.shares: list[dict[str, object]] = []  # the same, of each GPU
+        self.is_brokered = False  # memory comes from the host's memory broker
         self.context_bytes = 0
         self.memory_bytes = 0  # of the job's own, resident or not
         self.device_label = "unknown"  # until the GPU is open
@@ -124,7 +128,9 @@ class Job:
             gpus = await self._gpu_thread.run(open_gpus, self.settings.gpu_uuids)
             self.device_label = gpus[0].label
             self._log.bind(device=self.device_label)
-            self._memory = await self._gpu_thread.run(self._take_memory, gpus)
+            backings = await self._gpu_thread.run(lambda: [backing_of(gpu) for gpu in gpus])
+            self.is_brokered = any(backing.is_brokered for backing in backings)
+            self._memory = await self._gpu_thread.run(self._take_memory, gpus, backings)
         except OutOfMemory as error:
             raise LoadFailedError(
                 "CUDA out of memory",
@@ -135,9 +141,11 @@ class Job:
             ) from error
         except DeviceError as error:
             raise LoadFailedError("GPU not usable", reason=str(error), gpu=",".join(self.settings.gpu_uuids)) from error
+        except (StoreError, ValueError) as error:
+            raise LoadFailedError("memory broker not usable", reason=str(error)) from error
         self.context_bytes = sum(gpu.context_bytes for gpu in gpus)
         self.memory_bytes = self._memory.size_bytes
-        self.held_bytes = self.context_bytes + self.memory_bytes
+        self._refresh_books()
         self.pace.join(self.settings.gpu_uuids, self._log)
         self.state = JobState.RESIDENT
         self._may_step.set()
@@ -150,7 +158,7 @@ class Job:
             resumed_steps=self.resumed_step_count,
         )
 
-    def _take_memory(self, gpus: Sequence[OpenedGpu]) -> ShardedTrainingMemory:
+    def _take_memory(self, gpus: Sequence[OpenedGpu], backings: Sequence[Backing]) -> ShardedTrainingMemory:
         """On the GPU thread; as much on each GPU as on every other."""
         granularity_bytes = max(gpu.device.granularity_bytes for gpu in gpus)
         context_bytes = max(gpu.context_bytes for gpu in gpus)
@@ -161,7 +169,16 @@ class Job:
                 memory_bytes=self.settings.memory_bytes,
                 minimum_bytes=context_bytes + granularity_bytes,
             )
-        memory = ShardedTrainingMemory(gpus, label=self.settings.model, size_bytes=own_bytes)
+        label = self.settings.model
+        try:
+            memory = ShardedTrainingMemory(gpus, label=label, size_bytes=own_bytes, backings=backings)
+        except OutOfMemory as error:
+            # The account was opened before anybody knew what our context takes: live in what it allows.
+            allowed_bytes = (error.free_bytes or 0) // granularity_bytes * granularity_bytes
+            if not self.is_brokered or not allowed_bytes:
+                raise
+            self._log.warning("budget not reached", wanted_bytes=own_bytes, allowed_bytes=allowed_bytes)
+            memory = ShardedTrainingMemory(gpus, label=label, size_bytes=allowed_bytes, backings=backings)
         memory.place(self.progress)
         return memory
 
@@ -215,14 +232,18 @@ class Job:
                 async with self._step:
                     self._check_usable()
                     saved = await self._gpu_thread.run(self._loaded_memory().save)
-            except DeviceError as error:
+            except NotSealedError as error:
+                self._log.error("memory not sealed", reason=str(error))
+                self._may_step.set()
+                raise unavailable(f"The job's memory could not be sealed: {error}", "not_sealed") from error
+            except (DeviceError, StoreError) as error:
                 self._break(str(error))
                 raise unavailable(f"The job has failed: {error}", "engine_failed") from error
             finally:
                 self.transition = None
             self.state = JobState.ASLEEP
             self.pace.rest()
-            self.held_bytes = self.context_bytes
+            self._refresh_books()
             report = SleepReport(
                 copied_bytes=saved.copied_bytes,
                 freed_bytes=saved.freed_bytes,
@@ -255,7 +276,7 @@ class Job:
             finally:
                 self.transition = None
             self.state = JobState.RESIDENT
-            self.held_bytes = self.context_bytes + self.memory_bytes
+            self._refresh_books()
             self._may_step.set()
             report = WakeReport(
                 copied_bytes=copied.copied_bytes,
@@ -279,12 +300,14 @@ class Job:
             memory.verify(expected)
         except OutOfMemory as error:
             raise WakeFailedError(f"CUDA out of memory: {error}", free_bytes=memory.free_bytes()) from error
+        except StoreError as error:
+            raise WakeFailedError(f"The memory broker did not lend: {error}", free_bytes=None) from error
         except (DeviceError, DamagedError) as error:
             raise WakeFailedError(str(error), free_bytes=None, is_fatal=True) from error
         return WakeReport(
-            copied_bytes=restored.restored_bytes,
-            map_s=restored.back_s,
-            copy_s=restored.restore_s,
+            copied_bytes=restored.copied_bytes,
+            map_s=restored.map_s,
+            copy_s=restored.copy_s,
             verify_s=time.perf_counter() - verify_started_s,
         )
 
@@ -293,6 +316,11 @@ class Job:
             raise unavailable("The job is still loading.", "model_loading")
         if self.state is JobState.FAILED:
             raise unavailable(f"The job has failed: {self.failure}", "engine_failed")
+
+    def _refresh_books(self) -> None:
+        own_bytes = 0 if self.state is JobState.ASLEEP else self.memory_bytes
+        self.held_bytes = self.context_bytes + own_bytes
+        self.shares = self._loaded_memory().shares()
 
     def _loaded_memory(self) -> ShardedTrainingMemory:
         assert self._memory is not None, "used before it is loaded"

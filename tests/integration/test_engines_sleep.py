@@ -110,6 +110,24 @@ def test_sleep_copies_nothing_frees_all_but_the_context_and_wake_brings_it_back(
         assert engine.complete(model="small-model").json["choices"] == before
 
 
+def test_updated_weights_are_sealed_by_the_next_sleep_alone_and_come_back(world: World) -> None:
+    with world.engine().ready() as engine:
+        first = engine.get("/sublet/weights").json
+        updated = engine.post("/sublet/weights").json
+        assert (1, 2) == (first["weights_generation"], updated["weights_generation"])
+        assert first["digest"] != updated["digest"]
+
+        for copied_bytes in (engine.get("/sublet/state").json["weights_bytes"], 0):
+            assert engine.post("/sleep").json["copied_bytes"] == copied_bytes
+            assert engine.get("/sublet/weights").error["code"] == "model_asleep"
+            assert engine.post("/wake_up").status == 200
+            assert engine.get("/sublet/weights").json == {
+                "weights_generation": 2,
+                "digest": updated["digest"],
+            }
+        assert ask(engine) == 200
+
+
 def test_real_bytes_are_verified_over_the_whole_range_and_phantom_ones_are_not(world: World) -> None:
     is_phantom = world.host.status()["is_phantom"]
     with world.engine() as engine:

@@ -49,13 +49,15 @@ def test_weights_and_kv_memory_lie_on_every_gpu_and_go_from_every_gpu() -> None:
     memory = ShardedMemory(gpus, plan=PLAN, label="m", generation=1)
     before = free_bytes(gpus)
 
+    memory.weights.load()
+    memory.weights.drop()
     restored = memory.weights.restore()
     memory.weights.verify()
     memory.grow_kv(4)
 
     each_bytes = GiB + 4 * PLAN.slab_bytes
     assert [each_bytes, each_bytes] == taken(gpus, before)
-    assert 2 * GiB == restored.restored_bytes == memory.weights.size_bytes
+    assert 2 * GiB == restored.copied_bytes == memory.weights.size_bytes
     assert (4 * memory.slab_bytes, 4) == (memory.kv.size_bytes, memory.kv.backed_count)
     assert 2 * each_bytes == memory.drop_all()
     assert [0, 0] == taken(gpus, before)
@@ -64,6 +66,8 @@ def test_weights_and_kv_memory_lie_on_every_gpu_and_go_from_every_gpu() -> None:
 def test_weights_that_do_not_fit_on_one_gpu_stay_on_none() -> None:
     gpus = opened_gpus()
     memory = ShardedMemory(gpus, plan=PLAN, label="m", generation=1)
+    memory.weights.load()
+    memory.weights.drop()
     fill(gpus[1], leaving_bytes=100 * MiB)
     before = free_bytes(gpus)
 
@@ -104,7 +108,7 @@ def test_a_workspace_that_one_gpu_has_no_room_for_is_taken_on_none() -> None:
 def test_damage_on_any_gpu_is_noticed() -> None:
     gpus = opened_gpus()
     memory = ShardedMemory(gpus, plan=PLAN, label="m", generation=1)
-    memory.weights.restore()
+    memory.weights.load()
     second = memory._shards[1].weights
     gpus[1].device.write(second._region, bytes(8))
 

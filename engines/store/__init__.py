@@ -1,0 +1,1 @@
+"""Device memory from the host's memory broker: asked for over a Unix socket, mapped at addresses that stay."""

@@ -1,0 +1,205 @@
+"""Ranges of one GPU whose memory the broker lends: taken, given back, sealed and restored at addresses that stay.
+
+All calls block. A broker that is restarted in the middle is asked again, once; a range that it was asked for then is
+unmapped first, so that nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from devices.api import Device, DeviceError, ExportedChunk, ExportedMemory, Region
+from engines.store.connection import Connection, ConnectionLostError, StoreError, StoreSettings
+from engines.store.messages import (
+    BrokerDone,
+    ImageRestore,
+    ImageRestored,
+    ImageSeal,
+    ImageSealed,
+    MemoryAsk,
+    MemoryGrant,
+    MemoryReturn,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# What was asked of a broker that died is asked of the next one; a broker that dies of the question is not asked again.
+ATTEMPTS = 2
+# For so long a refusal that will pass is waited for, in all; whoever wakes the engine has a deadline of its own.
+AGAIN_WITHIN_S = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """A range has memory. `reserve_s` is the broker's, `map_s` ours."""
+
+    size_bytes: int
+    reserve_s: float
+    map_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A range has memory with an image in it. `copy_s` and `wait_s` are the broker's; mapping ran meanwhile."""
+
+    size_bytes: int
+    copied_bytes: int
+    reserve_s: float
+    map_s: float
+    copy_s: float
+    wait_s: float
+    restore_s: float  # the whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lent:
+    """What a range has from the broker."""
+
+    size_bytes: int
+    incarnation: int
+
+
+class GpuStore:
+    """The broker's memory on one GPU, over a connection of its own.
+
+    A range is known by a name, unique in the engine; its region is reserved by the caller and stays the caller's.
+    Raises `StoreError` for what the broker does not do, `DeviceError` for what the driver does not.
+    """
+
+    def __init__(self, device: Device, settings: StoreSettings) -> None:
+        self._device = device
+        self._lent: dict[str, _Lent] = {}
+        self._connection = Connection(settings, held=lambda: {device.gpu_uuid: self.held_bytes})
+        self._connection.open()
+
+    @property
+    def held_bytes(self) -> int:
+        """What is mapped here of the broker's memory."""
+        return sum(lent.size_bytes for lent in list(self._lent.values()))
+
+    def take(self, region: Region, range_id: str) -> Taken:
+        """Put memory behind the region; its content is undefined."""
+        ask = MemoryAsk(gpu_uuid=self._device.gpu_uuid, size_bytes=region.size_bytes, range_id=range_id)
+
+        def attempt() -> Taken:
+            grant = self._connection.ask(ask, MemoryGrant)
+            map_s = self._map_or_return(region, grant)
+            return Taken(size_bytes=region.size_bytes, reserve_s=grant.reserve_s, map_s=map_s)
+
+        return self._attempts(attempt)
+
+    def give_back(self, region: Region, range_id: str) -> int:
+        """Unmap the region, nothing copied; the bytes that are free for others then. Idempotent."""
+        lent = self._lent.get(range_id)
+        if lent is None:
+            return 0
+        with self._connection.lock:
+            self._device.unback(region)
+            del self._lent[range_id]
+            self._return(range_id, lent)
+        return lent.size_bytes
+
+    def seal(self, range_id: str, *, image_id: str, generation: int, content_id: str) -> ImageSealed:
+        """Have the content kept in host memory. The range must not change meanwhile.
+
+        Refused for a range that a former broker lent: only its maker can read that memory.
+        """
+        seal = ImageSeal(range_id=range_id, image_id=image_id, generation=generation, content_id=content_id)
+
+        def attempt() -> ImageSealed:
+            lent = self._lent.get(range_id)
+            if lent is None or lent.incarnation != self._connection.incarnation:
+                reason = f"the memory of {range_id} is of a broker that is gone, so its content cannot be kept any more"
+                raise StoreError(reason, is_refused=True)
+            return self._connection.ask(seal, ImageSealed)
+
+        return self._attempts(attempt)
+
+    def restore(self, region: Region, range_id: str, *, image_id: str, generation: int) -> Restored:
+        """Memory and content at once: the broker copies while this maps. On any error the region has no memory."""
+        started_s = time.perf_counter()
+        ask = ImageRestore(gpu_uuid=self._device.gpu_uuid, range_id=range_id, image_id=image_id, generation=generation)
+
+        def attempt() -> Restored:
+            self._connection.send(ask)
+            grant = self._connection.hear(MemoryGrant)
+            map_s = self._map_or_return(region, grant, is_answer_due=True)
+            try:
+                filled = self._connection.hear(ImageRestored)
+            except (StoreError, ConnectionLostError):
+                self.give_back(region, range_id)
+                raise
+            return Restored(
+                size_bytes=region.size_bytes,
+                copied_bytes=filled.copied_bytes,
+                reserve_s=grant.reserve_s,
+                map_s=map_s,
+                copy_s=filled.copy_s,
+                wait_s=filled.wait_s,
+                restore_s=time.perf_counter() - started_s,
+            )
+
+        return self._attempts(attempt)
+
+    def close(self) -> None:
+        """The broker takes everything back. Unmap first: close the device, or give every range back."""
+        self._connection.close()
+
+    # -- inside
+
+    def _attempts(self, attempt: Callable[[], T]) -> T:
+        """Again where the broker was restarted meanwhile, and while it says that another try may help."""
+        give_up_s = time.monotonic() + AGAIN_WITHIN_S
+        lost_count = 0
+        while True:
+            try:
+                with self._connection.lock:
+                    return attempt()
+            except ConnectionLostError as error:
+                lost_count += 1
+                if lost_count == ATTEMPTS:
+                    raise StoreError(str(error)) from error
+            except StoreError as error:
+                if not error.again_after_s or time.monotonic() + error.again_after_s > give_up_s:
+                    raise
+                time.sleep(error.again_after_s)
+
+    def _map_or_return(self, region: Region, grant: MemoryGrant, *, is_answer_due: bool = False) -> float:
+        """Map what was granted; the seconds. If the driver refuses, the broker has it back."""
+        started_s = time.perf_counter()
+        gpu_uuid = self._device.gpu_uuid
+        descriptors = self._connection.take_descriptors(len(grant.piece_bytes))
+        pieces = zip(descriptors, grant.piece_bytes, strict=True)
+        exported = ExportedMemory(
+            gpu_uuid=gpu_uuid, chunks=tuple(ExportedChunk(fd=fd, size_bytes=size) for fd, size in pieces)
+        )
+        lent = _Lent(size_bytes=region.size_bytes, incarnation=self._connection.incarnation)
+        try:
+            self._device.import_fds(exported, region=region, is_writable=True)
+        except DeviceError:
+            if is_answer_due:
+                with contextlib.suppress(ConnectionLostError, StoreError):
+                    self._connection.hear(ImageRestored)
+            self._return(grant.range_id, lent)
+            raise
+        finally:
+            self._device.close_export(exported)
+        self._lent[grant.range_id] = lent
+        return time.perf_counter() - started_s
+
+    def _return(self, range_id: str, lent: _Lent) -> None:
+        """Tell the broker that a range is unmapped. One that is gone needs no word: the next hello says what is."""
+        if not self._connection.is_connected:
+            return
+        if lent.incarnation == self._connection.incarnation:
+            message = MemoryReturn(range_id=range_id)
+        else:
+            message = MemoryReturn(range_id=range_id, gpu_uuid=self._device.gpu_uuid, size_bytes=lent.size_bytes)
+        with contextlib.suppress(ConnectionLostError):
+            self._connection.ask(message, BrokerDone)
