@@ -49,6 +49,14 @@ class QuotaRequested(Command, frozen=True, tag="inbox.quota_requested.v1"):
     over_quota_weight: Annotated[float, Meta(ge=0)] = 1.0
 
 
+class GpuReinstateRequested(Command, frozen=True, tag="inbox.gpu_reinstate_requested.v1"):
+    """A quarantined GPU is well: take new replicas there again. For the operator's tenant only."""
+
+    node: Name
+    gpu_uuid: str
+    """Whole, or the first characters of it if only one GPU of the node begins with them."""
+
+
 class KeyCreateRequested(Command, frozen=True, tag="inbox.key_create_requested.v1"):
     """Accept a new API key. The client made it; only its hash travels."""
 

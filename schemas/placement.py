@@ -118,6 +118,10 @@ class ReasonCode(StrEnum):
     """No node has joined."""
     NODE_LOST = "node_lost"
     NODE_QUARANTINED = "node_quarantined"
+    GPU_QUARANTINED = "gpu_quarantined"
+    """It misbehaved, and is not well again."""
+    MIG_TAKEN = "mig_taken"
+    """A part that the hardware keeps apart takes one replica, and has one."""
     NODE_REFUSED = "node_refused"
     """Its agent refused again and again."""
     GPU_MODEL = "gpu_model"
@@ -283,6 +287,15 @@ class QuotaSet(CommandFact, frozen=True, tag="placement.quota_set.v1"):
     gpu_quota: float | None
     """GPUs; None: no limit."""
     over_quota_weight: float
+
+
+class GpuReinstateAsked(CommandFact, frozen=True, tag="placement.gpu_reinstate_asked.v1"):
+    """An operator says that a quarantined GPU is well."""
+
+    is_sharded: ClassVar[bool] = True
+
+    node: Name
+    gpu_uuid: str
 
 
 class NodeLost(PlacementFact, frozen=True, tag="placement.node_lost.v1"):

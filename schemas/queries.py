@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 import msgspec
 from msgspec import Meta, Struct
 
-from schemas.deployments import DeploymentSpec, IsolationGrade
+from schemas.deployments import ComputeSharing, DeploymentSpec, IsolationGrade
 from schemas.messages import Query
 from schemas.placement import Alternative, Constraint, ReasonCode, Victim
 from schemas.units import Bytes, Count, Epoch, Identifier, ModelName, Name, Seconds, Sequence, UnixSeconds
@@ -83,6 +83,12 @@ class GpuView(Struct, frozen=True, kw_only=True):
     grade_reason: str
     resident_count: Count
     parked_count: Count
+    foreign_bytes: Bytes = 0
+    """Used by processes that are not ours."""
+    quarantine_reason: str = ""
+    """Not empty: it misbehaved, and takes no new replica before it is well again."""
+    compute_sharing: ComputeSharing = ComputeSharing.TIME_SLICED
+    is_mig: bool = False
 
 
 class NodeView(Struct, frozen=True, kw_only=True):

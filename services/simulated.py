@@ -29,7 +29,8 @@ from services.autoscaler.settings import AutoscalerSettings
 from services.gateway.settings import GatewaySettings
 from services.gateway.simulated import Ask, SimulatedGateway, gateway
 from services.holder.simulated import SimulatedRoutes
-from services.nodeagent import leases as _leases  # noqa: F401  # Registers its handlers.
+from services.nodeagent import health as _health  # noqa: F401  # Registers its handlers.
+from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings

@@ -133,6 +133,11 @@ class QuotaRequested(Command, frozen=True, tag="inbox.quota_requested.v1"):
     over_quota_weight: float = 1.0
 
 
+class GpuReinstateRequested(Command, frozen=True, tag="inbox.gpu_reinstate_requested.v1"):
+    node: str
+    gpu_uuid: str
+
+
 class KeyCreateRequested(Command, frozen=True, tag="inbox.key_create_requested.v1"):
     key_id: str
     key_hash: str
@@ -213,6 +218,10 @@ class GpuView(Struct, frozen=True, kw_only=True):
     grade_reason: str
     resident_count: int
     parked_count: int
+    foreign_bytes: int = 0
+    quarantine_reason: str = ""
+    compute_sharing: str = "time-sliced"
+    is_mig: bool = False
 
 
 class NodeView(Struct, frozen=True, kw_only=True):
@@ -425,7 +434,7 @@ LOG_TAIL_MAX: Final = 10_000
 
 COMMANDS: Final = (
     DeployRequested, RetireRequested, ParkRequested, WakeRequested, RepackRequested, QuotaRequested,
-    KeyCreateRequested, KeyRevokeRequested,
+    GpuReinstateRequested, KeyCreateRequested, KeyRevokeRequested,
 )  # fmt: skip
 ANSWER_OF: Final[dict[type[Query], type[Struct]]] = {
     ListDeployments: DeploymentList,

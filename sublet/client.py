@@ -170,6 +170,11 @@ class Client:
         )
         return await self._command(command)
 
+    async def reinstate_gpu(self, node: str, gpu_uuid: str) -> contract.CommandAnswered:
+        """Take new replicas on a quarantined GPU again, without trying it; the begin of its UUID is enough."""
+        command = contract.GpuReinstateRequested(command_id=_command_id(), node=node, gpu_uuid=gpu_uuid)
+        return await self._command(command)
+
     # ---- queries -----------------------------------------------------------------------------------------------
 
     async def deployments(self) -> contract.DeploymentList:

@@ -25,7 +25,15 @@ from schemas.nodes import (
     ReplicaWaking,
     WakeRefused,
 )
-from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed, ReleaseProposed, ReplicaProposal
+from schemas.placement import (
+    GangAbandoned,
+    GangCommitted,
+    GpuReinstateAsked,
+    PlacementProposed,
+    ReleaseProposed,
+    ReplicaProposal,
+)
+from services.nodeagent import quarantines
 from services.nodeagent import state as fold
 from services.nodeagent.inputs import (
     AdoptEngine,
@@ -49,14 +57,14 @@ GPU_IS_GONE: Final = "its GPU is gone"
 
 def reads(node: str) -> Sequence[str]:
     """Only what placement has for this node's shard, and who the swapper is: orders of an older one are refused."""
-    kinds = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned)
+    kinds = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned, GpuReinstateAsked)
     return [*(fact_filter(kind, node) for kind in kinds), started_filter("swapper")]
 
 
 def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
     """Look at the node before anything is taken up; what is begun meanwhile is not begun a second time."""
     state.observed.left = {replica_id: replica.step for replica_id, replica in state.replicas.items()}
-    return [ProbeNode(), *hold_timers(state), *_alive_later(state, ctx, after_s=0.0)]
+    return [ProbeNode(), *hold_timers(state), *quarantines.timers(state, ctx), *_alive_later(state, ctx, after_s=0.0)]
 
 
 def check_invariants(state: NodeState) -> None:
@@ -78,6 +86,7 @@ SERVICE: Service[NodeState] = Service(
     reads=reads,
     on_start=on_start,
     check_invariants=check_invariants,
+    state_version=2,
 )
 for _kind, _fold in (
     (NodeJoined, fold.fold_joined),
@@ -107,7 +116,7 @@ def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[
         node=state.settings.node,
         at_s=ctx.now_s,
         machine_id=probed.machine_id,
-        gpus=probed.gpus,
+        gpus=quarantines.marked(state, probed.gpus),
         host_budget_bytes=probed.host_budget_bytes,
         holder_url=probed.holder_url,
         label=probed.label,
@@ -117,7 +126,7 @@ def node_probed(state: NodeState, probed: NodeProbed, ctx: Context) -> Sequence[
     )
     here = {gpu.gpu_uuid for gpu in probed.gpus}
     gone = [replica for replica in state.replicas.values() if not replica.share_bytes.keys() <= here]
-    return [joined, *_given_up(state, gone, ctx), *resume(state, here)]
+    return [joined, *given_up(state, gone, ctx), *resume(state, here)]
 
 
 @SERVICE.on(AliveDue)
@@ -131,7 +140,7 @@ def _alive_later(state: NodeState, ctx: Context, *, after_s: float) -> list[Time
     return [Timer(due_s=ctx.now_s + after_s, input=AliveDue())] if state.settings.alive_s > 0 else []
 
 
-def _given_up(state: NodeState, replicas: Sequence[Replica], ctx: Context) -> Iterator[Outcome]:
+def given_up(state: NodeState, replicas: Sequence[Replica], ctx: Context) -> Iterator[Outcome]:
     """Releases, so that placement finds them another place; those that had begun are resumed."""
     for replica in replicas:
         if replica.residency is Residency.RELEASING:

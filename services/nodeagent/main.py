@@ -17,7 +17,7 @@ from kit.runner import Runner
 from kit.serving import connected, new_instance, serve, service_tracer, shell_settings
 from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
-from services.nodeagent import leases, residency
+from services.nodeagent import health, leases, residency
 from services.nodeagent.core import SERVICE
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
@@ -30,7 +30,7 @@ from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
 
-HANDLERS = (leases, residency)
+HANDLERS = (health, leases, residency)
 """Modules whose import registers handlers."""
 
 

@@ -29,6 +29,7 @@ from services.nodeagent.inputs import (
     WakeEngine,
 )
 from services.nodeagent.ledger import Ledger
+from services.nodeagent.quarantines import bad_start, barred
 from services.nodeagent.state import NodeState, Replica, Residency
 
 # --- Starts -----------------------------------------------------------------------------------------------------------
@@ -75,15 +76,19 @@ def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Ou
     if not is_final:
         due = RestartDue(replica_id=lost.replica_id, lease_epoch=replica.lease_epoch + 1)
         outcomes.append(Timer(due_s=ctx.now_s + backoff_s, input=due))
+    if replica.residency is Residency.STARTING:
+        outcomes += bad_start(state, replica, ctx)
     return [*outcomes, *next_wakes(state, ctx, freed=replica)]
 
 
 @SERVICE.on(RestartDue)
 def restart_due(state: NodeState, due: RestartDue, ctx: Context) -> Sequence[Outcome]:
-    """Start again if there is room now; else the next wake starts it."""
+    """Start again if there is room now; else the next wake starts it. Not on a GPU that is quarantined."""
     replica = current(state, due)
     if replica is None or replica.residency is not Residency.GRANTED:
         return []
+    if why := barred(state, replica.share_bytes):
+        return [released(state, replica, why, ctx)]
     if not Ledger(state).has_unclaimed(replica.wanted_bytes):
         return []
     return _start(state, replica, ctx)
@@ -160,6 +165,8 @@ def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence
         return []
     if replica.held_for:
         return [wake_refused(state, replica, f"its gang {replica.held_for} is not committed", 0, ctx)]
+    if not replica.is_started and (why := barred(state, replica.share_bytes)):
+        return [wake_refused(state, replica, why, 0, ctx)]
     ledger = Ledger(state)
     wanted = replica.wanted_bytes
     if ledger.has_unclaimed(wanted):

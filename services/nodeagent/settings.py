@@ -76,3 +76,24 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """From the wish of an owner until a borrower that was asked has shrunk; later it is parked or stopped."""
     account_every_s: float = 60.0
     """How often is told who lent and borrowed how much. An account that somebody's lease has left is told at once."""
+    measure_s: float = 2.0
+    """How often each GPU is looked at: memory, processes, temperature, errors. 0: only at the start."""
+    unanswered_s: float = 30.0
+    """A driver that does not answer about a GPU for so long makes it suspicious. A driver that loads, or a GPU that is
+    being reset, takes some seconds."""
+    foreign_step_bytes: int = 256 * MiB
+    """A smaller change of what strangers use on a GPU is no news: the reserve covers it."""
+    foreign_settle_s: float = 10.0
+    """Less foreign memory counts when it has stayed so for so long; more counts at once."""
+    quarantine_s: float = 60.0
+    """A GPU that misbehaved takes no new lease for so long, then it is tried; twice as long after each further time."""
+    quarantine_max_s: float = 3600.0
+    """The longest quarantine that ends by itself."""
+    quarantine_final_count: int = 8
+    """After so many quarantines it stays closed until an operator opens it."""
+    quarantine_forget_s: float = 86_400.0
+    """A GPU that was well for so long begins with the shortest quarantine again."""
+    bad_start_count: int = 3
+    """Starts of so many different deployments that fail on one GPU, with none that succeeds between, are the GPU's
+    fault. One deployment that does not start is its own."""
+    bad_start_window_s: float = 3600.0

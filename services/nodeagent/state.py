@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from msgspec import structs
+
 from schemas.abilities import NoSwapDriver, image_bytes, swap_driver_for
 from schemas.deployments import DeploymentSpec, EngineKind, SwapDriver
 from schemas.nodes import (
@@ -27,6 +29,7 @@ from schemas.nodes import (
     WakeRefused,
 )
 from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
+from services.nodeagent.quarantines import GpuHealth, Watched, start_failed, start_succeeded
 from services.nodeagent.settings import NodeAgentSettings
 
 
@@ -172,6 +175,8 @@ class Observed:
 
     left: dict[str, tuple[Residency, int, int]] = field(default_factory=dict)
     """{replica_id: (residency, lease epoch, wake epoch)} as an earlier life of this agent left it."""
+    gpus: dict[str, Watched] = field(default_factory=dict)
+    """{gpu_uuid: what is seen of it}"""
 
 
 @dataclass(slots=True)
@@ -183,6 +188,10 @@ class NodeState:
     """{gpu_uuid: offer}"""
     host_budget_bytes: int = 0
     machine_id: str = ""
+    joined: NodeJoined | None = None
+    """What was told of the node last, without its GPUs."""
+    health: dict[str, GpuHealth] = field(default_factory=dict)
+    """{gpu_uuid: what is remembered of one that misbehaved}"""
     replicas: dict[str, Replica] = field(default_factory=dict)
     """{replica_id: replica}, in the order of their grants."""
     observed: Observed = field(default_factory=Observed)
@@ -229,6 +238,7 @@ def fold_joined(state: NodeState, fact: NodeJoined) -> None:
             replica.swap_driver = swap_driver_of(state, replica.proposal)
     state.host_budget_bytes = fact.host_budget_bytes
     state.machine_id = fact.machine_id
+    state.joined = structs.replace(fact, gpus=())
 
 
 def expected_residue(share: ShareProposal, settings: NodeAgentSettings) -> int:
@@ -285,6 +295,7 @@ def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
             replica.is_started = True
             replica.attempt_count = 0
             replica.swap_driver = ready.swap_driver
+            start_succeeded(state, replica)
 
 
 def fold_draining(state: NodeState, fact: ReplicaDraining) -> None:
@@ -346,6 +357,9 @@ def fold_wake_refused(state: NodeState, fact: WakeRefused) -> None:
 
 def fold_failed(state: NodeState, fact: ReplicaFailed) -> None:
     residency = Residency.FAILED if fact.is_final else Residency.GRANTED
+    failed = state.replicas.get(fact.replica_id)
+    if failed is not None and failed.residency is Residency.STARTING:
+        start_failed(state, failed, fact.at_s)
     replica = _move(state, fact.replica_id, residency, fact.at_s)
     if replica is not None:
         replica.lease_epoch += 1

@@ -97,14 +97,16 @@ def settled(state: ClusterState, ctx: Context) -> Iterator[tuple[Claim, Choice |
         if surplus_count > 0 and claim in siblings[-surplus_count:]:
             yield claim, "its newcomer is not wanted any more"
         elif not _has_place(state, claim, ctx.now_s):
-            yield claim, f"{claim.node} is lost, in quarantine or has other GPUs"
+            yield claim, f"{claim.node} is lost, in quarantine or has other GPUs or quarantined ones"
         elif not any(victim.replica_id in state.replicas for victim in claim.victims):
             yield claim, choice_of(state, claim, deployment)
 
 
 def _has_place(state: ClusterState, claim: Claim, now_s: float) -> bool:
     node = state.nodes.get(claim.node)
-    return node is not None and node.is_open(now_s) and set(claim.gpu_uuids) <= node.gpus.keys()
+    if node is None or not node.is_open(now_s):
+        return False
+    return all(uuid in node.gpus and not node.gpus[uuid].quarantine_reason for uuid in claim.gpu_uuids)
 
 
 def choice_of(state: ClusterState, claim: Claim, deployment: Deployment) -> Choice:

@@ -8,6 +8,7 @@ from schemas.deployments import problems_of
 from schemas.inbox import (
     CommandAnswered,
     DeployRequested,
+    GpuReinstateRequested,
     KeyCreateRequested,
     KeyRevokeRequested,
     ParkRequested,
@@ -24,6 +25,7 @@ from schemas.placement import (
     CommandRejected,
     DeploymentAdmitted,
     DeploymentRetired,
+    GpuReinstateAsked,
     KeyAdded,
     KeyRevoked,
     ParkAsked,
@@ -189,6 +191,25 @@ def quota_requested(state: ClusterState, command: QuotaRequested, ctx: Context) 
     )
     message = f"tenant {tenant} has {told} and an over-quota weight of {command.over_quota_weight:g} from now on"
     return [*_admit(command, fact, message, ctx), next_turn(ctx)]
+
+
+@SERVICE.on(GpuReinstateRequested)
+def gpu_reinstate_requested(state: ClusterState, command: GpuReinstateRequested, ctx: Context) -> Sequence[Outcome]:
+    """Its node opens it again, without trying it."""
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    if ctx.tenant != state.settings.operator_tenant:
+        message = f"only the operator's tenant ('{state.settings.operator_tenant}') may open GPUs"
+        return _reject(command, "SUB-OPR-001", message, ctx)
+    node = state.nodes.get(command.node)
+    found = [gpu for uuid, gpu in node.gpus.items() if uuid.startswith(command.gpu_uuid)] if node is not None else []
+    if len(found) != 1:
+        message = f"{command.node or 'no node'} offers {len(found)} GPUs that begin with '{command.gpu_uuid}', not one"
+        return _reject(command, "SUB-OPR-002", message, ctx)
+    if not found[0].quarantine_reason:
+        return _same(command, f"{command.node}/gpu{found[0].index} is not quarantined", ctx)
+    fact = GpuReinstateAsked(**_command(command, ctx), node=command.node, gpu_uuid=found[0].gpu_uuid)
+    return _admit(command, fact, f"{command.node}/gpu{found[0].index} takes new replicas again", ctx)
 
 
 @SERVICE.on(KeyCreateRequested)

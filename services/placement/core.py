@@ -8,6 +8,9 @@ from kit.service import Service
 from schemas.autoscaler import ReplicasDecided
 from schemas.gateways import LoadSampled
 from schemas.nodes import (
+    GpuObserved,
+    GpuQuarantined,
+    GpuReinstated,
     LeaseGranted,
     LeaseRefused,
     LeaseReleased,
@@ -30,6 +33,7 @@ from schemas.placement import (
     DeploymentRetired,
     GangAbandoned,
     GangCommitted,
+    GpuReinstateAsked,
     KeyAdded,
     KeyRevoked,
     MoveDecided,
@@ -46,7 +50,7 @@ from schemas.placement import (
     RepackAsked,
     WakeAsked,
 )
-from services.placement import claims, gang_folds, gangs, moves, observed, presence, repacking, tenants
+from services.placement import claims, gang_folds, gangs, gpu_folds, moves, observed, presence, repacking, tenants
 from services.placement import folds as fold
 from services.placement.claims import ClaimOverdue
 from services.placement.gangs import GangDue, PlaceNext
@@ -94,7 +98,7 @@ SERVICE: Service[ClusterState] = Service(
     reads=reads,
     on_start=on_start,
     check_invariants=check_invariants,
-    state_version=4,
+    state_version=5,
     inbox_cursor=lambda state: state.inbox_seq,
 )
 _FOLDS: tuple[tuple[type, Any], ...] = (
@@ -133,6 +137,10 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (PreemptionDecided, fold.fold_preemption_decided),
     (PreemptionEnded, fold.fold_preemption_ended),
     (QuotaSet, tenants.fold_quota),
+    (GpuObserved, gpu_folds.fold_observed),
+    (GpuQuarantined, gpu_folds.fold_quarantined),
+    (GpuReinstated, gpu_folds.fold_reinstated),
+    (GpuReinstateAsked, fold.fold_command),
 )
 for _kind, _fold in _FOLDS:
     SERVICE.folding(_kind)(_fold)
@@ -149,6 +157,23 @@ def place_next(state: ClusterState, due: PlaceNext, ctx: Context) -> Sequence[Ou
 @SERVICE.on(NodeJoined)
 def node_joined(state: ClusterState, fact: NodeJoined, ctx: Context) -> Sequence[Outcome]:
     return _back(state, fact.node, ctx) or place_soon(state, ctx)
+
+
+@SERVICE.on(GpuObserved)
+def gpu_observed(state: ClusterState, fact: GpuObserved, ctx: Context) -> Sequence[Outcome]:
+    """Strangers left it; where more came, nothing that waits fits now either."""
+    return place_soon(state, ctx)
+
+
+@SERVICE.on(GpuReinstated)
+def gpu_reinstated(state: ClusterState, fact: GpuReinstated, ctx: Context) -> Sequence[Outcome]:
+    return place_soon(state, ctx)
+
+
+@SERVICE.on(GpuQuarantined)
+def gpu_quarantined(state: ClusterState, fact: GpuQuarantined, ctx: Context) -> Sequence[Outcome]:
+    """Whoever made room there need not: its claim has lost its sense."""
+    return [next_turn(ctx)] if state.index.unsettled else []
 
 
 @SERVICE.on(LeaseGranted)

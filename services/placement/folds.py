@@ -231,7 +231,7 @@ def _lacks_from(state: ClusterState, deployment_id: str, at_s: float) -> None:
         state.deployments[deployment_id].short_since_s = at_s
 
 
-def _ask_refused_again(state: ClusterState) -> None:
+def ask_refused_again(state: ClusterState) -> None:
     """Some node has more room: every refusal may be a thing of the past."""
     for deployment in state.index.refused.values():
         deployment.refused_nodes = ()
@@ -322,7 +322,7 @@ def fold_joined(state: ClusterState, fact: NodeJoined) -> None:
     node = replace(known, **offer) if known is not None else Node(name=fact.node, **offer)
     state.nodes[fact.node] = node
     index.set_node(node)
-    _ask_refused_again(state)
+    ask_refused_again(state)
 
 
 def fold_granted(state: ClusterState, fact: LeaseGranted) -> None:
@@ -372,7 +372,7 @@ def fold_released(state: ClusterState, fact: LeaseReleased) -> None:
         part_ended(state, released, f"a lease on {fact.node} ended: {fact.reason}")
         if not was_waiting:
             _lacks_from(state, released.deployment_id, fact.at_s)
-    _ask_refused_again(state)
+    ask_refused_again(state)
 
 
 def fold_replica_fact(state: ClusterState, fact: ReplicaFact) -> None:

@@ -13,6 +13,7 @@ from services.placement.rooms import Rooms
 
 if TYPE_CHECKING:
     from schemas.deployments import DeploymentSpec
+    from schemas.nodes import GpuOffer
     from services.placement.state import Claim, ClusterState, Deployment, Node, Replica
 
 
@@ -252,7 +253,10 @@ class Index:
 
     def _has_lost_its_place(self, claim: "Claim") -> bool:
         node = self._state.nodes.get(claim.node)
-        return node is None or node.lost_at_s is not None or not set(claim.gpu_uuids) <= node.gpus.keys()
+        if node is None or node.lost_at_s is not None:
+            return True
+        there = [node.gpus.get(gpu_uuid) for gpu_uuid in claim.gpu_uuids]
+        return any(gpu is None or gpu.quarantine_reason for gpu in there)
 
     # --- Nodes --------------------------------------------------------------------------------------------------------
 
@@ -262,6 +266,14 @@ class Index:
         self.rooms.set_node(node, tuple(self.on_node.get(node.name, {}).values()), claims)
         for deployment_id in {claim.deployment_id: None for claim in claims}:
             self._weigh(deployment_id)
+        if self._occupancy is not None:
+            self._occupancy.touch_node(node)
+
+    def set_gpu(self, node: "Node", gpu: "GpuOffer") -> None:
+        """Strangers on it, or its quarantine, changed; `node` has it already."""
+        self.rooms.set_gpu(node.name, gpu)
+        for claim in [c for c in self._state.claims.values() if gpu.gpu_uuid in c.gpu_uuids]:
+            self._weigh(claim.deployment_id)
         if self._occupancy is not None:
             self._occupancy.touch_node(node)
 

@@ -302,7 +302,9 @@ class Occupancy:
 
     def wanted(self, gpu: GpuOffer, newcomer: Newcomer) -> Wanted | None:
         """What it takes of the GPU; None where the GPU will not do."""
-        numbers = (gpu.name, gpu.grade, gpu.capacity_bytes, gpu.reserve_bytes, gpu.foreign_bytes)
+        if gpu.quarantine_reason:
+            return None
+        numbers = (gpu.name, gpu.grade, gpu.capacity_bytes, gpu.reserve_bytes, gpu.foreign_bytes, gpu.is_mig)
         key = (newcomer.share, newcomer.is_parkable, newcomer.gpu_models, *numbers)
         if key not in self._wanted:
             if len(self._wanted) >= WANTED_MAX:
@@ -321,6 +323,8 @@ class Occupancy:
         size_bytes = request_bytes_on(gpu, share)
         if size_bytes > gpu.allocatable_bytes:
             return None
+        if gpu.is_mig:
+            return Wanted(gpu.allocatable_bytes, None)  # All of it, whatever it uses of it.
         residue_bytes = min(self._state.settings.residue_bytes, size_bytes) if newcomer.is_parkable else None
         return Wanted(size_bytes, residue_bytes)
 
@@ -332,8 +336,9 @@ class Occupancy:
             if replica.is_releasing:
                 has_leaving = True
                 continue
-            size_bytes = replica.request_on(gpu.gpu_uuid)
-            residue_bytes = replica.residue_on(gpu.gpu_uuid) if replica.is_parkable else size_bytes
+            size_bytes = gpu.allocatable_bytes if gpu.is_mig else replica.request_on(gpu.gpu_uuid)
+            is_parkable = replica.is_parkable and not gpu.is_mig
+            residue_bytes = replica.residue_on(gpu.gpu_uuid) if is_parkable else size_bytes
             stands.append(Stand(replica.gang_id or replica.replica_id, size_bytes, residue_bytes))
         claimed_bytes = sum(self.claimed.get(gpu.gpu_uuid, {}).values())
         return GpuRoom(gpu.gpu_uuid, gpu.allocatable_bytes, claimed_bytes, tuple(stands), has_leaving)

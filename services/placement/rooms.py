@@ -54,6 +54,10 @@ class Rooms:
         """{node: its GPUs in the order of the fleet's shape}"""
         self.positions: dict[str, dict[str, int]] = {}
         """{node: {gpu_uuid: its place in that order}}"""
+        self._offers: dict[str, list[GpuOffer]] = {}
+        """{node: [offer by GPU]}"""
+        self._taker_counts: dict[tuple[str, int], int] = {}
+        """{(node, GPU): who holds or is to get a place there}, of MIG instances: one at a time"""
         self.accounts: dict[str, list[Account]] = {}
         """{node: [account by GPU]}"""
         self.park_left: dict[str, int] = {}
@@ -97,18 +101,50 @@ class Rooms:
             self.gpu_uuids[node.name] = uuids
             self.positions[node.name] = {uuid: position for position, uuid in enumerate(uuids)}
             self.accounts[node.name] = [Account(gpu.allocatable_bytes) for gpu in offers]
+            self._offers[node.name] = offers
+            self._taker_counts = {key: n for key, n in self._taker_counts.items() if key[0] != node.name}
             for replica in replicas:
                 self._held.pop(replica.replica_id, None)
                 if replica.holds_place:
                     self.hold(replica)
             for claim in claims:
                 self.claim(claim)
-        for position, gpu in enumerate(offers):
-            self.fleet.set_foreign(node.name, position, base_bytes(gpu) - gpu.allocatable_bytes)
-            self.accounts[node.name][position].allocatable_bytes = gpu.allocatable_bytes
+        self._offers[node.name] = offers
+        for position in range(len(offers)):
+            self._set_left(node.name, position)
         parked = sum(replica.weights_bytes for replica in replicas if replica.is_parkable)
         self._set_park(node.name, node.host_budget_bytes - parked)
         self.set_open(node)
+
+    def set_gpu(self, node: str, gpu: "GpuOffer") -> None:
+        """Strangers on it, or its quarantine, changed."""
+        position = self.positions.get(node, {}).get(gpu.gpu_uuid)
+        if position is not None:
+            self._offers[node][position] = gpu
+            self._set_left(node, position)
+            self.growth += 1
+
+    def is_taken(self, node: str, position: int) -> bool:
+        """Whether it is a MIG instance that has its one replica."""
+        return self._taker_counts.get((node, position), 0) > 0
+
+    def _set_left(self, node: str, position: int) -> None:
+        """What there is for replicas; nothing new of one that is quarantined, or a MIG instance that is taken."""
+        gpu = self._offers[node][position]
+        is_closed = bool(gpu.quarantine_reason) or self.is_taken(node, position)
+        left_bytes = 0 if is_closed else gpu.allocatable_bytes
+        self.fleet.set_foreign(node, position, base_bytes(gpu) - left_bytes)
+        self.accounts[node][position].allocatable_bytes = left_bytes
+
+    def _take_whole(self, node: str, positions: Sequence[int], by: int) -> None:
+        """Of those that are MIG instances."""
+        for position in positions:
+            if self._offers[node][position].is_mig:
+                count = self._taker_counts.get((node, position), 0) + by
+                self._taker_counts[node, position] = count
+                if not count:
+                    del self._taker_counts[node, position]
+                self._set_left(node, position)
 
     def set_open(self, node: "Node") -> None:
         """It was lost, came back, or is in quarantine: call it when one of these changes."""
@@ -146,6 +182,7 @@ class Rooms:
         for position, share in zip(held.gpus, known, strict=True):
             residue_bytes = replica.residue_on(share.gpu_uuid) if replica.is_parkable else 0
             accounts[position].add(share.request_bytes, residue_bytes, is_parkable=replica.is_parkable)
+        self._take_whole(held.node, held.gpus, 1)
 
     def leave(self, replica: "Replica", on_gpu: "dict[str, dict[str, Replica]]") -> None:
         """Its place is free. `on_gpu`: who is promised a place, without it."""
@@ -153,6 +190,7 @@ class Rooms:
         if held is None:
             return
         self.fleet.give(held.node, held.gpus, held.units, held.cpu_milli, held.memory_bytes)
+        self._take_whole(held.node, held.gpus, -1)
         for position in held.gpus:
             self.recount(held.node, self.gpu_uuids[held.node][position], on_gpu)
         self.growth += 1
@@ -182,6 +220,7 @@ class Rooms:
             if uuid in positions:
                 self.fleet.take(claim.node, (positions[uuid],), (sign * size,))
                 self.accounts[claim.node][positions[uuid]].claimed_bytes += sign * size
+                self._take_whole(claim.node, (positions[uuid],), sign)
 
     def park(self, node: str, weights_bytes: int) -> None:
         """Book host memory for parked weights (negative: give back)."""
@@ -355,6 +394,7 @@ class Rooms:
             account.add(units, residue_bytes, is_parkable=demand.is_parkable)
             if demand.is_parkable:
                 account.tentative.append((deployment_id, units))
+        self._take_whole(place.node, place.gpu_indices, 1)
         if demand.weights_bytes:
             self._set_park(place.node, self.park_left[place.node] - demand.weights_bytes)
         self._booked.append(booked)
@@ -367,6 +407,7 @@ class Rooms:
             self.fleet.give(place.node, place.gpu_indices, place.units, demand.cpu_millicores, demand.memory_bytes)
             for account, saved in booked.accounts:
                 account.restore(saved)
+            self._take_whole(place.node, place.gpu_indices, -1)
             if demand.weights_bytes:
                 self._set_park(place.node, self.park_left[place.node] + demand.weights_bytes)
 

@@ -56,6 +56,14 @@ _REASONS: Final[dict[ReasonCode, tuple[FailureReason, str]]] = {
     ),
     ReasonCode.NODE_LOST: (FailureReason.NO_NODE, "see why its node agent is silent"),
     ReasonCode.NODE_QUARANTINED: (FailureReason.NO_NODE, "it is tried when the quarantine ends"),
+    ReasonCode.GPU_QUARANTINED: (
+        FailureReason.NO_GPU_HAS_ROOM,
+        "it is tried when its quarantine ends; if it is well, `sublet gpu reinstate` opens it",
+    ),
+    ReasonCode.MIG_TAKEN: (
+        FailureReason.NO_GPU_HAS_ROOM,
+        "retire what has the MIG instance, or make more instances",
+    ),
     ReasonCode.NODE_REFUSED: (FailureReason.REFUSED_BY_NODE, "see the node's reason in the events"),
     ReasonCode.GRADE_NOT_AVAILABLE: (
         FailureReason.GRADE_NOT_AVAILABLE,
@@ -202,20 +210,24 @@ def _against_gpu(
     near_gpus: Collection[tuple[str, int]],
     now_s: float,
 ) -> _Against | None:
-    shape = room.shape.gpus[gpu]
+    shape, rooms = room.shape.gpus[gpu], state.index.rooms
+    offer = state.nodes[room.name].gpus[rooms.gpu_uuids[room.name][gpu]]
+    if offer.quarantine_reason:
+        return ReasonCode.GPU_QUARANTINED, f"it is quarantined: {offer.quarantine_reason}", 0
     if ask is None or (demand.gpu_models and shape.model not in ask.gpu_models):
         return ReasonCode.GPU_MODEL, f"it is a {shape.model}", 0
     minimum = demand.minimum_grade
     if minimum is not None and shape.grade_rank > GRADE_RANKS[minimum]:
-        grade = state.nodes[room.name].gpus[state.index.rooms.gpu_uuids[room.name][gpu]].grade
-        return ReasonCode.GRADE_NOT_AVAILABLE, f"grade '{grade}' is weaker than the demanded '{minimum}'", 0
+        return ReasonCode.GRADE_NOT_AVAILABLE, f"grade '{offer.grade}' is weaker than the demanded '{minimum}'", 0
     units = ask.units_on(shape)
     assert units is not None
     if (room.name, gpu) in near_gpus:
         return ReasonCode.ANTI_AFFINITY, "another replica of it is there", 0
     if units > shape.capacity_units:
         return ReasonCode.LARGER_THAN_GPU, "larger than the GPU", units - shape.capacity_units
-    account = state.index.rooms.accounts[room.name][gpu]
+    if rooms.is_taken(room.name, gpu):
+        return ReasonCode.MIG_TAKEN, "a MIG instance takes one replica, and has one", 0
+    account = rooms.accounts[room.name][gpu]
     residue_bytes = min(state.settings.residue_bytes, units) if demand.is_parkable else 0
     short_bytes = account.short_with(units, residue_bytes, is_parkable=demand.is_parkable)
     if 0 < short_bytes <= room.foreign_units[gpu]:

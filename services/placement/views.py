@@ -120,6 +120,10 @@ def _node_view(state: ClusterState, node: Node) -> NodeView:
                 grade_reason=gpu.grade_reason,
                 resident_count=sum(r.state in HOLDS_SHARE for r in here),
                 parked_count=sum(r.state == "parked" for r in here),
+                foreign_bytes=gpu.foreign_bytes,
+                quarantine_reason=gpu.quarantine_reason,
+                compute_sharing=gpu.compute_sharing,
+                is_mig=gpu.is_mig,
             )
         )
     parked_bytes = sum(r.weights_bytes for r in state.on_node(node.name) if r.is_parkable)

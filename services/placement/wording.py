@@ -37,6 +37,7 @@ from schemas.placement import (
     DeploymentRetired,
     GangAbandoned,
     GangCommitted,
+    GpuReinstateAsked,
     KeyAdded,
     KeyRevoked,
     MoveDecided,
@@ -118,6 +119,7 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
         + (f"; nothing new for {f.quarantine_s:.0f} s, loss {f.loss_count}" if f.quarantine_s else "")
     ),
     NodeJoined: lambda f: f"{f.node} offers {len(f.gpus)} GPUs ({f.label})",
+    GpuReinstateAsked: lambda f: f"an operator says that {f.gpu_uuid} of {f.node} is well",
     GpuFaulted: lambda f: f"{f.gpu_uuid}: {f.message}",
     GpuQuarantined: lambda f: (
         f"{f.gpu_uuid} takes no new replica "

@@ -8,6 +8,7 @@ from kit.outcomes import Context, Input, Outcome, Timer, Under
 from kit.service import Service
 from schemas.gateways import LoadSampled, ModelWanted
 from schemas.nodes import (
+    GpuObserved,
     LeaseGranted,
     LeaseReleased,
     NodeJoined,
@@ -54,6 +55,7 @@ SERVICE: Service[FleetState] = Service(
 )
 _FOLDS: tuple[tuple[type, Any], ...] = (
     (NodeJoined, fold.fold_joined),
+    (GpuObserved, fold.fold_observed),
     (LeaseGranted, fold.fold_granted),
     (LeaseReleased, fold.fold_released),
     (ReplicaStarting, fold.fold_starting),

@@ -7,6 +7,7 @@ from enum import StrEnum
 from schemas.deployments import DeploymentSpec, WorkloadKind
 from schemas.gateways import ModelLoad, ModelWanted
 from schemas.nodes import (
+    GpuObserved,
     LeaseGranted,
     LeaseReleased,
     NodeJoined,
@@ -135,6 +136,8 @@ class FleetState:
     settings: SwapperSettings
     offered_bytes: dict[str, int] = field(default_factory=dict)
     """{gpu_uuid: allocatable bytes}"""
+    foreign_bytes: dict[str, int] = field(default_factory=dict)
+    """{gpu_uuid: what strangers took off it in `offered_bytes`}"""
     replicas: dict[str, Replica] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
     """{replica_id: open decision}"""
@@ -180,6 +183,15 @@ def new_state(settings: SwapperSettings) -> FleetState:
 def fold_joined(state: FleetState, fact: NodeJoined) -> None:
     for gpu in fact.gpus:
         state.offered_bytes[gpu.gpu_uuid] = gpu.allocatable_bytes
+        state.foreign_bytes[gpu.gpu_uuid] = gpu.capacity_bytes - gpu.reserve_bytes - gpu.allocatable_bytes
+
+
+def fold_observed(state: FleetState, fact: GpuObserved) -> None:
+    """What strangers use counts as taken; below zero where replicas and strangers together have more than there is."""
+    if fact.gpu_uuid in state.offered_bytes:
+        offered_bytes = state.offered_bytes[fact.gpu_uuid] + state.foreign_bytes.get(fact.gpu_uuid, 0)
+        state.offered_bytes[fact.gpu_uuid] = offered_bytes - fact.foreign_bytes
+        state.foreign_bytes[fact.gpu_uuid] = fact.foreign_bytes
 
 
 def fold_granted(state: FleetState, fact: LeaseGranted) -> None:

@@ -36,6 +36,7 @@ VERBS: Final = {
     "check": Listed("Decide", "sublet.cli.deploying:check", "Check models files; needs no server.", "ro"),
     "plan": Listed("Decide", "sublet.cli.deciding:plan", "Say what would become of models files now.", "ro"),
     "nodes": Listed("GPUs", "sublet.cli.looking:nodes", "List GPUs: promised, held, free to promise.", "ro"),
+    "gpu": Listed("GPUs", "sublet.cli.deciding:gpu", "Open a quarantined GPU again.", "rw"),
     "repack": Listed("GPUs", "sublet.cli.deciding:repack", "Free whole GPUs by moving models.", "rw"),
     "quota": Listed("Access", "sublet.cli.deciding:quota", "Set and list what tenants are guaranteed.", "rw"),
     "keys": Listed("Access", "sublet.cli.access:keys", "Make, list and revoke API keys.", "rw"),

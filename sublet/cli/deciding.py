@@ -1,9 +1,10 @@
-"""``sublet plan``, ``repack`` and ``quota``: what would happen, whole GPUs back, and who is guaranteed what."""
+"""``sublet plan``, ``repack``, ``gpu`` and ``quota``: what would happen, GPUs back, and who is guaranteed what."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from sublet.cli.deploying import files_option
 from sublet.cli.session import Session, Verb, verb
 from sublet.errors import InvalidInput, NotPlaced
 from sublet.models_file import read_files
+
+if TYPE_CHECKING:
+    from sublet.client import Client
 
 VERDICTS = {"new": "+ new", "replaced": "~ replaced", "unchanged": "= unchanged", "rejected": "✗ rejected"}
 
@@ -133,6 +137,42 @@ def repack_text(plan: contract.RepackPlan) -> str:
     count, moves = len(plan.freed), len(plan.moves)
     told = f"{count} {'GPU' if count == 1 else 'GPUs'} freed by {moves} {'move' if moves == 1 else 'moves'}: {freed}"
     return output.table(["MODEL", "TENANT", "FROM", "TO", "GiB LOADED", "HOW"], rows) + f"\n\n{told}"
+
+
+@click.group(short_help="Open a quarantined GPU again.")
+def gpu() -> None:
+    """What an operator decides about single GPUs; `sublet nodes` lists them."""
+
+
+@gpu.command(
+    "reinstate", cls=Verb, examples=("sublet gpu reinstate host-1/gpu0", "sublet gpu reinstate host-1/GPU-4f2c")
+)
+@click.argument("place", metavar="NODE/GPU")
+@verb
+def gpu_reinstate(session: Session, *, place: str) -> None:
+    """Take new models on a quarantined GPU again, because you know that it is well. For the operator's tenant.
+
+    NODE/GPU is as `sublet nodes` lists it, or the node and the begin of the GPU's UUID.
+    """
+    node, _, name = place.rpartition("/")
+    if not node or not name:
+        raise InvalidInput(f"'{place}' is no NODE/GPU", fix="write it as `sublet nodes` does, for example host-1/gpu0")
+
+    async def reinstate(client: Client) -> contract.CommandAnswered:
+        uuid = name
+        if name.startswith("gpu") and name[3:].isdigit():
+            listed = await client.nodes()
+            there = [g for n in listed.nodes if n.node == node for g in n.gpus if g.index == int(name[3:])]
+            if not there:
+                raise InvalidInput(f"there is no GPU {place}", fix="list them:  sublet nodes")
+            uuid = there[0].gpu_uuid
+        return await client.reinstate_gpu(node, uuid)
+
+    answer = session.run(reinstate)
+    if session.is_json:
+        session.emit("sublet.gpu_reinstate.v1", {"gpu": place, **contract.plain(answer)})
+    else:
+        session.show(answer.message)
 
 
 @click.group(short_help="Set and list what tenants are guaranteed.")

@@ -119,7 +119,8 @@ def nodes_table(listed: contract.NodeList, *, is_wide: bool) -> str:
         return "no nodes yet; each GPU host runs one node agent"
     headers = ["GPU", "TYPE", "PROMISED GiB", "HELD GiB", "FREE TO PROMISE", "GRADE"]
     if is_wide:
-        headers += ["READY", "PARKED", "RESERVE GiB", "CAPACITY GiB", "HOST CPU LEFT", "HOST GiB LEFT", "GRADE REASON"]
+        headers += ["COMPUTE", "READY", "PARKED", "RESERVE GiB", "CAPACITY GiB", "HOST CPU LEFT", "HOST GiB LEFT"]
+        headers += ["GRADE REASON"]
     rows = [_gpu_cells(node, gpu, is_wide=is_wide) for node in listed.nodes for gpu in node.gpus]
     return "\n".join([output.table(headers, rows), *_footers(listed)])
 
@@ -137,6 +138,7 @@ def _gpu_cells(node: contract.NodeView, gpu: contract.GpuView, *, is_wide: bool)
     ]
     if is_wide:
         cells += [
+            "MIG" if gpu.is_mig else gpu.compute_sharing,
             str(gpu.resident_count),
             str(gpu.parked_count),
             quantities.gib(gpu.reserve_bytes),
@@ -162,6 +164,22 @@ def _footers(listed: contract.NodeList) -> list[str]:
         f"parked in host memory: {hosts}",
     ]
     lines = [f"({'; '.join(part for part in parts if part)})"]
+    closed = [
+        f"{node.node}/gpu{gpu.index} is quarantined ({gpu.quarantine_reason})"
+        for node in listed.nodes
+        for gpu in node.gpus
+        if gpu.quarantine_reason
+    ]
+    lines += (
+        [f"({'; '.join(closed)}: nothing new goes there; if well: sublet gpu reinstate NODE/GPU)"] if closed else []
+    )
+    foreign = [
+        f"{node.node}/gpu{gpu.index} {quantities.gib(gpu.foreign_bytes)} GiB"
+        for node in listed.nodes
+        for gpu in node.gpus
+        if gpu.foreign_bytes
+    ]
+    lines += [f"(used by processes of others: {', '.join(foreign)})"] if foreign else []
     away = [f"{node.node} is {node.condition}" for node in listed.nodes if node.condition != "open"]
     lines += [f"({'; '.join(away)}: nothing new goes there)"] if away else []
     labelled = [

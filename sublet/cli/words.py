@@ -54,6 +54,8 @@ CODES: Final = {
     "no_node": "no node has joined",
     "node_lost": "node is lost",
     "node_quarantined": "node is quarantined",
+    "gpu_quarantined": "GPU is quarantined",
+    "mig_taken": "MIG instance is taken",
     "node_refused": "node refused it",
     "gpu_model": "another GPU model",
     "node_labels": "labels are missing",

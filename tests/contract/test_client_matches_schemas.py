@@ -38,6 +38,7 @@ SENT: dict[str, Callable[[Client], Awaitable[Any]]] = {
     "inbox.wake_requested.v1": lambda client: client.wake("chat"),
     "inbox.repack_requested.v1": lambda client: client.repack(move_count_max=3),
     "inbox.quota_requested.v1": lambda client: client.set_quota("acme", gpu_quota=2.5, over_quota_weight=2.0),
+    "inbox.gpu_reinstate_requested.v1": lambda client: client.reinstate_gpu("host-1", "GPU-4"),
     "inbox.key_create_requested.v1": lambda client: client.create_key("laptop"),
     "inbox.key_revoke_requested.v1": lambda client: client.revoke_key("key-1"),
 }  # fmt: skip
@@ -76,8 +77,8 @@ ENUMERATIONS = {
     f"#/$defs/{kind.__name__}"
     for kind in (
         deployments.EngineKind, deployments.WorkloadKind, deployments.IsolationGrade, deployments.Strategy,
-        deployments.AntiAffinity, deployments.Runtime, deployments.SwapDriver, inbox.Verdict,
-        placement.ReasonCode, queries.PlanVerdict,
+        deployments.AntiAffinity, deployments.Runtime, deployments.SwapDriver, deployments.ComputeSharing,
+        inbox.Verdict, placement.ReasonCode, queries.PlanVerdict,
     )
 }  # fmt: skip
 

@@ -11,7 +11,8 @@ from schemas.nodes import GpuOffer, LeaseGranted, LeaseRefused, ReplicaReady
 from schemas.orders import ParkOrdered, WakeOrdered
 from schemas.placement import PlacementProposed, ReleaseProposed, ReplicaProposal, ShareProposal
 from schemas.units import GiB
-from services.nodeagent import leases as _leases  # noqa: F401  # Registers its handlers.
+from services.nodeagent import health as _health  # noqa: F401  # Registers its handlers.
+from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
 from services.nodeagent.core import SERVICE
 from services.nodeagent.inputs import (
