@@ -62,6 +62,9 @@ class SyncClient:
     ) -> contract.CommandAnswered:
         return self._wait(self._client.set_quota(tenant, gpu_quota=gpu_quota, over_quota_weight=over_quota_weight))
 
+    def reinstate_gpu(self, node: str, gpu_uuid: str) -> contract.CommandAnswered:
+        return self._wait(self._client.reinstate_gpu(node, gpu_uuid))
+
     def deployments(self) -> contract.DeploymentList:
         return self._wait(self._client.deployments())
 
