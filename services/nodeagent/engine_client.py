@@ -6,26 +6,34 @@ import aiohttp
 import anyio
 import msgspec
 
-from schemas.deployments import WorkloadKind
+from schemas.deployments import EngineKind, WorkloadKind
+from services.nodeagent.adapters.api import Adapter, Gauges, gauge
+from services.nodeagent.adapters.registry import ADAPTERS
 
 STATE_S: Final = 5.0
 READY_POLL_S: Final = 0.05
 IDLE_POLL_S: Final = 0.01
+NOT_FOUND: Final = 404
 
 
 class EngineProblem(Exception):
-    """The engine refused or does not answer; `short_by_bytes` when device memory was missing."""
+    """The engine refused or does not answer; `short_by_bytes` when device memory was missing.
 
-    def __init__(self, reason: str, *, short_by_bytes: int = 0) -> None:
+    `status` is that of its answer; 0 when there was none.
+    """
+
+    def __init__(self, reason: str, *, short_by_bytes: int = 0, status: int = 0) -> None:
         super().__init__(reason)
         self.short_by_bytes = short_by_bytes
+        self.status = status
 
 
 class EngineState(msgspec.Struct, kw_only=True):
-    """What ``GET /sublet/state`` tells."""
+    """What ``GET /sublet/state`` tells, or what can be found out of an engine that knows no such route."""
 
     state: str
-    in_flight: int = 0
+    in_flight: int | None = 0
+    """None: it does not tell, which is not zero."""
     failure: str | None = None
     weights_bytes: int = 0
     weights_generation: int = 0
@@ -39,6 +47,19 @@ class _Failure(msgspec.Struct, kw_only=True):
     requested_bytes: int = 0
 
 
+class _Sleeping(msgspec.Struct, kw_only=True):
+    is_sleeping: bool
+
+
+_ONE_TOKEN: Final[tuple[tuple[str, dict[str, object]], ...]] = (
+    ("/v1/completions", {"prompt": "ok", "max_tokens": 1}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ok"}], "max_tokens": 1}),
+    ("/v1/embeddings", {"input": "ok"}),
+)
+"""An engine that has not the first may have the next: not every one completes, and some embed only."""
+_NO_SUCH_ROUTE: Final = frozenset({404, 405, 501})
+
+
 class EngineClient:
     """HTTP to all engines of this host."""
 
@@ -48,15 +69,57 @@ class EngineClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def state(self, endpoint: str) -> EngineState:
+    async def state(self, endpoint: str, kind: EngineKind = EngineKind.SIMULATED) -> EngineState:
+        """Raises `EngineProblem` when it does not answer."""
+        adapter = ADAPTERS[kind]
+        if not adapter.is_ours:
+            return await self._found_out(endpoint, adapter)
         content = await self._call("GET", f"{endpoint}/sublet/state", timeout_s=STATE_S)
         return msgspec.json.decode(content, type=EngineState)
 
-    async def wait_until_ready(self, endpoint: str) -> None:
+    async def _found_out(self, endpoint: str, adapter: Adapter) -> EngineState:
+        """Loading, resident or asleep. An engine that cannot be asked whether it sleeps is called resident."""
+        try:
+            await self._call("GET", endpoint + adapter.ready_route, timeout_s=STATE_S)
+        except EngineProblem as problem:
+            if problem.status:
+                return EngineState(state="loading", in_flight=None)
+            raise
+        is_asleep = bool(adapter.sleeping_route) and await self._is_sleeping(endpoint + adapter.sleeping_route)
+        in_flight = 0 if is_asleep else await self._in_flight(endpoint, adapter.gauges)
+        return EngineState(state="asleep" if is_asleep else "resident", in_flight=in_flight)
+
+    async def _is_sleeping(self, url: str) -> bool:
+        """An engine that was started without its sleep mode has no such route."""
+        try:
+            content = await self._call("GET", url, timeout_s=STATE_S)
+        except EngineProblem as problem:
+            if problem.status == NOT_FOUND:
+                return False
+            raise
+        try:
+            return msgspec.json.decode(content, type=_Sleeping).is_sleeping
+        except msgspec.MsgspecError as error:
+            raise EngineProblem("the engine does not say whether it sleeps") from error
+
+    async def _in_flight(self, endpoint: str, gauges: Gauges | None) -> int | None:
+        """What it runs and what waits there; None when it does not tell both."""
+        if gauges is None:
+            return None
+        try:
+            text = (await self._call("GET", endpoint + gauges.route, timeout_s=STATE_S)).decode(errors="replace")
+        except EngineProblem as problem:
+            if problem.status:
+                return None
+            raise
+        running, waiting = gauge(text, gauges.running), gauge(text, gauges.waiting)
+        return None if running is None or waiting is None else round(running + waiting)
+
+    async def wait_until_ready(self, endpoint: str, kind: EngineKind = EngineKind.SIMULATED) -> None:
         """Returns when weights are loaded; raises `EngineProblem` when loading failed. No deadline of its own."""
         while True:
             try:
-                state = await self.state(endpoint)
+                state = await self.state(endpoint, kind)
             except EngineProblem:
                 state = None
             if state is not None and state.state in ("resident", "asleep"):
@@ -65,10 +128,12 @@ class EngineClient:
                 raise EngineProblem(state.failure or "the engine failed while loading")
             await anyio.sleep(READY_POLL_S)
 
-    async def wait_until_idle(self, endpoint: str, *, timeout_s: float) -> bool:
-        """True when nothing is in flight; False when the time ended first."""
+    async def wait_until_idle(
+        self, endpoint: str, *, timeout_s: float, kind: EngineKind = EngineKind.SIMULATED
+    ) -> bool:
+        """True when nothing is in flight; False when the time ended first, also for one that does not tell."""
         with anyio.move_on_after(timeout_s):
-            while (await self.state(endpoint)).in_flight > 0:  # noqa: ASYNC110  # Another process: it cannot set an event.
+            while (await self.state(endpoint, kind)).in_flight != 0:  # noqa: ASYNC110  # Another process sets no event.
                 await anyio.sleep(IDLE_POLL_S)
             return True
         return False
@@ -84,8 +149,15 @@ class EngineClient:
             if state.state != "resident":
                 raise EngineProblem(f"the job is {state.state} after its wake")
             return
-        body = msgspec.json.encode({"model": model, "prompt": "ok", "max_tokens": 1})
-        await self._call("POST", f"{endpoint}/v1/completions", timeout_s=timeout_s, body=body)
+        for route, content in _ONE_TOKEN:
+            body = msgspec.json.encode({"model": model, **content})
+            try:
+                await self._call("POST", f"{endpoint}{route}", timeout_s=timeout_s, body=body)
+            except EngineProblem as problem:
+                if problem.status not in _NO_SUCH_ROUTE or route == _ONE_TOKEN[-1][0]:
+                    raise
+            else:
+                return
 
     async def _call(self, method: str, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
         headers = {"content-type": "application/json"} if body is not None else None
@@ -105,6 +177,7 @@ def _problem(content: bytes, status: int) -> EngineProblem:
     try:
         failure = msgspec.json.decode(content, type=_Failure)
     except msgspec.MsgspecError:
-        return EngineProblem(f"the engine answered {status}")
+        return EngineProblem(f"the engine answered {status}", status=status)
     text = failure.error if isinstance(failure.error, str) else str(failure.error.get("message", status))
-    return EngineProblem(text, short_by_bytes=max(0, failure.requested_bytes - failure.free_bytes))
+    short_by_bytes = max(0, failure.requested_bytes - failure.free_bytes)
+    return EngineProblem(text, short_by_bytes=short_by_bytes, status=status)

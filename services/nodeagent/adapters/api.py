@@ -1,5 +1,6 @@
 """The interface of all adapters: what an engine is told at its start, and how it is asked while it runs."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,7 +160,8 @@ def gauge(text: str, names: tuple[str, ...]) -> float | None:
     for name in names:
         samples = [line.rsplit(maxsplit=1)[-1] for line in text.splitlines() if _names(line, name)]
         if samples:
-            return sum(float(sample) for sample in samples)
+            total = sum(float(sample) for sample in samples)
+            return total if math.isfinite(total) else None
     return None
 
 

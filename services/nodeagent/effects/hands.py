@@ -79,7 +79,9 @@ class Hands:
         if effect.replica.deployment.kind == "training":
             return True
         try:
-            return await self.engines.wait_until_idle(endpoint, timeout_s=timeout_s)
+            return await self.engines.wait_until_idle(
+                endpoint, timeout_s=timeout_s, kind=effect.replica.deployment.engine.kind
+            )
         except EngineProblem as error:
             raise Gone(str(error)) from error
 

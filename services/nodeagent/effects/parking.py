@@ -102,7 +102,9 @@ async def proven_residues(hands: Hands, effect: EngineEffect, engine: EngineView
 async def _told_residues(hands: Hands, effect: EngineEffect, engine: EngineView) -> list[int]:
     shares = effect.replica.shares
     try:
-        told_bytes = (await hands.engines.state(hands.endpoint(engine))).held_bytes
+        told_bytes = (
+            await hands.engines.state(hands.endpoint(engine), effect.replica.deployment.engine.kind)
+        ).held_bytes
     except EngineProblem as error:
         raise Gone(str(error)) from error
     if not told_bytes:

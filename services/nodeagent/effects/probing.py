@@ -3,17 +3,20 @@
 import os
 from pathlib import Path
 
+import anyio.to_thread
 from msgspec.structs import replace
 
 from kit.machine import kept_machine_id
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.inputs import NodeProbed, ProbeNode
+from services.nodeagent.processes import tree_of
 
 
 async def probe(hands: Hands, effect: ProbeNode, traceparent: str) -> NodeProbed:
     settings = hands.settings
     view = await hands.holder.view()
-    pids = frozenset(engine.pid for engine in view.engines) | {os.getpid()}
+    trees = [await anyio.to_thread.run_sync(tree_of, engine.pid) for engine in view.engines if engine.is_alive]
+    pids = frozenset({os.getpid()}).union(*trees)
     offers = await hands.guard.offers(our_pids=pids)
     swaps = await hands.mover.offered([offer.gpu_uuid for offer in offers])
     is_software = any(offer.is_software for offer in offers)

@@ -96,7 +96,7 @@ async def _until_ready(hands: Hands, effect: EngineEffect, endpoint: str) -> Non
             nonlocal problem
             with anyio.move_on_after(hands.settings.start_deadline_s) as scope:
                 try:
-                    await hands.engines.wait_until_ready(endpoint)
+                    await hands.engines.wait_until_ready(endpoint, effect.replica.deployment.engine.kind)
                 except EngineProblem as error:
                     problem = str(error)
             if scope.cancelled_caught:

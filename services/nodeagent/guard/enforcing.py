@@ -22,6 +22,7 @@ from services.nodeagent.guard.cooperative import EnginesBudget, Watched
 from services.nodeagent.guard.driver import DriverLimits
 from services.nodeagent.guard.hardware import HardwarePart
 from services.nodeagent.guard.proof import Proof
+from services.nodeagent.processes import tree_of
 from services.nodeagent.settings import NodeAgentSettings
 
 log = logging.getLogger("nodeagent")
@@ -194,10 +195,11 @@ class Guard:
             return None
 
     def _listed_bytes(self, gpu_uuid: str, pid: int) -> int | None:
-        """Of a process that is not listed it is 0 only when nobody's bytes are missing from the list."""
+        """Of it and its children. Where none is listed it is 0 only when nobody's bytes are missing from the list."""
         listed = self.inventory.process_bytes(gpu_uuid)
-        if pid in listed:
-            return listed[pid]
+        sizes = [listed[member] for member in tree_of(pid) if member in listed]
+        if sizes:
+            return None if None in sizes else sum(size or 0 for size in sizes)
         memory = self.inventory.memory(gpu_uuid)
         reserved_bytes = next((gpu.reserved_bytes for gpu in self.inventory.gpus() if gpu.uuid == gpu_uuid), 0)
         nobodys_bytes = memory.used_bytes - reserved_bytes - sum(size or 0 for size in listed.values())

@@ -132,7 +132,7 @@ class OverHttp:
 
     async def standing(self, target: SwapTarget) -> Standing:
         try:
-            state = await self._engines.state(target.endpoint)
+            state = await self._engines.state(target.endpoint, target.replica.deployment.engine.kind)
         except EngineProblem as error:
             raise Broken(str(error)) from error
         match state.state:

@@ -229,6 +229,7 @@ def test_a_gauge_is_the_sum_of_its_samples_and_one_that_is_not_there_is_not_zero
     assert 0 == gauge(METRICS, ("vllm:num_requests_waiting",))
     assert 1 == gauge(METRICS, ("nothing", "llamacpp:requests_processing"))
     assert gauge(METRICS, ("sglang:num_running_reqs",)) is None
+    assert gauge("a NaN\n", ("a",)) is None
 
 
 def test_a_start_on_this_host_is_bound_to_loopback_unless_engines_have_a_network_of_their_own() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kit.outcomes import Input
 from kit.telemetry import Tracer
-from schemas.deployments import DeploymentSpec, EngineSpec, ShareSpec
+from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, ShareSpec
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal, ShareProposal
 from schemas.units import MiB
@@ -47,7 +47,7 @@ class RestartedHolder:
 
 
 class Engines:
-    async def state(self, endpoint: str) -> EngineState:
+    async def state(self, endpoint: str, kind: EngineKind) -> EngineState:
         return EngineState(state="resident")
 
 
@@ -107,10 +107,10 @@ class CalmHolder:
 class SleepingEngines:
     """Says that it holds 1,000 MiB after its park, in all."""
 
-    async def state(self, endpoint: str) -> EngineState:
+    async def state(self, endpoint: str, kind: EngineKind) -> EngineState:
         return EngineState(state="asleep", held_bytes=1000 * MiB)
 
-    async def wait_until_idle(self, endpoint: str, *, timeout_s: float) -> bool:
+    async def wait_until_idle(self, endpoint: str, *, timeout_s: float, kind: EngineKind) -> bool:
         return True
 
     async def post(self, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
