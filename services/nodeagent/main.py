@@ -23,6 +23,7 @@ from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard.making import guard_of
+from services.nodeagent.guard.watchdog import Watchdog
 from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.logs import read_tail
 from services.nodeagent.mover.mover import Mover, plain_drivers
@@ -75,6 +76,15 @@ async def main() -> None:
                     rooms=rooms,
                 )
             )
+            watchdog = Watchdog(
+                settings,
+                inventory=inventory,
+                holder=holder,
+                accounts=guard.accounts,
+                state=lambda: runner.processor.state if runner.processor is not None else None,
+                report=runner.offer,
+            )
+            watchers.start_soon(watchdog.run)
             async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, holder, watchers)):
                 await serve(runner, connection, telemetry)
             watchers.cancel_scope.cancel()

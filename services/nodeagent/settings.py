@@ -35,6 +35,11 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """How long the process that proves a GPU's isolation grade may take; 0: the driver's word is taken for it."""
     is_trusting_engines: bool = True
     """Whether an engine's own budget counts as `cooperative`. Without: what cannot be enforced is only watched."""
+    watch_s: float = 0.5
+    """How often each replica's bytes are measured and compared with its grant, whatever the grade."""
+    overuse_grace_s: float = 2.0
+    """An engine that nothing else holds is stopped when it is beyond its grant for so long. On the other grades overuse
+    is told, and nobody is stopped."""
     broker_socket: str = ""
     """Private socket of this host's memory broker, the agent's side. Empty: no broker."""
     broker_engine_socket: str = ""

@@ -8,14 +8,15 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import anyio.to_thread
 import pytest
 
 import softgpu
 from kit.process import free_port
-from tests.integration.test_holder import ROOT, Agent, holder_process
+from schemas.holders import EngineView
+from tests.integration.test_holder import ROOT, Agent, holder_process, log_holds, runs
 
 pytestmark = pytest.mark.anyio
 NOT_SUPPORTED = 3
@@ -150,3 +151,91 @@ async def test_a_probe_that_an_agent_left_behind_is_ended_by_the_next(tmp_path: 
 
 async def left_behind(agent: Agent) -> None:
     await agent.run("guard-probe.0", "echo up; exec sleep 1000")
+
+
+# --- The watchdog -----------------------------------------------------------------------------------------------------
+
+HOLDS = (
+    "import sys, time; from devices.cuda import CudaDevice; d = CudaDevice(sys.argv[1]);"
+    "kept = d.allocate(int(sys.argv[2]) << 20); print('up', flush=True); time.sleep(1000)"
+)
+
+
+async def holds(agent: Agent, replica_id: str, host: softgpu.Host, *, mib: int) -> EngineView:
+    """An engine that has taken so much beside its context of 8 MiB."""
+    command = (sys.executable, "-c", HOLDS, host.uuids()[0], str(mib))
+    view = await agent.start(replica_id, *command, environment={"PYTHONPATH": str(ROOT)})
+    await agent.open_gate(replica_id)
+    await log_holds(view, "up\n")
+    return view
+
+
+class Watch:
+    """A watchdog that looks when it is told to."""
+
+    def __init__(self, tmp_path: Path, host: softgpu.Host, grade: str, *leases: str) -> None:
+        socket = str(tmp_path / "state" / "holder.sock")
+        arguments = [socket, str(tmp_path / "agent"), grade, host.uuids()[0], *leases]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.watching", *arguments],
+            env={**os.environ, **host.environment()}, cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    async def look(self) -> dict[str, Any]:
+        def ask() -> str:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            print(file=self._process.stdin, flush=True)
+            return self._process.stdout.readline()
+
+        told: dict[str, Any] = json.loads(await anyio.to_thread.run_sync(ask))
+        return told
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate("")
+
+
+async def test_an_engine_that_only_the_watchdog_holds_is_stopped_and_its_neighbour_is_not(
+    tmp_path: Path, host: softgpu.Host
+) -> None:
+    async with holder_process(tmp_path, free_port(), **host.environment()) as (_, agent):
+        greedy = await holds(agent, "greedy", host, mib=150)
+        modest = await holds(agent, "modest", host, mib=20)
+        with Watch(tmp_path, host, "watched", "greedy=40", "modest=40") as watch:
+            told = await watch.look()
+
+            assert ["greedy"] == told["stopped"]
+            assert [("greedy", True)] == [(report["replica_id"], report["is_stopped"]) for report in told["told"]]
+            assert 158 << 20 == told["told"][0]["used_bytes"]
+            assert not runs(greedy)
+            assert runs(modest)
+            assert {"told": [], "stopped": []} == await watch.look(), "once"
+
+
+async def test_on_another_grade_the_watchdog_tells_and_stops_nobody(tmp_path: Path, host: softgpu.Host) -> None:
+    async with holder_process(tmp_path, free_port(), **host.environment()) as (_, agent):
+        greedy = await holds(agent, "greedy", host, mib=150)
+        with Watch(tmp_path, host, "cooperative", "greedy=40") as watch:
+            told = await watch.look()
+
+            assert [False] == [report["is_stopped"] for report in told["told"]]
+            assert runs(greedy)
+
+
+@pytest.mark.parametrize("kind", ["unknown", "empty"])
+async def test_bytes_that_the_driver_does_not_tell_stop_nobody_and_are_not_taken_for_zero(
+    tmp_path: Path, host: softgpu.Host, kind: str
+) -> None:
+    async with holder_process(tmp_path, free_port(), **host.environment()) as (_, agent):
+        greedy = await holds(agent, "greedy", host, mib=150)
+        with Watch(tmp_path, host, "watched", "greedy=40") as watch:
+            host.set_fault("nvmlDeviceGetComputeRunningProcesses", times=-1, kind=kind)
+            assert {"told": [], "stopped": []} == await watch.look()
+            assert runs(greedy)
+
+            host.clear_faults()
+            assert ["greedy"] == (await watch.look())["stopped"]
