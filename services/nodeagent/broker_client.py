@@ -15,6 +15,8 @@ from schemas.brokers import (
     BrokerMessage,
     BrokerRefused,
     BrokerView,
+    HostReserve,
+    ImageForget,
 )
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -47,6 +49,13 @@ class BrokerClient:
 
     async def close(self, account: AccountClose) -> None:
         await self._ask(account, BrokerDone)
+
+    async def reserve(self, wish: HostReserve) -> None:
+        await self._ask(wish, BrokerDone)
+
+    async def forget(self, deployment_id: str) -> None:
+        """The images of a deployment that will not come back."""
+        await self._ask(ImageForget(deployment_id=deployment_id), BrokerDone)
 
     async def _ask(self, question: BrokerMessage, kind: type[T]) -> T:
         try:
