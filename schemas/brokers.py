@@ -46,7 +46,7 @@ class AccountOpen(BrokerMessage, frozen=True):
     granted_bytes: dict[str, Bytes]
     """{gpu_uuid: the most that it may hold there}. Below what it holds: nothing more until it has given back."""
     deployment_id: str = ""
-    """Whose images it seals: replicas of one deployment wake from each other's. Empty: the replica's own."""
+    """`ImageForget` of it forgets the images of all its replicas. Each replica seals and wakes from its own."""
 
 
 class AccountClose(BrokerMessage, frozen=True):
@@ -113,7 +113,7 @@ class GpuPoolView(Struct, frozen=True, kw_only=True):
     pooled_bytes: Bytes
     """Physical memory that the broker keeps ready and nobody uses."""
     lent_bytes: Bytes
-    """In the hands of engines."""
+    """In the hands of engines, or on the way from there back to the driver."""
     waiting_copies: Count
     link_busy_s: Seconds
     """Since the start."""

@@ -36,6 +36,12 @@ SERVICES: Final = (
         is_per_host=True,
     ),
     ServiceEntry(
+        name="broker",
+        summary="lends device memory to engines, keeps images in host memory; the holder starts it",
+        is_single_writer=False,
+        is_per_host=True,
+    ),
+    ServiceEntry(
         name="nodeagent",
         summary="grants and enforces leases on one host's GPUs, parks and wakes",
         is_single_writer=False,

@@ -8,6 +8,7 @@ from tests.architecture.sources import listing, read, service_folders, tracked_f
 ANATOMY = ("__init__.py", "core.py", "state.py", "settings.py", "README.md")
 # What a service may lack, with the reason.
 MAY_LACK = {
+    "broker": {"state.py": "it writes no facts; what it holds is the driver's and the kernel's"},
     "gateway": {"state.py": "it writes no facts; its tables are views of what others wrote"},
     "holder": {"state.py": "what it holds is the kernel's: processes, descriptors, pages"},
 }

@@ -1,0 +1,382 @@
+"""What the broker does for the agent and for engines: accounts, pools, images and links put together.
+
+Everything here runs on one event loop. Driver calls and files are left to worker threads by `Gpu` and `HostMemory`;
+whatever may have changed while one was awaited is looked at again afterwards.
+"""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import anyio
+import anyio.abc
+from msgspec import Struct
+
+from schemas.brokers import (
+    PAGE_BYTES,
+    AccountClose,
+    AccountOpen,
+    BrokerDone,
+    BrokerView,
+    EngineHello,
+    HostReserve,
+    ImageForget,
+    ImageRestore,
+    ImageRestored,
+    ImageSeal,
+    ImageSealed,
+    LinkClass,
+    MemoryAsk,
+    MemoryGrant,
+    MemoryReturn,
+    Prefetch,
+)
+from services.broker.arena import Image, Slab
+from services.broker.core import Account, AccountKey, Accounts, Range
+from services.broker.gpu import Copy, Gpu, Lent, Part, spans_in
+from services.broker.host_memory import HostMemory
+from services.broker.pool import Piece
+from services.broker.refusals import Refused
+from services.broker.wire import close_all
+
+Say: TypeAlias = Callable[[Struct, Sequence[int]], Awaitable[None]]
+"""Answer the peer with a message and descriptors."""
+
+_ENDED: Final = "the engine is gone"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Loan:
+    """The physical memory of one range."""
+
+    gpu: Gpu
+    pieces: tuple[Piece, ...]
+    tenant: str
+    copy: Copy | None = None
+    """Under way: the pieces stay until it is done."""
+
+    def with_offsets(self) -> list[tuple[Piece, int]]:
+        offset_bytes, found = 0, []
+        for piece in self.pieces:
+            found.append((piece, offset_bytes))
+            offset_bytes += piece.size_bytes
+        return found
+
+
+class Broker:
+    def __init__(self, *, gpus: dict[str, Gpu], host: HostMemory, tasks: anyio.abc.TaskGroup) -> None:
+        self.broker_id = secrets.token_hex(8)
+        self.accounts = Accounts()
+        self.gpus = gpus
+        self.host = host
+        self._tasks = tasks
+        self._loans: dict[tuple[AccountKey, str], Loan] = {}
+        self._watched: set[int] = set()
+
+    # ---- the agent
+
+    def open_account(self, wish: AccountOpen) -> BrokerDone:
+        for gpu_uuid in wish.granted_bytes:
+            self._gpu(gpu_uuid)
+        self.accounts.open(wish)
+        for gpu_uuid in sorted(wish.granted_bytes):
+            self._tasks.start_soon(self._open_gpu, self._gpu(gpu_uuid))
+        return BrokerDone()
+
+    async def _open_gpu(self, gpu: Gpu) -> None:
+        """Ahead of the first ask: a context takes a fraction of a second."""
+        try:
+            await self.open_gpu(gpu)
+        except Refused as refused:
+            log.warning("a GPU cannot be opened", extra={"gpu": gpu.gpu_uuid, "why": refused.sentence})
+
+    async def open_gpu(self, gpu: Gpu) -> None:
+        await gpu.open()
+        assert gpu.device is not None
+        self.host.use(gpu.device)
+
+    async def close_account(self, wish: AccountClose) -> BrokerDone:
+        account = self.accounts.close((wish.replica_id, wish.lease_epoch))
+        if account is not None:
+            await self._take_back(account, list(account.ranges.values()))
+        return BrokerDone()
+
+    def forget(self, wish: ImageForget) -> BrokerDone:
+        self.host.arena.forget_deployment(wish.deployment_id)
+        self.host.save()
+        return BrokerDone()
+
+    def reserve(self, wish: HostReserve) -> BrokerDone:
+        self.host.arena.reserve(
+            replica_id=wish.replica_id, deployment_id=wish.deployment_id, size_bytes=wish.size_bytes
+        )
+        self.host.save()
+        return BrokerDone()
+
+    async def prefetch(self, wish: Prefetch) -> BrokerDone:
+        """Answered when the images are in host memory."""
+        arena = self.host.arena
+        images = sorted(arena.images_of(wish.replica_id), key=lambda image: image.key)
+        slabs = {slab.slab_id: slab for image in images for slab in arena.slabs_of(image)}
+        arena.busy(slabs.values())
+        try:
+            for image in images:
+                arena.touch(image)
+            await self.host.bring(tuple(slabs.values()), numa_order=())
+        finally:
+            arena.idle(slabs.values())
+            self.host.save()
+        return BrokerDone()
+
+    def view(self) -> BrokerView:
+        return BrokerView(
+            broker_id=self.broker_id,
+            pid=os.getpid(),
+            accounts=self.accounts.views(
+                lambda account: self.host.sealed(self.host.arena.images_of(account.replica_id))
+            ),
+            gpus=tuple(gpu.view() for _, gpu in sorted(self.gpus.items())),
+            host=self.host.views(),
+            disk_budget_bytes=self.host.arena.disk_budget_bytes,
+            disk_used_bytes=self.host.arena.disk_used_bytes,
+        )
+
+    # ---- engines: who they are
+
+    def hello(self, hello: EngineHello, *, connection_id: int, pid: int) -> Account:
+        """The account. The process is watched from now on: its end frees what it held."""
+        process = pid or -connection_id
+        account = self.accounts.hello(hello, connection_id=connection_id, process=process)
+        if pid and pid not in self._watched:
+            try:
+                descriptor = os.pidfd_open(pid)
+            except OSError as error:
+                self.accounts.disconnected(account, connection_id)
+                raise Refused(f"process {pid} is gone") from error
+            self._watched.add(pid)
+            self._tasks.start_soon(self._watch, pid, descriptor)
+        return account
+
+    async def _watch(self, pid: int, descriptor: int) -> None:
+        try:
+            await anyio.wait_readable(descriptor)
+        finally:
+            os.close(descriptor)
+            self._watched.discard(pid)
+        for account in list(self.accounts.by_key.values()):
+            await self._take_back(account, self.accounts.process_gone(account, pid))
+
+    # ---- engines: memory
+
+    async def ask(self, account: Account, wish: MemoryAsk, *, connection_id: int, say: Say) -> None:
+        gpu = self._gpu(wish.gpu_uuid)
+        await self.open_gpu(gpu)
+        held = self._hold(account, gpu, size_bytes=wish.size_bytes, range_id=wish.range_id, connection_id=connection_id)
+        lent = await self._lend(account, held, gpu, copy=None, on_piece=None)
+        grant = MemoryGrant(
+            range_id=held.range_id,
+            piece_bytes=tuple(piece.size_bytes for piece in lent.pieces),
+            reserve_s=round(lent.reserve_s, 6),
+        )
+        await self._hand_over(say, grant, lent)
+
+    def _hold(self, account: Account, gpu: Gpu, *, size_bytes: int, range_id: str, connection_id: int) -> Range:
+        self._check_open(account)
+        if size_bytes <= 0:
+            raise Refused("a range has at least one byte")
+        return self.accounts.hold(
+            account, gpu_uuid=gpu.gpu_uuid, size_bytes=gpu.whole_granules(size_bytes), range_id=range_id,
+            connection_id=connection_id,
+        )  # fmt: skip
+
+    async def _lend(
+        self,
+        account: Account,
+        held: Range,
+        gpu: Gpu,
+        *,
+        copy: Copy | None,
+        on_piece: Callable[[Piece, int], None] | None,
+    ) -> Lent:
+        """The range's memory, entered as lent. Raises `Refused` with nothing held."""
+        try:
+            lent = await gpu.lend(
+                held.size_bytes, tenant=account.tenant, adopted_bytes=self.accounts.adopted_bytes(gpu.gpu_uuid),
+                on_piece=on_piece, before_giving_back=lambda: self._end_copy(gpu, copy),
+            )  # fmt: skip
+        except Refused:
+            await self._end_copy(gpu, copy)
+            self.accounts.let_go(account, held.range_id)
+            raise
+        loan = Loan(gpu=gpu, pieces=lent.pieces, tenant=account.tenant, copy=copy)
+        if account.ranges.get(held.range_id) is not held:  # its engine ended meanwhile
+            close_all(lent.descriptors)
+            await self._end_copy(gpu, copy)
+            await gpu.take_back(loan.pieces, tenant=account.tenant)
+            raise Refused(_ENDED)
+        self._loans[account.key, held.range_id] = loan
+        return lent
+
+    async def _end_copy(self, gpu: Gpu, copy: Copy | None) -> None:
+        if copy is not None:
+            gpu.drop(copy, why=_ENDED)
+            await copy.done.wait()
+
+    async def _hand_over(self, say: Say, grant: MemoryGrant, lent: Lent) -> None:
+        try:
+            await say(grant, lent.descriptors)
+        finally:
+            close_all(lent.descriptors)
+
+    async def give_back(self, account: Account, wish: MemoryReturn, *, connection_id: int) -> BrokerDone:
+        held = account.ranges.get(wish.range_id)
+        if held is None and wish.size_bytes:
+            self.accounts.return_adopted(
+                account, gpu_uuid=wish.gpu_uuid, size_bytes=wish.size_bytes, connection_id=connection_id
+            )
+            return BrokerDone()
+        await self._take_back(account, [self.accounts.range_of(account, wish.range_id)])
+        return BrokerDone()
+
+    async def _take_back(self, account: Account, ranges: Sequence[Range]) -> None:
+        """Nobody maps these any more. One that is just being lent is given back by who lends it."""
+        for held in ranges:
+            if account.ranges.get(held.range_id) is not held:
+                continue
+            loan = self._loans.pop((account.key, held.range_id), None)
+            if loan is not None:
+                await self._end_copy(loan.gpu, loan.copy)
+                await loan.gpu.take_back(loan.pieces, tenant=loan.tenant)
+            self.accounts.let_go(account, held.range_id)
+
+    # ---- engines: images
+
+    async def seal(self, account: Account, wish: ImageSeal) -> ImageSealed:
+        started_s = time.perf_counter()
+        self._check_open(account)
+        held = self.accounts.range_of(account, wish.range_id)
+        loan = self._loans.get((account.key, wish.range_id))
+        if loan is None or loan.copy is not None:
+            raise Refused(f"range {wish.range_id} has no content yet")
+        arena = self.host.arena
+        kept = arena.images.get((account.replica_id, wish.image_id))
+        if kept is not None and kept.generation > wish.generation:
+            raise Refused(f"image {wish.image_id} is of generation {kept.generation} already")
+        same = arena.known_content(tenant=account.tenant, content_id=wish.content_id, size_bytes=held.size_bytes)
+        if same is not None:
+            self._seal(account, wish, held, arena.slabs_of(same))
+            return _sealed(wish, copied_bytes=0, shared_bytes=held.size_bytes, started_s=started_s)
+        numa_order = (loan.gpu.numa_index,)
+        await self.host.room(held.size_bytes, numa_order=numa_order)
+        slabs = arena.new_slabs(
+            held.size_bytes, tenant=account.tenant, replica_id=account.replica_id, numa_order=numa_order
+        )
+        try:
+            copy = await self._copied(loan, await self.host.parts(slabs))
+            if copy.error:
+                raise Refused(f"image {wish.image_id} was not kept: {copy.error}")
+            self._seal(account, wish, held, slabs)
+        finally:
+            arena.idle(slabs)
+            self.host.save()
+        return _sealed(wish, copied_bytes=copy.copied_bytes, shared_bytes=0, started_s=started_s)
+
+    async def _copied(self, loan: Loan, parts: Sequence[Part]) -> Copy:
+        """A range's content, copied to host memory."""
+        copy = loan.gpu.begin_copy(LinkClass.SEAL, is_to_device=False)
+        loan.copy = copy
+        for piece, offset_bytes in loan.with_offsets():
+            loan.gpu.add_spans(copy, spans_in(piece, offset_bytes, parts, page_bytes=PAGE_BYTES))
+        loan.gpu.complete(copy)
+        await copy.done.wait()
+        loan.copy = None
+        return copy
+
+    def _seal(self, account: Account, wish: ImageSeal, held: Range, slabs: Sequence[Slab]) -> None:
+        self.host.arena.seal(
+            Image(
+                replica_id=account.replica_id, image_id=wish.image_id,
+                deployment_id=account.deployment_id or account.replica_id, tenant=account.tenant,
+                generation=wish.generation, content_id=wish.content_id, size_bytes=held.size_bytes,
+                slab_ids=tuple(slab.slab_id for slab in slabs),
+            )
+        )  # fmt: skip
+        self.host.save()
+
+    async def restore(self, account: Account, wish: ImageRestore, *, connection_id: int, say: Say) -> ImageRestored:
+        gpu = self._gpu(wish.gpu_uuid)
+        await self.open_gpu(gpu)
+        arena = self.host.arena
+        image = arena.find(replica_id=account.replica_id, image_id=wish.image_id, generation=wish.generation)
+        if image.tenant != account.tenant:
+            raise Refused(f"image {wish.image_id} of {account.replica_id} is another tenant's")
+        held = self._hold(
+            account, gpu, size_bytes=image.size_bytes, range_id=wish.range_id, connection_id=connection_id
+        )
+        slabs = arena.slabs_of(image)
+        arena.busy(slabs)
+        try:
+            try:
+                arena.touch(image)
+                await self.host.bring(slabs, numa_order=(gpu.numa_index,))
+                parts = await self.host.parts(slabs)
+            except Refused:
+                self.accounts.let_go(account, held.range_id)
+                raise
+            return await self._restored(account, held, gpu, wish, parts=parts, say=say)
+        finally:
+            arena.idle(slabs)
+            self.host.save()
+
+    async def _restored(
+        self, account: Account, held: Range, gpu: Gpu, wish: ImageRestore, *, parts: Sequence[Part], say: Say
+    ) -> ImageRestored:
+        """Copies of a piece begin when the piece is there; the engine maps all of them meanwhile."""
+        copy = gpu.begin_copy(wish.link_class, is_to_device=True)
+
+        def begin(piece: Piece, offset_bytes: int) -> None:
+            gpu.add_spans(copy, spans_in(piece, offset_bytes, parts, page_bytes=PAGE_BYTES))
+
+        lent = await self._lend(account, held, gpu, copy=copy, on_piece=begin)
+        gpu.complete(copy)
+        grant = MemoryGrant(
+            range_id=held.range_id,
+            piece_bytes=tuple(piece.size_bytes for piece in lent.pieces),
+            reserve_s=round(lent.reserve_s, 6),
+        )
+        await self._hand_over(say, grant, lent)
+        await copy.done.wait()
+        loan = self._loans.get((account.key, held.range_id))
+        if loan is not None:
+            loan.copy = None
+        if copy.error:
+            raise Refused(f"image {wish.image_id} was not restored: {copy.error}; return range {wish.range_id}")
+        return ImageRestored(
+            range_id=held.range_id, copied_bytes=copy.copied_bytes, copy_s=round(copy.copy_s, 6),
+            wait_s=round(copy.wait_s, 6),
+        )  # fmt: skip
+
+    # ---- inside
+
+    def _gpu(self, gpu_uuid: str) -> Gpu:
+        gpu = self.gpus.get(gpu_uuid)
+        if gpu is None:
+            raise Refused(f"this host's broker has no GPU {gpu_uuid}")
+        return gpu
+
+    def _check_open(self, account: Account) -> None:
+        if self.accounts.by_key.get(account.key) is not account:
+            raise Refused(f"the account of {account.replica_id} was closed")
+
+
+def _sealed(wish: ImageSeal, *, copied_bytes: int, shared_bytes: int, started_s: float) -> ImageSealed:
+    return ImageSealed(
+        image_id=wish.image_id, generation=wish.generation, copied_bytes=copied_bytes, shared_bytes=shared_bytes,
+        seal_s=round(time.perf_counter() - started_s, 6),
+    )  # fmt: skip
