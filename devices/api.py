@@ -122,6 +122,7 @@ class GpuDescription:
     link_width_count: int | None  # PCIe lanes
     is_software: bool  # True on the software driver; every figure measured there must be labelled so
     driver_version: str
+    numa_index: int | None = None  # of the host memory that is nearest; None: the host has one, or does not tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +162,15 @@ class GpuFault:
     xid: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCondition:
+    """How one GPU is; None: this one, or this driver, does not say."""
+
+    temperature_c: int | None = None
+    is_too_hot: bool | None = None  # its clocks are lowered because of its temperature, by the driver or the hardware
+    ecc_error_count: int | None = None  # memory errors that could not be corrected, since the driver was loaded
+
+
 class Inventory(Protocol):
     """A host's GPUs as seen from outside the workloads. The caller must sit outside every limited cgroup itself.
 
@@ -181,6 +191,9 @@ class Inventory(Protocol):
 
     def utilization_fraction(self, gpu_uuid: str) -> float | None:
         """Part of the last sample period (1/6 to 1 s) in which a kernel ran, 0 to 1; None: the driver does not say."""
+
+    def condition(self, gpu_uuid: str) -> GpuCondition:
+        """Temperature, thermal slowdown, memory errors."""
 
     def peer_bytes_per_s(self, gpu_uuid: str) -> Mapping[str, float]:
         """`{uuid of another GPU of this host: rate of the direct links to it}`, in one direction.

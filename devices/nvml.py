@@ -17,6 +17,7 @@ import pynvml
 from devices.api import (
     DeviceError,
     DeviceLost,
+    GpuCondition,
     GpuDescription,
     GpuFault,
     GpuMemory,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 _SOFTWARE_DRIVER_MARK = "softgpu"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _NVLINK = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+_TOO_HOT = pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksEventReasonHwThermalSlowdown
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
 # A burst of faults is drained in one call up to this many; the rest comes with the next.
 _FAULTS_PER_CALL_MAX = 64
 
@@ -97,17 +100,19 @@ class NvmlInventory:
     def _describe(self, index: int) -> GpuDescription:
         handle = call("nvmlDeviceGetHandleByIndex", index)
         memory = call("nvmlDeviceGetMemoryInfo", handle, version=pynvml.nvmlMemory_v2)
+        bus_id = _text(call("nvmlDeviceGetPciInfo", handle).busId)
         return GpuDescription(
             uuid=str(call("nvmlDeviceGetUUID", handle)),
             index=index,
             name=str(call("nvmlDeviceGetName", handle)),
             capacity_bytes=int(memory.total),
             reserved_bytes=int(memory.reserved),
-            pci_bus_id=_text(call("nvmlDeviceGetPciInfo", handle).busId),
+            pci_bus_id=bus_id,
             link_generation=_optional("nvmlDeviceGetMaxPcieLinkGeneration", handle),
             link_width_count=_optional("nvmlDeviceGetMaxPcieLinkWidth", handle),
             is_software=_SOFTWARE_DRIVER_MARK in self._driver_version,
             driver_version=self._driver_version,
+            numa_index=numa_index(bus_id),
         )
 
     def memory(self, gpu_uuid: str) -> GpuMemory:
@@ -132,6 +137,18 @@ class NvmlInventory:
             return float(call("nvmlDeviceGetUtilizationRates", self._handle(gpu_uuid)).gpu) / 100
         except NotSupported:
             return None
+
+    def condition(self, gpu_uuid: str) -> GpuCondition:
+        handle = self._handle(gpu_uuid)
+        reasons = _optional("nvmlDeviceGetCurrentClocksEventReasons", handle)
+        if reasons is None:  # Drivers before R535 know it under its older name.
+            reasons = _optional("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        errors = (pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC)
+        return GpuCondition(
+            temperature_c=_optional("nvmlDeviceGetTemperature", handle, pynvml.NVML_TEMPERATURE_GPU),
+            is_too_hot=None if reasons is None else bool(reasons & _TOO_HOT),
+            ecc_error_count=_optional("nvmlDeviceGetTotalEccErrors", handle, *errors),
+        )
 
     def peer_bytes_per_s(self, gpu_uuid: str) -> Mapping[str, float]:
         handle = self._handle(gpu_uuid)
@@ -224,6 +241,19 @@ class NvmlInventory:
             return call("nvmlDeviceGetHandleByUUID", gpu_uuid)
         except InvalidUse as error:  # what the driver says to a string that is no UUID
             raise NotFound(call=error.call, code=error.code, detail=gpu_uuid) from error
+
+
+def numa_index(pci_bus_id: str, *, devices: Path = _PCI_DEVICES) -> int | None:
+    """The NUMA node of a PCI device, as the kernel has it; None where it has none, or does not say.
+
+    NVML writes the domain with eight digits, the kernel with four.
+    """
+    domain, _, rest = pci_bus_id.lower().partition(":")
+    try:
+        number = int((devices / f"{domain[-4:]}:{rest}" / "numa_node").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return number if number >= 0 else None
 
 
 def _optional(name: str, *arguments: Any) -> int | None:

@@ -17,6 +17,7 @@ from devices.api import (
     DeviceSettings,
     ExportedChunk,
     ExportedMemory,
+    GpuCondition,
     GpuDescription,
     GpuFault,
     GpuMemory,
@@ -75,6 +76,10 @@ class VirtualInventory:
     def utilization_fraction(self, gpu_uuid: str) -> float | None:
         self._check_open()
         return self._host.gpu(gpu_uuid).utilization_fraction
+
+    def condition(self, gpu_uuid: str) -> GpuCondition:
+        self._check_open()
+        return self._host.gpu(gpu_uuid).condition
 
     def peer_bytes_per_s(self, gpu_uuid: str) -> Mapping[str, float]:
         """None: virtual GPUs have no direct links."""

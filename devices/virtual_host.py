@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from devices.api import (
     ClientEvicted,
     DeviceLost,
+    GpuCondition,
     GpuDescription,
     GpuFault,
     GpuMemory,
@@ -32,6 +33,7 @@ _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 # Far above any real descriptor, so that one closed by mistake cannot hit a file of the simulator.
 _FIRST_FD = 1_000_000
 _FIRST_PID = 1_000
+_WELL = GpuCondition(temperature_c=40, is_too_hot=False, ecc_error_count=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,7 @@ class Gpu:
     to_host_busy_until_s: float = 0.0
     is_lost: bool = False
     utilization_fraction: float | None = None
+    condition: GpuCondition = _WELL
     limits: dict[str, tuple[int, int | None]] = field(default_factory=dict)  # {namespace: (soft, hard)}
     leavings: SparseBytes = field(default_factory=SparseBytes)  # of the memory freed last: what the next owner finds
 
@@ -152,6 +155,19 @@ class VirtualHost:
         """The GPU falls off the bus: every call about it fails from now on."""
         self.gpu(gpu_uuid).is_lost = True
         self.faults.append(GpuFault(gpu_uuid=gpu_uuid, xid=79))
+
+    def find_gpu(self, gpu_uuid: str) -> None:
+        """A lost one is there again; what was on it is gone, and its processes must open it anew."""
+        gpu = self.gpus[gpu_uuid]
+        if gpu.is_lost:
+            for process in self.processes.values():
+                for memory in [m for m in process.memories.values() if m.gpu_uuid == gpu_uuid]:
+                    self.let_go(memory, process, times=memory.holds[process.pid])
+                gpu.used_bytes -= process.contexts.pop(gpu_uuid, 0)
+        gpu.is_lost = False
+
+    def set_condition(self, gpu_uuid: str, condition: GpuCondition) -> None:
+        self.gpu(gpu_uuid).condition = condition
 
     def set_utilization(self, gpu_uuid: str, fraction: float | None) -> None:
         self.gpu(gpu_uuid).utilization_fraction = fraction

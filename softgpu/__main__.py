@@ -80,6 +80,7 @@ def parser() -> Parser:
     commands.add_parser("status", help="devices, processes, limits, faults").set_defaults(run=run_status)
     add_settings(commands)
     add_failures(commands)
+    add_health(commands)
     add_fuzz(commands)
     check = commands.add_parser("check", help="count all records again: is the shared state true? Exit status 1 if not")
     check.add_argument(
@@ -119,6 +120,17 @@ def add_settings(commands: "argparse._SubParsersAction[Parser]") -> None:
     utilization.add_argument("gpu_percent", type=int)
     utilization.add_argument("memory_percent", type=int)
     utilization.set_defaults(run=run_utilization)
+
+
+def add_health(commands: "argparse._SubParsersAction[Parser]") -> None:
+    health = commands.add_parser("health", help="set a GPU's temperature, thermal slowdown and memory errors")
+    health.add_argument("device", type=int)
+    health.add_argument("--temperature", type=int, metavar="C", help="degrees Celsius")
+    heat = health.add_mutually_exclusive_group()
+    heat.add_argument("--hot", dest="is_hot", action="store_const", const=True, help="the driver slows it down")
+    heat.add_argument("--cool", dest="is_hot", action="store_const", const=False, help="no slowdown any more")
+    health.add_argument("--ecc", type=int, metavar="N", help="errors so far that could not be corrected")
+    health.set_defaults(run=run_health)
 
 
 def add_failures(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -249,6 +261,17 @@ def run_utilization(options: argparse.Namespace) -> None:
         options.device, gpu_percent=options.gpu_percent, memory_percent=options.memory_percent
     )
     tell(options, f"GPU {options.device}: NVML reports {options.gpu_percent} % and {options.memory_percent} %")
+
+
+def run_health(options: argparse.Namespace) -> None:
+    host = switches(options)
+    host.set_health(
+        options.device, temperature_c=options.temperature, is_hot=options.is_hot, ecc_error_count=options.ecc
+    )
+    now = host.status()["devices"][options.device]
+    heat = "slowed down by heat" if now["is_hot"] else "not slowed down"
+    told = f"{now['temperature_c']} degrees, {heat}, {now['ecc_error_count']} memory errors"
+    tell(options, f"GPU {options.device}: {told}")
 
 
 def run_build(_options: argparse.Namespace) -> None:

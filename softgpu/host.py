@@ -68,6 +68,9 @@ class DeviceStatus(TypedDict):
     d2h_moved_bytes: int
     eviction_count: int  # clients that the MPS server ended here
     utilization_gpu_percent: int
+    temperature_c: int
+    ecc_error_count: int  # that could not be corrected
+    is_hot: bool  # slowed down because of its temperature
     is_lost: bool
     processes: list[ProcessStatus]
 
@@ -289,6 +292,23 @@ class Host:
     def set_utilization(self, device: int, *, gpu_percent: int, memory_percent: int) -> None:
         """What NVML reports as utilisation; softgpu runs no kernels, so somebody has to say it."""
         self._control("utilization", str(device), str(gpu_percent), str(memory_percent))
+
+    def set_health(
+        self,
+        device: int,
+        *,
+        temperature_c: int | None = None,
+        is_hot: bool | None = None,
+        ecc_error_count: int | None = None,
+    ) -> None:
+        """What NVML tells of a GPU's temperature, its thermal slowdown and its memory errors; None: as it is."""
+        now = self.status()["devices"][device]
+        numbers = (
+            now["temperature_c"] if temperature_c is None else temperature_c,
+            int(now["is_hot"] if is_hot is None else is_hot),
+            now["ecc_error_count"] if ecc_error_count is None else ecc_error_count,
+        )
+        self._control("health", str(device), *map(str, numbers))
 
     def _control(self, *arguments: str) -> str:
         return control(self.state_dir.absolute(), *arguments)

@@ -1,6 +1,7 @@
 """Puts the node agent together."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from services.nodeagent import health, leases, residency
 from services.nodeagent.core import SERVICE
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
+from services.nodeagent.effects.probing import offered, our_pids
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard.making import guard_of
 from services.nodeagent.guard.watchdog import Watchdog
@@ -30,6 +32,7 @@ from services.nodeagent.mover.mover import Mover, plain_drivers
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
+from services.nodeagent.watching import GpuWatch
 
 HANDLERS = (health, leases, residency)
 """Modules whose import registers handlers."""
@@ -63,19 +66,18 @@ async def main() -> None:
                 machine=machine,
                 shell=shell_settings("nodeagent"),
             )
-            effects = NodeEffects(
-                Hands(
-                    settings=settings,
-                    guard=guard,
-                    holder=holder,
-                    engines=engines,
-                    mover=Mover(plain_drivers(engines)),
-                    tracer=telemetry,
-                    watchers=watchers,
-                    report=runner.offer,
-                    rooms=rooms,
-                )
+            hands = Hands(
+                settings=settings,
+                guard=guard,
+                holder=holder,
+                engines=engines,
+                mover=Mover(plain_drivers(engines)),
+                tracer=telemetry,
+                watchers=watchers,
+                report=runner.offer,
+                rooms=rooms,
             )
+            effects = NodeEffects(hands)
             watchdog = Watchdog(
                 settings,
                 inventory=inventory,
@@ -85,6 +87,15 @@ async def main() -> None:
                 report=runner.offer,
             )
             watchers.start_soon(watchdog.run)
+            watch = GpuWatch(
+                inventory,
+                every_s=settings.measure_s,
+                offered=lambda: _offered_by(runner),
+                our_pids=lambda: our_pids(hands),
+                probe=lambda: offered(hands),
+                report=runner.offer,
+            )
+            watchers.start_soon(watch.run)
             async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, holder, watchers)):
                 await serve(runner, connection, telemetry)
             watchers.cancel_scope.cancel()
@@ -92,6 +103,12 @@ async def main() -> None:
         await holder.close()
         await engines.close()
         journal.close()
+
+
+def _offered_by(runner: Runner[NodeState]) -> Collection[str] | None:
+    """UUIDs of the GPUs that this node offers; None before it was looked at."""
+    state = runner.processor.state if runner.processor is not None else None
+    return tuple(state.gpus) if state is not None and state.joined is not None else None
 
 
 def _logs_subject(node: str) -> str:

@@ -154,6 +154,16 @@ static int run_utilization(char **arguments) {
     return 0;
 }
 
+static int run_health(char **arguments) {
+    device *gpu = device_of(arguments[0]);
+    if (!gpu)
+        return 1;
+    gpu->temperature_c = (uint32_t)integer(arguments[1]);
+    gpu->is_hot = integer(arguments[2]) != 0;
+    gpu->ecc_error_count = integer(arguments[3]);
+    return 0;
+}
+
 static int run_limit(char **arguments) {
     const char *name = arguments[0];
     device *gpu = device_of(arguments[1]);
@@ -185,6 +195,7 @@ static const command commands[] = {
     {"lose", 2, "DEVICE 0|1", run_lose},
     {"bandwidth", 4, "DEVICE H2D D2H PAGEABLE", run_bandwidth},
     {"utilization", 3, "DEVICE GPU_PERCENT MEMORY_PERCENT", run_utilization},
+    {"health", 4, "DEVICE TEMPERATURE_C IS_HOT ECC_ERRORS", run_health},
     {"limit", 4, "GROUP DEVICE SOFT HARD", run_limit},
 };
 

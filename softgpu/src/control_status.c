@@ -64,6 +64,9 @@ static void one_device(int index) {
     number("d2h_moved_bytes", gpu->engines[DEVICE_TO_HOST].moved_bytes);
     number("eviction_count", gpu->eviction_count);
     number("utilization_gpu_percent", gpu->utilization_gpu_percent);
+    number("temperature_c", gpu->temperature_c);
+    number("ecc_error_count", gpu->ecc_error_count);
+    printf("\"is_hot\": %s, ", gpu->is_hot ? "true" : "false");
     printf("\"is_lost\": %s, ", gpu->is_lost ? "true" : "false");
     processes_of(index);
     printf("}");

@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOST_MAGIC 0x3555504754464f53ull /* raise the digit when the layout of host_state changes */
+#define HOST_MAGIC 0x3655504754464f53ull /* raise the digit when the layout of host_state changes */
 
 enum {
     DEVICE_MAX = 16,
@@ -79,6 +79,8 @@ typedef struct {
     uint32_t pci_bus, pci_device_id, pcie_generation, pcie_width;
     uint32_t temperature_c, power_mw, power_limit_mw;
     uint32_t utilization_gpu_percent, utilization_memory_percent;
+    uint32_t is_hot;          /* it is slowed down because of its temperature */
+    uint64_t ecc_error_count; /* that could not be corrected, since the host was made */
     uint64_t total_bytes;    /* as NVML reports it */
     uint64_t reserved_bytes; /* the driver's own part; total less this is what CUDA shows */
     uint64_t context_bytes;  /* what the first context of each process takes */

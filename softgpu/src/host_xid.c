@@ -46,6 +46,9 @@ static void poison_all(int device_index, CUresult result) {
         poison(&host->processes[i], device_index, result);
 }
 
+/* Memory errors that cannot be corrected are counted as well. */
+static int is_memory_error(uint64_t number) { return number == 48 || number == 94 || number == 95; }
+
 int xid_strike(int device_index, uint64_t number, int process) {
     for (size_t i = 0; i < sizeof effects / sizeof *effects; i++) {
         if (effects[i].number != number)
@@ -58,6 +61,7 @@ int xid_strike(int device_index, uint64_t number, int process) {
             poison(&host->processes[process], device_index, effects[i].result);
         else
             return -1;
+        host->devices[device_index].ecc_error_count += (uint64_t)is_memory_error(number);
         return 0;
     }
     return -1;

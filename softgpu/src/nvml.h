@@ -60,6 +60,9 @@ typedef struct {
     unsigned long long softLimit, hardLimit, currentUsed;
 } nvmlGetMemoryLimits;
 
+#define SW_THERMAL_SLOWDOWN 0x20ull
+#define HW_THERMAL_SLOWDOWN 0x40ull
+#define ECC_UNCORRECTED 1u
 #define NO_INSTANCE 0xffffffffu /* no MIG: neither a GPU instance nor a compute instance */
 
 nvmlReturn nvml_enter(const char *function); /* initialised? must it fail? */

@@ -107,6 +107,28 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetUtilizationRates(nvmlDevice gpu, nvmlUtiliza
     return NVML_SUCCESS;
 }
 
+/* Of the reasons for a slower clock only heat is modelled: the driver's own throttle, and the hardware's. */
+NVML_EXPORT nvmlReturn nvmlDeviceGetCurrentClocksEventReasons(nvmlDevice gpu, unsigned long long *reasons) {
+    NVML_ENTER_DEVICE(gpu);
+    *reasons = gpu->is_hot ? SW_THERMAL_SLOWDOWN | HW_THERMAL_SLOWDOWN : 0;
+    return NVML_SUCCESS;
+}
+
+NVML_EXPORT nvmlReturn nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice gpu,
+                                                                 unsigned long long *reasons) {
+    return nvmlDeviceGetCurrentClocksEventReasons(gpu, reasons);
+}
+
+/* Errors that were corrected are none; what could not be corrected stays counted for good. */
+NVML_EXPORT nvmlReturn nvmlDeviceGetTotalEccErrors(nvmlDevice gpu, unsigned type, unsigned counter,
+                                                   unsigned long long *count) {
+    NVML_ENTER_DEVICE(gpu);
+    if (type > 1 || counter > 1)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    *count = type == ECC_UNCORRECTED ? gpu->ecc_error_count : 0;
+    return NVML_SUCCESS;
+}
+
 NVML_EXPORT nvmlReturn nvmlDeviceGetMigMode(nvmlDevice gpu, unsigned *current, unsigned *pending) {
     NVML_ENTER_DEVICE(gpu);
     (void)current, (void)pending;

@@ -12,7 +12,9 @@ from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log
 from services.nodeagent.effects.parking import park
 from services.nodeagent.effects.probing import probe
 from services.nodeagent.effects.starting import start
+from services.nodeagent.effects.trying import try_gpu
 from services.nodeagent.effects.waking import wake
+from services.nodeagent.gpu_inputs import TryGpu
 from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import (
     AdoptEngine,
@@ -34,6 +36,7 @@ WORK: Final[Mapping[type[Effect], Work]] = {
     WakeEngine: wake,
     StopEngine: stop,
     AdoptEngine: adopt,
+    TryGpu: try_gpu,
 }
 
 

@@ -7,30 +7,47 @@ import anyio.to_thread
 from msgspec.structs import replace
 
 from kit.machine import kept_machine_id
+from schemas.nodes import GpuOffer
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.inputs import NodeProbed, ProbeNode
-from services.nodeagent.processes import tree_of
+from services.nodeagent.processes import peer_pid, trees_of
 
 
 async def probe(hands: Hands, effect: ProbeNode, traceparent: str) -> NodeProbed:
     settings = hands.settings
-    view = await hands.holder.view()
-    trees = [await anyio.to_thread.run_sync(tree_of, engine.pid) for engine in view.engines if engine.is_alive]
-    pids = frozenset({os.getpid()}).union(*trees)
-    offers = await hands.guard.offers(our_pids=pids)
-    swaps = await hands.mover.offered([offer.gpu_uuid for offer in offers])
+    offers = await offered(hands)
     is_software = any(offer.is_software for offer in offers)
     budget_bytes = settings.host_budget_bytes or host_bytes("MemAvailable") // 2
     cpu_count, memory_bytes = os.cpu_count(), host_bytes("MemTotal")
     return NodeProbed(
         machine_id=kept_machine_id(Path(settings.state_dir)),
-        gpus=tuple(replace(offer, swap_drivers=swaps[offer.gpu_uuid]) for offer in offers),
+        gpus=offers,
         host_budget_bytes=budget_bytes,
         holder_url=settings.holder_url,
         label="software GPU" if is_software else "real GPU",
         cpu_millicores=None if cpu_count is None else 1000 * cpu_count,
         memory_bytes=_beside_budget(memory_bytes, budget_bytes) if memory_bytes else None,
     )
+
+
+async def offered(hands: Hands) -> tuple[GpuOffer, ...]:
+    """Every GPU that is here now, with what can be enforced on it and done for its engines."""
+    offers = await hands.guard.offers(our_pids=await our_pids(hands))
+    swaps = await hands.mover.offered([offer.gpu_uuid for offer in offers])
+    return tuple(replace(offer, swap_drivers=swaps[offer.gpu_uuid]) for offer in offers)
+
+
+async def our_pids(hands: Hands) -> frozenset[int]:
+    """The processes whose GPU memory is no stranger's: engines, this agent, the holder, and all below them.
+
+    Raises `HolderProblem`.
+    """
+    view = await hands.holder.view()
+    roots = [engine.pid for engine in view.engines if engine.is_alive] + [os.getpid()]
+    holder_pid = await anyio.to_thread.run_sync(peer_pid, hands.settings.holder_socket)
+    if holder_pid:
+        roots.append(holder_pid)
+    return await anyio.to_thread.run_sync(trees_of, roots)
 
 
 def _beside_budget(memory_bytes: int, budget_bytes: int) -> int:

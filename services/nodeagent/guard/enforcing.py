@@ -20,7 +20,7 @@ from services.nodeagent.guard.api import Backend, NotEnforced, Share, Verdict
 from services.nodeagent.guard.broker import BrokerQuota
 from services.nodeagent.guard.cooperative import EnginesBudget, Watched
 from services.nodeagent.guard.driver import DriverLimits
-from services.nodeagent.guard.hardware import HardwarePart
+from services.nodeagent.guard.hardware import MIG_PREFIX, HardwarePart
 from services.nodeagent.guard.proof import Proof
 from services.nodeagent.processes import tree_of
 from services.nodeagent.settings import NodeAgentSettings
@@ -98,6 +98,8 @@ class Guard:
             link_bytes_per_s=LINK_GB_PER_S.get(gpu.link_generation or 4, 26.0) * lanes_fraction * GB,
             is_software=gpu.is_software,
             peer_bytes_per_s=dict(self.inventory.peer_bytes_per_s(gpu.uuid)),
+            numa_index=gpu.numa_index,
+            is_mig=gpu.uuid.startswith(MIG_PREFIX),
         )
 
     async def grade(self, gpu_uuid: str) -> IsolationGrade:

@@ -58,6 +58,17 @@ class InventoryContract:
 
         assert fraction is None or 0 <= fraction <= 1
 
+    def test_a_gpu_tells_how_it_is_or_that_it_cannot(self, world: World, uuid: str) -> None:
+        condition = world.inventory.condition(uuid)
+
+        assert condition.temperature_c is None or 0 < condition.temperature_c < 120
+        assert condition.is_too_hot in (None, False, True)
+        assert condition.ecc_error_count is None or condition.ecc_error_count >= 0
+
+    def test_the_condition_of_an_unknown_gpu_is_not_found(self, world: World) -> None:
+        with pytest.raises(NotFound):
+            world.inventory.condition("GPU-00000000-0000-0000-0000-000000000000")
+
     def test_direct_links_lead_to_other_gpus_of_the_host_at_some_rate(self, world: World) -> None:
         uuids = {gpu.uuid for gpu in world.inventory.gpus()}
         for uuid in uuids:

@@ -95,6 +95,12 @@ def plain_questions(gpu: int) -> None:
     rates = (c.c_uint * 2)(1, 1)
     call("nvmlDeviceGetUtilizationRates", gpu, rates)
     assert list(rates) == [0, 0]
+    for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+        assert ask(name, c.c_ulonglong, gpu, first=False) == 0
+    errors = c.c_ulonglong(7)
+    call("nvmlDeviceGetTotalEccErrors", gpu, 1, 0, c.byref(errors))
+    assert errors.value == 0
+    call("nvmlDeviceGetTotalEccErrors", gpu, 2, 0, c.byref(errors), gives=NVML_INVALID)
     call("nvmlDeviceGetMigMode", gpu, c.byref(c.c_uint()), c.byref(c.c_uint()), gives=NVML_NOT_SUPPORTED)
 
 

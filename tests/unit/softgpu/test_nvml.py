@@ -98,6 +98,33 @@ say(nv.nvmlDeviceGetName(handle), nv.nvmlDeviceGetTemperature(handle, 0), nv.nvm
     ]
 
 
+ASK_HEALTH = """
+say(nv.nvmlDeviceGetTemperature(gpu(), 0), nv.nvmlDeviceGetCurrentClocksEventReasons(gpu()),
+    nv.nvmlDeviceGetTotalEccErrors(gpu(), nv.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nv.NVML_VOLATILE_ECC),
+    nv.nvmlDeviceGetTotalEccErrors(gpu(), nv.NVML_MEMORY_ERROR_TYPE_CORRECTED, nv.NVML_VOLATILE_ECC))"""
+
+
+def test_heat_and_memory_errors_are_told(machine: MakeMachine) -> None:
+    one = machine(temperature_c=41)
+    well = one.run(ASK_HEALTH)
+
+    one.host.set_health(0, temperature_c=92, is_hot=True, ecc_error_count=3)
+
+    assert [41, 0, 0, 0] == well
+    assert [92, 0x60, 3, 0] == one.run(ASK_HEALTH)
+    one.host.set_health(0, is_hot=False)
+    assert [92, 0, 3, 0] == one.run(ASK_HEALTH)
+
+
+def test_a_memory_error_that_strikes_is_counted(machine: MakeMachine) -> None:
+    one = machine()
+
+    one.host.strike(0, 95)
+    one.host.send_xid(0, 31)
+
+    assert 1 == one.run(ASK_HEALTH)[2]
+
+
 def test_there_is_no_mig(machine: MakeMachine) -> None:
     assert (
         machine().run("""
