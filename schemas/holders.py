@@ -88,6 +88,17 @@ class EngineView(Struct, frozen=True, kw_only=True):
     log_path: str
 
 
+class BrokerProcessView(Struct, frozen=True, kw_only=True):
+    """The memory broker that the holder keeps (`schemas/brokers.py`)."""
+
+    pid: int
+    """0 while none runs. It has a context on each GPU that it lends: memory that belongs to no replica."""
+    restart_count: Count
+    engine_socket: str
+    control_socket: str
+    log_path: str
+
+
 class HolderView(Struct, frozen=True, kw_only=True):
     """Everything a returning agent needs to adopt what runs."""
 
@@ -95,6 +106,8 @@ class HolderView(Struct, frozen=True, kw_only=True):
     engines: tuple[EngineView, ...]
     open_ids: tuple[Identifier, ...]
     closed_ids: tuple[Identifier, ...]
+    broker: BrokerProcessView | None = None
+    """None: this holder keeps none."""
     leftover_namespaces: dict[Identifier, str] = {}
     """Empty cgroups of a former holder whose limits it could not clear: do so, then ``DELETE /engines/<id>``."""
 

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from kit import settings as kit_settings
 from services.holder import cgroups, logs
+from services.holder.broker import BrokerKeeper
 from services.holder.core import first_version
 from services.holder.engines import Engines
 from services.holder.routes import Routes
@@ -40,6 +41,7 @@ class Holder:
     socket: Path
     engines: Engines
     routes: Routes
+    broker: BrokerKeeper | None
 
 
 class AlreadyRunning(Exception):
@@ -60,11 +62,19 @@ async def running(settings: HolderSettings) -> AsyncIterator[Holder]:
             )  # fmt: skip
             if not await engines.end_remains():
                 log.error("processes of a former holder do not end", extra={"state_dir": str(state_dir)})
-            tasks.start_soon(_keep_logs, engines, settings)
+            broker = BrokerKeeper(state_dir=state_dir, socket=settings.socket) if settings.has_broker else None
+            tasks.start_soon(_keep_logs, engines, broker, settings)
+            if broker is not None:
+                tasks.start_soon(broker.run)
             holder_id = secrets.token_hex(8)
             try:
-                async with _serving(settings, holder_id=holder_id, engines=engines, routes=routes) as port:
-                    yield Holder(holder_id=holder_id, port=port, socket=settings.socket, engines=engines, routes=routes)
+                async with _serving(
+                    settings, holder_id=holder_id, engines=engines, routes=routes, broker=broker
+                ) as port:
+                    yield Holder(
+                        holder_id=holder_id, port=port, socket=settings.socket, engines=engines, routes=routes,
+                        broker=broker,
+                    )  # fmt: skip
                     # While it still answers gateways, which are to learn that these routes are closed.
                     await routes.close_all()
             finally:
@@ -105,11 +115,14 @@ def _only_one(lock_path: Path) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _serving(settings: HolderSettings, *, holder_id: str, engines: Engines, routes: Routes) -> AsyncIterator[int]:
+async def _serving(
+    settings: HolderSettings, *, holder_id: str, engines: Engines, routes: Routes, broker: BrokerKeeper | None
+) -> AsyncIterator[int]:
     """Both HTTP sides; gives the TCP port."""
     control = web.AppRunner(
-        control_app(holder_id=holder_id, engines=engines, routes=routes), access_log=None, shutdown_timeout=_HTTP_END_S
-    )
+        control_app(holder_id=holder_id, engines=engines, routes=routes, broker=broker),
+        access_log=None, shutdown_timeout=_HTTP_END_S,
+    )  # fmt: skip
     lease = web.AppRunner(lease_app(routes=routes, token=settings.token), access_log=None, shutdown_timeout=_HTTP_END_S)
     socket = settings.socket
     socket.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +145,9 @@ async def _serving(settings: HolderSettings, *, holder_id: str, engines: Engines
         socket.unlink(missing_ok=True)
 
 
-async def _keep_logs(engines: Engines, settings: HolderSettings) -> None:
-    await logs.keep_bounded(engines.log_paths, bytes_max=settings.log_bytes_max)
+async def _keep_logs(engines: Engines, broker: BrokerKeeper | None, settings: HolderSettings) -> None:
+    own = (broker.log_path,) if broker is not None else ()
+    await logs.keep_bounded(lambda: (*engines.log_paths(), *own), bytes_max=settings.log_bytes_max)
 
 
 async def main() -> None:

@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from schemas.holders import (
+    BrokerProcessView,
     EngineStart,
     EngineStop,
     EngineView,
@@ -19,6 +20,7 @@ from schemas.holders import (
     RouteLeaseWish,
     RouteOpen,
 )
+from services.holder.broker import BrokerKeeper
 from services.holder.engines import Engines
 from services.holder.refusals import Refused
 from services.holder.routes import Routes
@@ -33,7 +35,18 @@ WAIT_S_MAX: Final = 60.0
 log = logging.getLogger(__name__)
 
 
-def control_app(*, holder_id: str, engines: Engines, routes: Routes) -> web.Application:
+def _broker_view(broker: BrokerKeeper | None) -> BrokerProcessView | None:
+    if broker is None:
+        return None
+    return BrokerProcessView(
+        pid=broker.pid, restart_count=broker.restart_count, engine_socket=str(broker.engine_socket.absolute()),
+        control_socket=str(broker.control_socket.absolute()), log_path=str(broker.log_path),
+    )  # fmt: skip
+
+
+def control_app(
+    *, holder_id: str, engines: Engines, routes: Routes, broker: BrokerKeeper | None = None
+) -> web.Application:
     """For the node agent, on the private socket: whoever can connect may start programs."""
 
     async def view(_: web.Request) -> web.Response:
@@ -41,7 +54,7 @@ def control_app(*, holder_id: str, engines: Engines, routes: Routes) -> web.Appl
         return answer(
             HolderView(
                 holder_id=holder_id, engines=engines.views(), open_ids=routes.table.open_ids(),
-                closed_ids=routes.table.closed_ids(), leftover_namespaces=leftover,
+                closed_ids=routes.table.closed_ids(), leftover_namespaces=leftover, broker=_broker_view(broker),
             )
         )  # fmt: skip
 

@@ -28,6 +28,8 @@ class HolderSettings(Struct, frozen=True, kw_only=True):
     """Between SIGTERM and SIGKILL of engines when the holder itself ends; Docker's own grace must be longer."""
     log_bytes_max: Annotated[int, Meta(ge=4096, description="bytes")] = 16 * MiB
     """An engine's log that grows beyond is moved to `.log.1`, once more overwritten: two of these per replica."""
+    has_broker: bool = True
+    """Whether it keeps the memory broker of this host (`services/broker`), whose settings are ``SUBLET_BROKER_*``."""
     cgroup: str = "auto"
     """Where engines get a cgroup v2 leaf each: below the holder's own (`auto`), a path below the mount, or `off`."""
 

@@ -128,6 +128,7 @@ def _service(plan: Plan, name: str) -> ProcessSpec:
             **plan.gpu_environment,
             **plan.settings.environment,
             **_variables(name, {**_settings(plan, name), **plan.settings.service_settings.get(name, {})}),
+            **(_broker_variables(plan) if name == HOLDER else {}),
         },
         log_path=plan.folder.logs / f"{name}.log",
         depends_on_ready=_ready_check(plan, name),
@@ -172,6 +173,14 @@ def _settings(plan: Plan, name: str) -> dict[str, object]:
         "host_budget_bytes": plan.settings.phantom_host_bytes if plan.gpu_environment else 0,
         "cold_start_s": plan.settings.cold_start_s,
     }
+
+
+def _broker_variables(plan: Plan) -> dict[str, str]:
+    """The memory broker is the holder's child and gets its settings through it."""
+    chosen: dict[str, object] = {"arena_dir": plan.folder.runtime / "arena"}
+    if plan.gpu_environment:
+        chosen["host_budget_bytes"] = plan.settings.phantom_host_bytes
+    return _variables("broker", chosen | dict(plan.settings.service_settings.get("broker", {})))
 
 
 def _socket(plan: Plan) -> Path:

@@ -126,8 +126,9 @@ class RunningStack:
         return {name: pid for name, pid in pids.items() if name != "supervisor"}
 
     def engines(self) -> set[int]:
-        """Processes of engines: children of the holder."""
-        return {pid for pid, parent in parents().items() if parent == self.pids["holder"]}
+        """Processes of engines: children of the holder but for its memory broker."""
+        children = {pid for pid, parent in parents().items() if parent == self.pids["holder"]}
+        return {pid for pid in children if b"services\0broker" not in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
     def everybody(self) -> set[ProcessIdentity]:
         """Every process of the stack, engines and the supervisor included."""

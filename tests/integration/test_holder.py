@@ -101,6 +101,7 @@ async def gone(view: EngineView) -> None:
 
 def settings_for(tmp_path: Path, **more: object) -> HolderSettings:
     given: dict[str, object] = {"state_dir": str(tmp_path / "state"), "port": 0, "term_s": 0.3, "stop_grace_s": 5.0}
+    given["has_broker"] = False
     return msgspec.convert(given | more, HolderSettings)
 
 
@@ -320,7 +321,7 @@ async def holder_process(
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], Agent]]:
     environment = {
         "PATH": os.environ["PATH"], "SUBLET_HOLDER_STATE_DIR": str(tmp_path / "state"), "SUBLET_HOLDER_PORT": str(port),
-        "SUBLET_HOLDER_TERM_S": "0.1",
+        "SUBLET_HOLDER_TERM_S": "0.1", "SUBLET_HOLDER_HAS_BROKER": "false",
     }  # fmt: skip
     environment |= more
     code = "import anyio, services.holder.main as holder; anyio.run(holder.main)"
