@@ -15,7 +15,7 @@ from cuda.bindings import driver
 
 from devices.api import DeviceError, InvalidUse, NotFound
 from devices.checkpoint import CheckpointState, CheckpointSupport, SavedImage
-from devices.cuda import call
+from devices.cuda import call, device_ordinal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,6 +106,8 @@ class CudaProcessCheckpoint:
 
 def _transfer(name: str, pid: int, arguments: Any, buffers: Mapping[str, HostBuffer], *, copy: str) -> dict[str, int]:
     """Begins a step with custom storage, copies all blocks at once, completes it; the bytes of each GPU."""
+    for gpu_uuid in buffers:
+        _enter_device(gpu_uuid)  # Of a thread without any context the driver will not say whose a stream is.
     slot = ctypes.c_void_p()
     arguments.customStorageInfo_out = ctypes.addressof(slot)
     _call(name, pid, arguments)
@@ -119,6 +121,13 @@ def _transfer(name: str, pid: int, arguments: Any, buffers: Mapping[str, HostBuf
         sizes[gpu_uuid] = block.size_bytes
     call("cuCheckpointOperationComplete", driver.CUcheckpointOperationHandle(info.handle))
     return sizes
+
+
+def _enter_device(gpu_uuid: str) -> None:
+    """Makes the GPU's primary context current in this thread; whoever calls has a device open on it."""
+    device = call("cuDeviceGet", device_ordinal(gpu_uuid))
+    call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", device))
+    call("cuDevicePrimaryCtxRelease", device)
 
 
 def _enter_context_of(stream: int) -> str:

@@ -1,4 +1,4 @@
-"""The routes that whoever runs the engine uses: health, metrics, vLLM's sleep mode, and ours under /sublet."""
+"""The routes that whoever runs the engine uses: health, metrics, vLLM's and SGLang's ways to sleep, ours at /sublet."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from aiohttp import web
 from engines.errors import invalid
 from engines.http import Changes, json_response
 from engines.simulated.engine import WAKE_TAGS, Engine
+from engines.simulated.releasing import ReleaseRoutes
 from engines.simulated.reports import EngineState
 
 VERSION = "0.1.0-simulated"
@@ -33,6 +34,7 @@ class AdministrationRoutes:
         app.router.add_get("/is_sleeping", self.is_sleeping)
         app.router.add_post("/sleep", self.sleep)
         app.router.add_post("/wake_up", self.wake_up)
+        ReleaseRoutes(self._engine, self._changes).add_to(app)
         app.router.add_get("/sublet/state", self.state)
         app.router.add_post("/sublet/budget", self.budget)
         app.router.add_get("/sublet/weights", self.weights)

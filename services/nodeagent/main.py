@@ -28,7 +28,7 @@ from services.nodeagent.guard.making import guard_of
 from services.nodeagent.guard.watchdog import Watchdog
 from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.logs import read_tail
-from services.nodeagent.mover.mover import Mover, plain_drivers
+from services.nodeagent.mover.mover import mover_of
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
@@ -46,6 +46,7 @@ async def main() -> None:
     holder, engines = HolderClient(settings.holder_socket), EngineClient()
     inventory = await anyio.to_thread.run_sync(NvmlInventory)
     guard, rooms = guard_of(settings, inventory, holder), Rooms(inventory)
+    mover = mover_of(settings, engines)
     writer = f"node.{settings.node}"
     try:
         async with connected("nodeagent", user=writer) as (bus, connection), anyio.create_task_group() as watchers:
@@ -71,7 +72,7 @@ async def main() -> None:
                 guard=guard,
                 holder=holder,
                 engines=engines,
-                mover=Mover(plain_drivers(engines)),
+                mover=mover,
                 tracer=telemetry,
                 watchers=watchers,
                 report=runner.offer,
@@ -100,6 +101,7 @@ async def main() -> None:
                 await serve(runner, connection, telemetry)
             watchers.cancel_scope.cancel()
     finally:
+        await mover.close()
         await holder.close()
         await engines.close()
         journal.close()

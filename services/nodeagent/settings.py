@@ -44,6 +44,16 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """Private socket of this host's memory broker, the agent's side. Empty: no broker."""
     broker_engine_socket: str = ""
     """Its other socket, which engines are told."""
+    images_dir: str = ""
+    """Folder on a memory file system for the images of frozen processes; they outlive this agent there. Empty: one of
+    this node's own under ``/dev/shm``."""
+    has_checkpoint: bool = True
+    """Whether the driver's checkpoint may be used, where it has one. A process of this agent calls it, which keeps a
+    CUDA context on each GPU once a replica is parked that way."""
+    is_checkpoint_plain: bool = False
+    """Leave the images with the driver, also where it could put them into our memory: slower, and nothing is pinned."""
+    lock_timeout_s: float = 5.0
+    """How long a process may take to end its running GPU work when it is to be frozen; later it stays as it is."""
     residue_bytes: int = 640 * MiB
     """Expected device bytes of a parked engine (its context) until the first park measures it."""
     host_budget_bytes: int = 0

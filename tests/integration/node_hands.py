@@ -23,8 +23,8 @@ from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard.making import guard_of
 from services.nodeagent.holder_client import HolderClient
-from services.nodeagent.inputs import EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
-from services.nodeagent.mover.mover import Mover, plain_drivers
+from services.nodeagent.inputs import AdoptEngine, EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
+from services.nodeagent.mover.mover import mover_of
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 
@@ -33,6 +33,7 @@ DRAIN_S = 20.0
 
 def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect:
     common: dict[str, Any] = {"replica": replica, "lease_epoch": 7, "wake_epoch": 1}
+    common["swap_driver"] = replica.deployment.engine.swap_driver
     match word:
         case "start":
             return StartEngine(**common)
@@ -40,6 +41,8 @@ def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect:
             return ParkEngine(**common, drain_s=DRAIN_S, reason="the test says so")
         case "wake":
             return WakeEngine(**common)
+        case "adopt-parked" | "adopt-resident":
+            return AdoptEngine(**common, should_be_parked=word == "adopt-parked")
         case _:
             assert word == "stop", word
             return StopEngine(**common, drain_s=DRAIN_S)
@@ -60,20 +63,23 @@ def told(result: Input | None, host: softgpu.Host) -> dict[str, Any]:
     }
 
 
-async def main(socket: str, state_dir: str, software_dir: str) -> None:
-    settings = NodeAgentSettings(holder_socket=socket, state_dir=state_dir, cold_start_s=0.0)
+async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}") -> None:
+    given = {"holder_socket": socket, "state_dir": state_dir, "cold_start_s": 0.0} | json.loads(more)
+    settings = msgspec.convert(given, NodeAgentSettings)
     holder, engines = HolderClient(socket), EngineClient()
+    mover = mover_of(settings, engines)
     ended: list[Input] = []
     host = softgpu.Host(Path(software_dir), gpus=0)  # Another process made it.
     inventory = NvmlInventory()
+    guard = guard_of(settings, inventory, holder)
     async with anyio.create_task_group() as watchers:
         effects = NodeEffects(
             Hands(
                 settings=settings,
-                guard=guard_of(settings, inventory, holder),
+                guard=guard,
                 holder=holder,
                 engines=engines,
-                mover=Mover(plain_drivers(engines)),
+                mover=mover,
                 tracer=Tracer(None, None, root_ratio=0.0),
                 watchers=watchers,
                 report=ended.append,
@@ -82,12 +88,17 @@ async def main(socket: str, state_dir: str, software_dir: str) -> None:
         )
         replica = msgspec.json.decode(await anyio.to_thread.run_sync(sys.stdin.readline), type=ReplicaProposal)
         while word := (await anyio.to_thread.run_sync(sys.stdin.readline)).strip():
+            if word == "offered":
+                offers = await guard.offers(our_pids=frozenset())
+                print(json.dumps(await mover.offered(offers)), flush=True)
+                continue
             result = await effects.perform(effect_of(word, replica), "")
             print(json.dumps(told(result, host)), flush=True)
         watchers.cancel_scope.cancel()
+    await mover.close()
     await holder.close()
     await engines.close()
 
 
 if __name__ == "__main__":
-    anyio.run(main, sys.argv[1], sys.argv[2], sys.argv[3])
+    anyio.run(main, *sys.argv[1:])

@@ -170,6 +170,35 @@ def test_half_awake_it_can_be_put_to_sleep_again(awake: Engine, host_bytes: Call
     assert host_bytes() == awake.get("/sublet/state").json["context_bytes"]
 
 
+def test_sglang_s_routes_release_and_resume_the_same_memory(awake: Engine, host_bytes: Callable[[], int]) -> None:
+    before = host_bytes()
+
+    released = awake.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+    asleep = host_bytes()
+    answers = [awake.post("/resume_memory_occupation", {"tags": [tag]}) for tag in ("weights", "kv_cache")]
+
+    assert [(200, None)] * 3 == [(answer.status, answer.json) for answer in (released, *answers)]
+    assert asleep < before == host_bytes()
+    assert "resident" == awake.get("/sublet/state").json["state"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"tags": ["weights"]}, "weights and kv_cache together"),
+        ({"tags": ["graphs"]}, "unknown tags"),
+        ({"tags": 1}, "invalid request body"),
+    ],
+)
+def test_a_release_that_cannot_be_done_is_refused_in_sglang_s_words(
+    awake: Engine, body: dict[str, object], words: str
+) -> None:
+    refused = awake.post("/release_memory_occupation", body)
+
+    assert 400 == refused.status
+    assert words in refused.error["message"]
+
+
 def test_level_0_only_stops_serving(awake: Engine, host_bytes: Callable[[], int]) -> None:
     ask(awake)
     before_bytes = host_bytes()

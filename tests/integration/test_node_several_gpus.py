@@ -66,6 +66,10 @@ class Hands:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
+    @property
+    def process(self) -> "subprocess.Popen[str]":
+        return self._process
+
     async def do(self, word: str) -> dict[str, Any]:
         return await anyio.to_thread.run_sync(self._ask, word)
 
@@ -78,16 +82,20 @@ class Hands:
 
 
 @contextlib.asynccontextmanager
-async def hands_on(tmp_path: Path, host: softgpu.Host, kind: EngineKind) -> AsyncIterator[Hands]:
+async def hands_on(
+    tmp_path: Path, host: softgpu.Host, proposal: ReplicaProposal, **settings: object
+) -> AsyncIterator[Hands]:
+    """`settings` of the agent, beside what the tests need."""
     environment = {**os.environ, **host.environment()}
     async with holder_process(tmp_path, free_port(), **host.environment()):
         arguments = [str(tmp_path / "state" / "holder.sock"), str(tmp_path / "agent"), str(host.state_dir)]
+        arguments.append(json.dumps(settings))
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.node_hands", *arguments],
             env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert process.stdin is not None
-        print(msgspec.json.encode(replica(host, kind)).decode(), file=process.stdin, flush=True)
+        print(msgspec.json.encode(proposal).decode(), file=process.stdin, flush=True)
         with process:
             yield Hands(process)
             process.stdin.close()
@@ -97,7 +105,7 @@ async def hands_on(tmp_path: Path, host: softgpu.Host, kind: EngineKind) -> Asyn
 async def test_a_replica_over_two_gpus_starts_parks_wakes_and_goes_with_its_bytes_proven_on_both(
     tmp_path: Path, host: softgpu.Host, kind: EngineKind
 ) -> None:
-    async with hands_on(tmp_path, host, kind) as hands:
+    async with hands_on(tmp_path, host, replica(host, kind)) as hands:
         started = await hands.do("start")
         assert "EngineStarted" == started["kind"], started
         assert 2 * SHARE_BYTES == started["result"]["enforced_bytes"], "a limit on each GPU, both read back"

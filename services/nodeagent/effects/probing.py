@@ -33,7 +33,7 @@ async def probe(hands: Hands, effect: ProbeNode, traceparent: str) -> NodeProbed
 async def offered(hands: Hands) -> tuple[GpuOffer, ...]:
     """Every GPU that is here now, with what can be enforced on it and done for its engines."""
     offers = await hands.guard.offers(our_pids=await our_pids(hands))
-    swaps = await hands.mover.offered([offer.gpu_uuid for offer in offers])
+    swaps = await hands.mover.offered(offers)
     return tuple(replace(offer, swap_drivers=swaps[offer.gpu_uuid]) for offer in offers)
 
 

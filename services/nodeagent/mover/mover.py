@@ -1,36 +1,77 @@
 """All swap drivers of one host."""
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Final
 
-from schemas.deployments import SwapDriver
+from schemas.deployments import ComputeSharing, SwapDriver
+from schemas.nodes import GpuOffer
 from services.nodeagent.engine_client import EngineClient
+from services.nodeagent.mover.checkpoint import Checkpoint
+from services.nodeagent.mover.checkpointer_client import CheckpointerClient
 from services.nodeagent.mover.driver import Driver
 from services.nodeagent.mover.over_http import RELEASE, SLEEP, OverHttp
 from services.nodeagent.mover.restart import Restart
+from services.nodeagent.mover.sleep_checkpoint import SleepCheckpoint
+from services.nodeagent.settings import NodeAgentSettings
+
+NOT_UNDER_MPS: Final = frozenset({SwapDriver.CHECKPOINT, SwapDriver.SLEEP_CHECKPOINT})
+"""NVIDIA says nothing of clients of an MPS server that are checkpointed."""
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  (a memory file system is what is wanted)
 
 
 class Mover:
     """Knows them by name, and what this node can do with them."""
 
-    def __init__(self, drivers: Iterable[Driver]) -> None:
+    def __init__(self, drivers: Iterable[Driver], *, checkpointer: CheckpointerClient | None = None) -> None:
         self._drivers: Mapping[SwapDriver, Driver] = {driver.name: driver for driver in drivers}
+        self._checkpointer = checkpointer
+
+    async def close(self) -> None:
+        if self._checkpointer is not None:
+            await self._checkpointer.close()
 
     def by(self, name: SwapDriver | None) -> Driver:
         """None: of a replica that was started before drivers had names; such a one sleeps when it is asked."""
         return self._drivers[name or SwapDriver.HTTP_SLEEP]
 
-    async def offered(self, gpu_uuids: Collection[str]) -> dict[str, tuple[SwapDriver, ...]]:
+    async def offered(self, offers: Collection[GpuOffer]) -> dict[str, tuple[SwapDriver, ...]]:
         """{gpu_uuid: what can be done there, quickest return first}."""
-        found: dict[str, list[SwapDriver]] = {gpu_uuid: [] for gpu_uuid in gpu_uuids}
+        found: dict[str, list[SwapDriver]] = {offer.gpu_uuid: [] for offer in offers}
         for name in SwapDriver:
             if name in self._drivers:
-                supported = await self._drivers[name].support(gpu_uuids)
-                for gpu_uuid in gpu_uuids:
-                    if supported[gpu_uuid].is_supported:
-                        found[gpu_uuid].append(name)
+                supported = await self._drivers[name].support(tuple(found))
+                for offer in offers:
+                    is_barred = offer.compute_sharing is ComputeSharing.MPS and name in NOT_UNDER_MPS
+                    if supported[offer.gpu_uuid].is_supported and not is_barred:
+                        found[offer.gpu_uuid].append(name)
         return {gpu_uuid: tuple(names) for gpu_uuid, names in found.items()}
 
 
 def plain_drivers(engines: EngineClient) -> list[Driver]:
     """Those that need nothing of the node."""
     return [OverHttp(SLEEP, engines), OverHttp(RELEASE, engines), Restart()]
+
+
+def mover_of(settings: NodeAgentSettings, engines: EngineClient) -> Mover:
+    """All that this agent's settings allow; what the node can really do, `Mover.offered` finds out."""
+    drivers = plain_drivers(engines)
+    if not settings.has_checkpoint:
+        return Mover(drivers)
+    client = CheckpointerClient(
+        socket=images_folder(settings) / "checkpointer.sock",
+        folder=images_folder(settings),
+        is_plain=settings.is_checkpoint_plain,
+    )
+    checkpoint = Checkpoint(client, lock_timeout_s=settings.lock_timeout_s)
+    sleep_checkpoint = SleepCheckpoint(OverHttp(SLEEP, engines), checkpoint)
+    return Mover([*drivers, checkpoint, sleep_checkpoint], checkpointer=client)
+
+
+def images_folder(settings: NodeAgentSettings) -> Path:
+    """The same after every restart of this agent, and no other's."""
+    if settings.images_dir:
+        return Path(settings.images_dir)
+    mark = hashlib.sha256(str(Path(settings.state_dir).absolute()).encode()).hexdigest()[:12]
+    return SHARED_MEMORY / f"sublet-images-{settings.node}-{mark}"

@@ -4,7 +4,7 @@ Engines answer with nothing (vLLM), with ``null`` (SGLang), or with what they di
 """
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,7 +67,7 @@ RELEASE: Final = Protocol(
 
 
 class _Told(msgspec.Struct, kw_only=True):
-    copied_bytes: int = 0
+    copied_bytes: int | None = None
     map_s: float = 0.0
     copy_s: float = 0.0
 
@@ -102,7 +102,7 @@ class OverHttp:
         except EngineProblem as error:
             raise Broken(f"it did not go to sleep: {error}") from error
         return Parked(
-            copied_bytes=sum(answer.copied_bytes for answer in told),
+            copied_bytes=_copied(target, told),
             host_bytes=target.replica.deployment.engine.weights_bytes,
         )
 
@@ -115,7 +115,7 @@ class OverHttp:
             except EngineProblem as error:
                 raise await self._after_failure(target, error, has_begun=bool(told)) from error
         return Woken(
-            copied_bytes=sum(answer.copied_bytes for answer in told),
+            copied_bytes=_copied(target, told),
             map_s=sum(answer.map_s for answer in told),
             copy_s=sum(answer.copy_s for answer in told),
         )
@@ -154,3 +154,9 @@ class OverHttp:
             return msgspec.json.decode(content, type=_Told | None) or _Told()
         except msgspec.MsgspecError:
             return _Told()  # Another engine's words about its success.
+
+
+def _copied(target: SwapTarget, told: Sequence[_Told]) -> int:
+    """Engines that do not say copy all weights each time, out as well as in."""
+    known = [answer.copied_bytes for answer in told if answer.copied_bytes is not None]
+    return sum(known) if known else target.replica.deployment.engine.weights_bytes
