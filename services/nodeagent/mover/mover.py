@@ -7,6 +7,7 @@ from typing import Final
 
 from schemas.deployments import ComputeSharing, SwapDriver
 from schemas.nodes import GpuOffer
+from services.nodeagent.broker_client import BrokerClient
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.mover.checkpoint import Checkpoint
 from services.nodeagent.mover.checkpointer_client import CheckpointerClient
@@ -14,6 +15,7 @@ from services.nodeagent.mover.driver import Driver
 from services.nodeagent.mover.over_http import RELEASE, SLEEP, OverHttp
 from services.nodeagent.mover.restart import Restart
 from services.nodeagent.mover.sleep_checkpoint import SleepCheckpoint
+from services.nodeagent.mover.store import Store
 from services.nodeagent.settings import NodeAgentSettings
 
 NOT_UNDER_MPS: Final = frozenset({SwapDriver.CHECKPOINT, SwapDriver.SLEEP_CHECKPOINT})
@@ -57,6 +59,8 @@ def plain_drivers(engines: EngineClient) -> list[Driver]:
 def mover_of(settings: NodeAgentSettings, engines: EngineClient) -> Mover:
     """All that this agent's settings allow; what the node can really do, `Mover.offered` finds out."""
     drivers = plain_drivers(engines)
+    if settings.broker_socket:
+        drivers.append(Store(engines, BrokerClient(settings.broker_socket)))
     if not settings.has_checkpoint:
         return Mover(drivers)
     client = CheckpointerClient(
