@@ -7,7 +7,7 @@ from services.nodeagent.processes import tree_of
 
 
 def pids_of(engine: EngineView) -> tuple[int, ...]:
-    """Its first process and all that came of it, ascending: also who was let go by its parent, where it has a cgroup."""
+    """Its first process and all that came of it, ascending; with a cgroup also those whose parent is gone."""
     return tuple(sorted(tree_of(engine.pid) | _in_cgroup(Path(engine.namespace))))
 
 
