@@ -5,6 +5,7 @@ stdin is an effect's name, on stdout its result and what the driver says is in u
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -101,4 +102,4 @@ async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}")
 
 
 if __name__ == "__main__":
-    anyio.run(main, *sys.argv[1:])
+    anyio.run(functools.partial(main, *sys.argv[1:]))
