@@ -277,6 +277,10 @@ class Host:
         """The driver gives a process up: its checkpoint state is FAILED, and only a restart helps."""
         self._control("fail", str(pid))
 
+    def end_client(self, pid: int) -> None:
+        """The MPS server ends a process's use of the GPUs for good, as ``terminate_client`` tells it to."""
+        self._control("end", str(pid))
+
     def set_mps(self, *, is_on: bool) -> None:
         """Whether an MPS server stands behind all clients from now on."""
         self._control("mps", str(int(is_on)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 
 from aiohttp import web
 
 from engines.http import BODY_BYTES_MAX, errors_as_bodies, serve
 from engines.model.batching import BatchLimits
 from engines.model.catalogue import gpu_names, gpu_speed, model_parameters
-from engines.model.sharing import SHARING_MODES, Sharing
+from engines.model.sharing import SHARING_MODES
 from engines.model.timing import TimingModel
+from engines.mps import sharing_from
 from engines.process import (
     Log,
     Parser,
@@ -46,9 +48,8 @@ def parser() -> Parser:
     )
     built.add_argument(
         "--gpu-sharing",
-        default="time-sliced",
         choices=SHARING_MODES,
-        help="what engines on one GPU do to each other (default: %(default)s)",
+        help="what engines on one GPU do to each other (default: mps when the environment names an MPS daemon)",
     )
     built.add_argument(
         "--time-scale", default=1.0, type=positive, metavar="X", help="multiplies modelled step times (default: 1.0)"
@@ -93,7 +94,7 @@ def main(arguments: list[str]) -> int:
         cold_start_s=options.cold_start_s,
         seed=options.seed,
         limits=BatchLimits(sequences_max=options.max_batch, prefix_hit_fraction=options.prefix_hit),
-        sharing=Sharing(mode=options.gpu_sharing, switch_s=speed.switch_s),
+        sharing=sharing_from(os.environ, mode=options.gpu_sharing, switch_s=speed.switch_s),
     )
     parameters = model_parameters(options.model, weights_bytes=options.weights_bytes)
     timing = TimingModel(parameters=parameters, gpu=speed, time_scale=options.time_scale)

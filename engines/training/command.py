@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from engines.http import Changes, errors_as_bodies, json_response, serve
-from engines.model.sharing import SHARING_MODES, Sharing
+from engines.model.sharing import SHARING_MODES
+from engines.mps import sharing_from
 from engines.process import Log, Parser, add_common_arguments, count, die_with_parent, positive
 from engines.prometheus import Page
 from engines.training.checkpoints import Checkpoints
@@ -36,9 +38,8 @@ def parser() -> Parser:
     built.add_argument("--step-s", default=0.2, type=positive, metavar="S", help="length of a step (default: 0.2)")
     built.add_argument(
         "--gpu-sharing",
-        default="time-sliced",
         choices=SHARING_MODES,
-        help="what engines on one GPU do to each other (default: %(default)s)",
+        help="what engines on one GPU do to each other (default: mps when the environment names an MPS daemon)",
     )
     built.add_argument(
         "--checkpoint-every", default=50, type=count, metavar="N", help="steps between checkpoints (default: 50)"
@@ -147,7 +148,7 @@ async def _serve(options: argparse.Namespace) -> int:
         seed=options.seed,
         step_s=options.step_s,
         checkpoint_every=options.checkpoint_every,
-        sharing=Sharing(mode=options.gpu_sharing, switch_s=SWITCH_S),
+        sharing=sharing_from(os.environ, mode=options.gpu_sharing, switch_s=SWITCH_S),
     )
     checkpoints = Checkpoints(options.checkpoint_dir, model=options.model, seed=options.seed)
     job = Job(settings, checkpoints=checkpoints, log=log)

@@ -81,9 +81,8 @@ async def main() -> None:
             effects = NodeEffects(hands)
             watchdog = Watchdog(
                 settings,
-                inventory=inventory,
+                guard=guard,
                 holder=holder,
-                accounts=guard.accounts,
                 state=lambda: runner.processor.state if runner.processor is not None else None,
                 report=runner.offer,
             )

@@ -2,6 +2,7 @@
 
 from msgspec import Struct
 
+from schemas.deployments import ComputeSharing
 from schemas.units import GiB, MiB
 
 
@@ -40,6 +41,12 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     overuse_grace_s: float = 2.0
     """An engine that nothing else holds is stopped when it is beyond its grant for so long. On the other grades overuse
     is told, and nobody is stopped."""
+    compute_sharing: ComputeSharing = ComputeSharing.TIME_SLICED
+    """How engines share a GPU's processors: ``time-sliced``, or ``mps`` through a daemon that the agent starts."""
+    mps_control: str = "nvidia-cuda-mps-control"
+    """NVIDIA's control program for MPS, with arguments as in a shell."""
+    mps_pipe_dir: str = ""
+    """Where its daemon listens; seen by engines too. Empty: ``mps`` in `state_dir`."""
     broker_socket: str = ""
     """Private socket of this host's memory broker, the agent's side. Empty: no broker."""
     broker_engine_socket: str = ""

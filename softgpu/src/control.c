@@ -122,6 +122,17 @@ static int run_fail(char **arguments) {
     return 0;
 }
 
+static int run_end(char **arguments) {
+    int process = process_of_pid(atoi(arguments[0]));
+    if (process < 0 || !host->processes[process].is_client ||
+        checkpoint_state(&host->processes[process]) != STATE_RUNNING) {
+        fprintf(stderr, "softgpu: process %s does not use this host, or is frozen\n", arguments[0]);
+        return 1;
+    }
+    checkpoint_end_client(&host->processes[process]);
+    return 0;
+}
+
 static int run_mps(char **arguments) {
     host->is_mps = integer(arguments[0]) != 0;
     return 0;
@@ -191,6 +202,7 @@ static const command commands[] = {
     {"xid", 2, "DEVICE NUMBER", run_xid},
     {"strike", 3, "DEVICE NUMBER PID", run_strike},
     {"fail", 1, "PID", run_fail},
+    {"end", 1, "PID", run_end},
     {"mps", 1, "0|1", run_mps},
     {"lose", 2, "DEVICE 0|1", run_lose},
     {"bandwidth", 4, "DEVICE H2D D2H PAGEABLE", run_bandwidth},

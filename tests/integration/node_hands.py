@@ -87,6 +87,7 @@ async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}")
                 rooms=Rooms(inventory),
             )
         )
+        await guard.offers(our_pids=frozenset())
         replica = msgspec.json.decode(await anyio.to_thread.run_sync(sys.stdin.readline), type=ReplicaProposal)
         while word := (await anyio.to_thread.run_sync(sys.stdin.readline)).strip():
             if word == "offered":

@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import anyio.to_thread
@@ -36,7 +37,13 @@ def host() -> Iterator[softgpu.Host]:
         yield made
 
 
-def replica(host: softgpu.Host, kind: EngineKind) -> ReplicaProposal:
+def replica(
+    host: softgpu.Host,
+    kind: EngineKind,
+    *,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    compute_portion: float | None = None,
+) -> ReplicaProposal:
     return ReplicaProposal(
         replica_id="wide-1",
         deployment_id="d",
@@ -44,8 +51,8 @@ def replica(host: softgpu.Host, kind: EngineKind) -> ReplicaProposal:
         deployment=DeploymentSpec(
             name="wide",
             kind=WorkloadKind.TRAINING if kind is EngineKind.TRAINING else WorkloadKind.INFERENCE,
-            engine=EngineSpec(kind=kind, weights_bytes=3 * GiB),
-            share=ShareSpec(request_bytes=SHARE_BYTES, gpu_count=2),
+            engine=EngineSpec(kind=kind, weights_bytes=3 * GiB, environment=dict(environment)),
+            share=ShareSpec(request_bytes=SHARE_BYTES, gpu_count=2, compute_portion=compute_portion),
         ),
         shares=tuple(
             ShareProposal(

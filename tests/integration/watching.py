@@ -16,6 +16,7 @@ from devices.nvml import NvmlInventory
 from kit.outcomes import Input
 from schemas.deployments import IsolationGrade
 from schemas.units import MiB
+from services.nodeagent.guard import Guard
 from services.nodeagent.guard.watchdog import Watchdog
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.settings import NodeAgentSettings
@@ -38,11 +39,11 @@ async def main(socket: str, state_dir: str, grade: str, gpu_uuid: str, *leases: 
     state = state_of(IsolationGrade(grade), gpu_uuid, list(leases))
     told: list[Input] = []
     holder = HolderClient(socket)
+    settings = NodeAgentSettings(state_dir=state_dir, overuse_grace_s=0.0, stop_grace_s=0.0)
     watchdog = Watchdog(
-        NodeAgentSettings(state_dir=state_dir, overuse_grace_s=0.0, stop_grace_s=0.0),
-        inventory=NvmlInventory(),
+        settings,
+        guard=Guard(NvmlInventory(), settings),
         holder=holder,
-        accounts=None,
         state=lambda: state,
         report=told.append,
     )

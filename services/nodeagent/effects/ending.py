@@ -47,6 +47,7 @@ async def end_older(hands: Hands, effect: EngineEffect) -> None:
 
 async def end(hands: Hands, effect: EngineEffect, engine: EngineView) -> None:
     grace_s = hands.settings.stop_grace_s
+    await hands.guard.drain(engine)
     await hands.holder.stop(engine.replica_id, lease_epoch=engine.lease_epoch, grace_s=grace_s)
     await hands.guard.lift(effect.replica, engine)
     await hands.mover.by(effect.swap_driver).forget(hands.target(effect, engine))

@@ -6,6 +6,7 @@ from dataclasses import replace as replaced
 from typing import Final
 
 import anyio.to_thread
+from msgspec.structs import replace
 
 from devices.api import GpuDescription, Inventory, NotSupported
 from schemas.deployments import GRADE_ORDER, IsolationGrade
@@ -18,6 +19,7 @@ from services.nodeagent.grades import brokered_bytes, is_brokered
 from services.nodeagent.guard.accounts import Accounts
 from services.nodeagent.guard.api import Backend, NotEnforced, Share, Verdict
 from services.nodeagent.guard.broker import BrokerQuota
+from services.nodeagent.guard.compute import Compute
 from services.nodeagent.guard.cooperative import EnginesBudget, Watched
 from services.nodeagent.guard.driver import DriverLimits
 from services.nodeagent.guard.hardware import MIG_PREFIX, HardwarePart
@@ -44,9 +46,11 @@ class Guard:
         *,
         proof: Proof | None = None,
         accounts: Accounts | None = None,
+        compute: Compute | None = None,
     ) -> None:
         self.inventory = inventory
         self.accounts = accounts
+        self.compute = compute or Compute(None)
         self._settings = settings
         self._backends: Sequence[Backend] = (
             HardwarePart(inventory),
@@ -62,10 +66,13 @@ class Guard:
 
     async def offers(self, *, our_pids: frozenset[int]) -> tuple[GpuOffer, ...]:
         """Every GPU of this host, with the grade that trying found, now."""
+        sharing, sharing_reason = await self.compute.prove()
+        our_pids |= await self.broker_pids()
         offers = []
         for gpu in await anyio.to_thread.run_sync(self.inventory.gpus):
             self._chosen[gpu.uuid] = await self._choose(gpu)
-            offers.append(await anyio.to_thread.run_sync(self._offer, gpu, our_pids))
+            offer = await anyio.to_thread.run_sync(self._offer, gpu, our_pids)
+            offers.append(replace(offer, compute_sharing=sharing, compute_sharing_reason=sharing_reason))
         return tuple(offers)
 
     async def _choose(self, gpu: GpuDescription) -> tuple[Backend, Verdict]:
@@ -102,6 +109,11 @@ class Guard:
             is_mig=gpu.uuid.startswith(MIG_PREFIX),
         )
 
+    async def broker_pids(self) -> frozenset[int]:
+        """Of the memory broker: what it holds is ours, and nobody's in particular."""
+        view = await self.accounts.look() if self.accounts is not None else None
+        return frozenset() if view is None or not view.pid else frozenset({view.pid})
+
     async def grade(self, gpu_uuid: str) -> IsolationGrade:
         return (await self._backend(gpu_uuid)).grade
 
@@ -119,9 +131,10 @@ class Guard:
 
     def environment(self, replica: ReplicaProposal, *, lease_epoch: int) -> dict[str, str]:
         """What its engine needs to be held; for the holder, before it starts."""
-        if self.accounts is None or not is_brokered(replica.deployment.engine):
-            return {}
-        return self.accounts.environment(replica.replica_id, lease_epoch=lease_epoch)
+        variables = self.compute.environment(replica.deployment.share)
+        if self.accounts is not None and is_brokered(replica.deployment.engine):
+            variables |= self.accounts.environment(replica.replica_id, lease_epoch=lease_epoch)
+        return variables
 
     async def hold(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> int:
         """Hold the engine to so much on each of its GPUs, by shard, and give the sum of the limits as read back.
@@ -145,9 +158,15 @@ class Guard:
 
     async def verify(self, replica: ReplicaProposal, engine: EngineView) -> None:
         """When it is ready: it is under its limits. Raises `NotEnforced`, `DeviceError`."""
+        await self.compute.verify(await anyio.to_thread.run_sync(tree_of, engine.pid))
         for index, proposed in enumerate(replica.shares):
             share = await self._share(replica, index, engine, proposed.request_bytes)
             await (await self._backend(share.gpu_uuid)).verify(share)
+
+    async def drain(self, engine: EngineView) -> None:
+        """Before its processes get any signal."""
+        if engine.is_alive and not engine.is_gated:
+            await self.compute.drain(await anyio.to_thread.run_sync(tree_of, engine.pid))
 
     async def lift(self, replica: ReplicaProposal, engine: EngineView) -> None:
         """Its process is gone, its cgroup goes next. Idempotent."""

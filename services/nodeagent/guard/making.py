@@ -7,6 +7,7 @@ from devices.api import Inventory
 from services.nodeagent.broker_client import BrokerClient
 from services.nodeagent.effects.starting import engine_environment
 from services.nodeagent.guard.accounts import Accounts
+from services.nodeagent.guard.compute import compute_of
 from services.nodeagent.guard.enforcing import Guard
 from services.nodeagent.guard.proof import Program, Proof
 from services.nodeagent.holder_client import HolderClient
@@ -28,4 +29,6 @@ def guard_of(settings: NodeAgentSettings, inventory: Inventory, holder: HolderCl
             engine_socket=settings.broker_engine_socket,
             secret_path=state_dir / "broker-secret",
         )
-    return Guard(inventory, settings, proof=proof, accounts=accounts)
+    pipe_dir = Path(settings.mps_pipe_dir) if settings.mps_pipe_dir else (state_dir / "mps").resolve()
+    compute = compute_of(settings.compute_sharing, program=settings.mps_control, pipe_dir=pipe_dir)
+    return Guard(inventory, settings, proof=proof, accounts=accounts, compute=compute)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import anyio
 import anyio.to_thread
 
-from devices.api import DeviceError, Inventory
+from devices.api import DeviceError
 from kit.outcomes import Input
 from schemas.holders import EngineView
-from services.nodeagent.guard.accounts import Accounts
+from services.nodeagent.guard.enforcing import Guard
 from services.nodeagent.guard.owners import owners_of
 from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.overuse import Allowed, Judge, Measured, allowed_in, larger_of
@@ -27,16 +27,16 @@ class Watchdog:
         self,
         settings: NodeAgentSettings,
         *,
-        inventory: Inventory,
+        guard: Guard,
         holder: HolderClient,
-        accounts: Accounts | None,
         state: Callable[[], NodeState | None],
         report: Callable[[Input], None],
     ) -> None:
         self._settings = settings
-        self._inventory = inventory
+        self._guard = guard
+        self._inventory = guard.inventory
+        self._accounts = guard.accounts
         self._holder = holder
-        self._accounts = accounts
         self._state = state
         self._report = report
         self._judge = Judge(grace_s=settings.overuse_grace_s)
@@ -122,6 +122,9 @@ class Watchdog:
     async def stop(self, offender: Allowed) -> None:
         """Its end is noticed, told and followed up by whoever waits for it."""
         try:
+            engine = await self._holder.engine(offender.replica_id)
+            if engine is not None and engine.lease_epoch == offender.lease_epoch:
+                await self._guard.drain(engine)
             await self._holder.stop(
                 offender.replica_id, lease_epoch=offender.lease_epoch, grace_s=self._settings.stop_grace_s
             )

@@ -131,6 +131,9 @@ class GuardOf:
         self.limits = {share.gpu_uuid: size for share, size in zip(replica.shares, sizes, strict=True)}
         return sum(sizes)
 
+    async def drain(self, engine: EngineView) -> None:
+        return None
+
     async def lift(self, replica: ReplicaProposal, engine: EngineView) -> None:
         self.limits = {}
 

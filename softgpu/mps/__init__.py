@@ -1,0 +1,1 @@
+"""A stand-in of NVIDIA's MPS control program, ``nvidia-cuda-mps-control``, over the software GPU's state."""
