@@ -217,6 +217,7 @@ class Engine:
         )
         memory.weights.load()
         memory.weights.verify()
+        memory.workspace.take()  # so that what the cache may have leaves room for it
         try:
             memory.kv.grow(plan.slab_count(self.settings.memory_bytes))
         except OutOfMemory:
@@ -227,6 +228,7 @@ class Engine:
             self._log.warning(
                 "budget not reached", memory_bytes=self.settings.memory_bytes, target_bytes=self.target_bytes
             )
+        memory.workspace.give_back()
         return memory
 
     # -- sleep and wake

@@ -87,9 +87,17 @@ class Answer:
 class Engine:
     """One engine process. Its log lines are kept, as dictionaries."""
 
-    def __init__(self, host: softgpu.Host | None, kind: str, *arguments: str, port: int = 0) -> None:
-        environment = {**os.environ, **(host.environment() if host else {})}
-        gpu = host.uuids()[0] if host else "GPU-none"
+    def __init__(
+        self,
+        host: softgpu.Host | None,
+        kind: str,
+        *arguments: str,
+        port: int = 0,
+        extra_environment: Mapping[str, str] | None = None,
+        gpu_count: int = 1,
+    ) -> None:
+        environment = {**os.environ, **(host.environment() if host else {}), **(extra_environment or {})}
+        gpu = ",".join(host.uuids()[:gpu_count]) if host else "GPU-none"
         command = [sys.executable, "-m", "engines", kind, "--gpu", gpu, "--port", str(port), *arguments]
         self._process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -231,6 +239,8 @@ def simulated(
     memory_bytes: int = 24 * GiB,
     cold_start_s: float = 0,
     time_scale: float = 0.05,
+    extra_environment: Mapping[str, str] | None = None,
+    gpu_count: int = 1,
 ) -> Engine:
     """A simulated engine that starts at once and runs twenty times faster than modelled."""
     arguments = {
@@ -241,11 +251,16 @@ def simulated(
         "--time-scale": time_scale,
     }
     words = [str(word) for pair in arguments.items() for word in pair]
-    return Engine(host, "simulated", *words, *extra)
+    return Engine(host, "simulated", *words, *extra, extra_environment=extra_environment, gpu_count=gpu_count)
 
 
 def training(
-    host: softgpu.Host, directory: Path, *extra: str, memory_bytes: int = 10 * GiB, step_s: float = 0.005
+    host: softgpu.Host,
+    directory: Path,
+    *extra: str,
+    memory_bytes: int = 10 * GiB,
+    step_s: float = 0.005,
+    extra_environment: Mapping[str, str] | None = None,
 ) -> Engine:
     """A training job with short steps."""
     arguments = {
@@ -255,4 +270,4 @@ def training(
         "--step-s": step_s,
     }
     words = [str(word) for pair in arguments.items() for word in pair]
-    return Engine(host, "training", *words, *extra)
+    return Engine(host, "training", *words, *extra, extra_environment=extra_environment)
