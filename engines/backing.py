@@ -16,7 +16,7 @@ from engines.store.connection import StoreError, StoreSettings, settings_from
 from engines.store.memory import GpuStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from engines.gpu import OpenedGpu
 
@@ -57,8 +57,8 @@ class Backing(Protocol):
     def back(self, region: Region, name: str) -> None:
         """Put memory behind it; content undefined."""
 
-    def unback(self, region: Region, name: str) -> int:
-        """Let the memory go, nothing copied; the bytes freed. Idempotent."""
+    def unback(self, regions: Mapping[str, Region]) -> int:
+        """Let the memory of `{name: region}` go, nothing copied; the bytes freed. Idempotent."""
 
     def prepare(self, region: Region, name: str) -> None:
         """Host memory for the sealed copy, before it is needed, so that sealing never waits or fails for want of it."""
@@ -89,8 +89,8 @@ class OwnBacking:
     def back(self, region: Region, name: str) -> None:
         self.device.back(region)
 
-    def unback(self, region: Region, name: str) -> int:
-        return self.device.unback(region).released_bytes
+    def unback(self, regions: Mapping[str, Region]) -> int:
+        return sum(self.device.unback(region).released_bytes for region in regions.values())
 
     def prepare(self, region: Region, name: str) -> None:
         if name not in self._copies:
@@ -139,8 +139,8 @@ class BrokerBacking:
         except StoreError as error:
             raise _as_out_of_memory(error, region) from error
 
-    def unback(self, region: Region, name: str) -> int:
-        return self._store.give_back(region, self._range(name))
+    def unback(self, regions: Mapping[str, Region]) -> int:
+        return self._store.give_back_all({self._range(name): region for name, region in regions.items()})
 
     def prepare(self, region: Region, name: str) -> None:
         """The node agent has reserved it."""

@@ -188,6 +188,8 @@ class MemoryReturn(BrokerMessage, frozen=True):
     """With `size_bytes`, of memory that a former broker lent: so much less is held of what the hello said."""
     size_bytes: Bytes = 0
     """0: the range is one that was asked for on this connection."""
+    more_range_ids: tuple[Identifier, ...] = ()
+    """Of this connection, unmapped as well: a park returns hundreds in one line. All or nothing."""
 
 
 class ImageSeal(BrokerMessage, frozen=True):

@@ -132,6 +132,9 @@ class Engine:
             raise unavailable(f"The engine has failed: {error}", "engine_failed") from error
 
     async def give_back_workspace(self) -> None:
+        """A brokered one is kept while resident: a broker that is away must not keep requests from being served."""
+        if self.is_brokered:
+            return
         await self._gpu_thread.run(self._loaded_memory().workspace.give_back)
         self._refresh_books()
 
@@ -228,7 +231,8 @@ class Engine:
             self._log.warning(
                 "budget not reached", memory_bytes=self.settings.memory_bytes, target_bytes=self.target_bytes
             )
-        memory.workspace.give_back()
+        if not self.is_brokered:
+            memory.workspace.give_back()
         return memory
 
     # -- sleep and wake
@@ -322,6 +326,8 @@ class Engine:
             if "kv_cache" in tags:
                 kv_started_s = time.perf_counter()
                 memory.grow_kv(memory.plan.slab_count(self.target_bytes))
+                if self.is_brokered:
+                    memory.workspace.take()
                 map_s += time.perf_counter() - kv_started_s
         except OutOfMemory as error:
             memory.drop_all()

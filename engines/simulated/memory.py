@@ -162,7 +162,7 @@ class Weights:
 
     def drop(self) -> int:
         """Let the device memory go without copying; the bytes freed. What was not sealed is lost."""
-        return self._backing.unback(self._region, self._name)
+        return self._backing.unback({self._name: self._region})
 
     @property
     def _checked_probes(self) -> tuple[Probe, ...]:
@@ -208,11 +208,9 @@ class KvSlabs:
 
     def shrink(self, slab_count: int) -> int:
         """Let slabs go down to that many; the bytes freed."""
-        freed_bytes = 0
-        while self.backed_count > slab_count:
-            self.backed_count -= 1
-            freed_bytes += self._backing.unback(self._regions[self.backed_count], self._name(self.backed_count))
-        return freed_bytes
+        gone = {self._name(slab): self._regions[slab] for slab in range(slab_count, self.backed_count)}
+        self.backed_count = min(self.backed_count, slab_count)
+        return self._backing.unback(gone) if gone else 0
 
     @staticmethod
     def _name(slab: int) -> str:
@@ -237,7 +235,7 @@ class Workspace:
 
     def give_back(self) -> int:
         """The bytes freed. Idempotent."""
-        return self._backing.unback(self._region, "workspace")
+        return self._backing.unback({"workspace": self._region})
 
 
 class EngineMemory:

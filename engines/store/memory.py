@@ -25,7 +25,7 @@ from engines.store.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 # What was asked of a broker that died is asked of the next one; a broker that dies of the question is not asked again.
 ATTEMPTS = 2
@@ -96,14 +96,20 @@ class GpuStore:
 
     def give_back(self, region: Region, range_id: str) -> int:
         """Unmap the region, nothing copied; the bytes that are free for others then. Idempotent."""
-        lent = self._lent.get(range_id)
-        if lent is None:
-            return 0
+        return self.give_back_all({range_id: region})
+
+    def give_back_all(self, regions: Mapping[str, Region]) -> int:
+        """The same of several ranges, `{range_id: region}`: all are unmapped, then returned in one line."""
         with self._connection.lock:
-            self._device.unback(region)
-            del self._lent[range_id]
-            self._return(range_id, lent)
-        return lent.size_bytes
+            mapped = [range_id for range_id in regions if range_id in self._lent]
+            gone: dict[str, _Lent] = {}
+            try:
+                for range_id in mapped:
+                    self._device.unback(regions[range_id])
+                    gone[range_id] = self._lent.pop(range_id)
+            finally:
+                self._return(gone)
+        return sum(lent.size_bytes for lent in gone.values())
 
     def seal(self, range_id: str, *, image_id: str, generation: int, content_id: str) -> ImageSealed:
         """Have the content kept in host memory. The range must not change meanwhile.
@@ -186,20 +192,23 @@ class GpuStore:
             if is_answer_due:
                 with contextlib.suppress(ConnectionLostError, StoreError):
                     self._connection.hear(ImageRestored)
-            self._return(grant.range_id, lent)
+            self._return({grant.range_id: lent})
             raise
         finally:
             self._device.close_export(exported)
         self._lent[grant.range_id] = lent
         return time.perf_counter() - started_s
 
-    def _return(self, range_id: str, lent: _Lent) -> None:
-        """Tell the broker that a range is unmapped. One that is gone needs no word: the next hello says what is."""
-        if not self._connection.is_connected:
-            return
-        if lent.incarnation == self._connection.incarnation:
-            message = MemoryReturn(range_id=range_id)
-        else:
-            message = MemoryReturn(range_id=range_id, gpu_uuid=self._device.gpu_uuid, size_bytes=lent.size_bytes)
-        with contextlib.suppress(ConnectionLostError):
-            self._connection.ask(message, BrokerDone)
+    def _return(self, gone: Mapping[str, _Lent]) -> None:
+        """Tell the broker what is unmapped. One that is gone needs no word: the next hello says what is."""
+        now = [range_id for range_id, lent in gone.items() if lent.incarnation == self._connection.incarnation]
+        messages = [MemoryReturn(range_id=now[0], more_range_ids=tuple(now[1:]))] if now else []
+        messages += [
+            MemoryReturn(range_id=range_id, gpu_uuid=self._device.gpu_uuid, size_bytes=lent.size_bytes)
+            for range_id, lent in gone.items()
+            if lent.incarnation != self._connection.incarnation
+        ]
+        if self._connection.is_connected:
+            with contextlib.suppress(ConnectionLostError):
+                for message in messages:
+                    self._connection.ask(message, BrokerDone)

@@ -39,6 +39,7 @@ class MemoryReturn(Ask, frozen=True):
     range_id: str
     gpu_uuid: str = ""
     size_bytes: int = 0
+    more_range_ids: tuple[str, ...] = ()
 
 
 class ImageSeal(Ask, frozen=True):

@@ -85,7 +85,7 @@ class TrainingMemory:
 
     def drop(self) -> int:
         """Let the device memory go without copying: the host has what was there; the bytes freed."""
-        return self.backing.unback(self._region, self._name)
+        return self.backing.unback({self._name: self._region})
 
     def restore(self) -> Restored:
         """Bring all back to the same addresses. Raises `OutOfMemory`, `StoreError` with nothing left behind."""

@@ -241,18 +241,22 @@ class Broker:
                 account, gpu_uuid=wish.gpu_uuid, size_bytes=wish.size_bytes, connection_id=connection_id
             )
             return BrokerDone()
-        await self._take_back(account, [self.accounts.range_of(account, wish.range_id)])
+        range_ids = dict.fromkeys((wish.range_id, *wish.more_range_ids))
+        await self._take_back(account, [self.accounts.range_of(account, range_id) for range_id in range_ids])
         return BrokerDone()
 
     async def _take_back(self, account: Account, ranges: Sequence[Range]) -> None:
         """Nobody maps these any more. One that is just being lent is given back by who lends it."""
-        for held in ranges:
-            if account.ranges.get(held.range_id) is not held:
-                continue
-            loan = self._loans.pop((account.key, held.range_id), None)
+        held_now = [held for held in ranges if account.ranges.get(held.range_id) is held]
+        loans = [self._loans.pop((account.key, held.range_id), None) for held in held_now]
+        pieces: dict[str, list[Piece]] = {}
+        for loan in loans:
             if loan is not None:
                 await self._end_copy(loan.gpu, loan.copy)
-                await loan.gpu.take_back(loan.pieces, tenant=loan.tenant)
+                pieces.setdefault(loan.gpu.gpu_uuid, []).extend(loan.pieces)
+        for gpu_uuid, gone in pieces.items():
+            await self.gpus[gpu_uuid].take_back(tuple(gone), tenant=account.tenant)
+        for held in held_now:
             self.accounts.let_go(account, held.range_id)
 
     # ---- engines: images

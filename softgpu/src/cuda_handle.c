@@ -34,10 +34,13 @@ static int free_record(void) {
     return grow() ? 0 : first_new;
 }
 
-static void host_let_go(int chunk) {
+/* Whether that was the last hold on the memory: only then is it freed, and its freeing paid for. */
+static int host_let_go(int chunk) {
     host_lock();
     chunk_let_go(chunk, own_process);
+    int is_freed = !host->chunks[chunk].is_used;
     host_unlock();
+    return is_freed;
 }
 
 static CUresult fill_record(int chunk, int device, uint64_t bytes, int descriptor, int *handle) {
@@ -108,8 +111,7 @@ static uint64_t close_when_unused(int handle) {
     chunk_file_close(&record->file);
     record->chunk = -1;
     free_hint = handle;
-    host_let_go(chunk);
-    return bytes;
+    return host_let_go(chunk) ? bytes : 0;
 }
 
 uint64_t handle_unmap(int handle) {

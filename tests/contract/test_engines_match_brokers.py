@@ -42,7 +42,8 @@ def sample(kind: type[msgspec.Struct], **changed: object) -> msgspec.Struct:
             "object": "dict",
             "array": "tuple",
         }
-        fields[field.name] = VALUES[by_type[schema["type"]]]
+        value = VALUES[by_type[schema["type"]]]
+        fields[field.name] = ("a", "b") if schema.get("items", {}).get("type") == "string" else value
     return kind(**{**fields, **changed})
 
 

@@ -1,5 +1,6 @@
 """A real memory broker on a software GPU host, asked as the node agent asks it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -61,7 +62,7 @@ class BrokerProcess:
             "SUBLET_BROKER_ARENA_DIR": str(self._state_dir / "arena"),
         }
         self._process = subprocess.Popen([sys.executable, "-m", "services", "broker"], cwd=REPOSITORY, env=environment)
-        self.until(lambda view: True)
+        self.until(lambda _: True)
 
     def end(self, number: signal.Signals = signal.SIGKILL) -> None:
         assert self._process is not None
@@ -76,18 +77,16 @@ class BrokerProcess:
     def until(self, is_so: Callable[[BrokerView], bool]) -> BrokerView:
         """Look until it is so; a broker that is not there yet is looked for again."""
         deadline_s = time.monotonic() + PATIENCE_S
-        while True:
-            try:
+        view: BrokerView | None = None
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(OSError):
                 view = self.look()
-            except OSError as error:
-                assert time.monotonic() < deadline_s, error
-                assert self._process is not None
-                assert self._process.poll() is None, "the broker ended"
-            else:
                 if is_so(view):
                     return view
-                assert time.monotonic() < deadline_s, view
+            assert self._process is not None
+            assert self._process.poll() is None, "the broker ended"
             time.sleep(0.02)
+        raise AssertionError(view)
 
     def account(self, replica_id: str) -> AccountView:
         return next(account for account in self.look().accounts if account.replica_id == replica_id)
@@ -132,6 +131,6 @@ class BrokerProcess:
 
 def process_bytes(host: softgpu.Host, pid: int) -> int:
     """What the driver charges to a process, on all GPUs."""
-    status: dict[str, Any] = host.status()
-    processes = [process for device in status["devices"] for process in device["processes"]]
+    devices: list[Any] = list(host.status()["devices"])
+    processes = [process for device in devices for process in device["processes"]]
     return sum(process["used_bytes"] for process in processes if process["pid"] == pid)
