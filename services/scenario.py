@@ -262,6 +262,10 @@ class Conversation:
                 n, "has its GPUs back", lambda name: self._host(name).find_gpus()
             ),
             "lose-power": self._lose_power,
+            "xid": lambda n, v: self._node_harm(
+                n, f"reports XID {v['code']}", lambda name: self._xid(name, int(v.get("index", "0")), int(v["code"]))
+            ),
+            "no-foreign": lambda n, _: self._node_harm(n, "has no strangers any more", self._without_strangers),
             "foreign": lambda n, v: self._node_harm(
                 n,
                 "has a stranger on a GPU",
@@ -309,6 +313,13 @@ class Conversation:
             for replica_id in [r for r in host.engines if self._models.get(r) == names[0]]:
                 host.hang_engine(replica_id, lasts_s=float(values["lasts_s"]))
                 self.lines.append(f"{self._time()} the engine of {names[0]} hangs")
+
+    def _xid(self, name: str, index: int, code: int) -> None:
+        self._live.strike_gpu(name, index, code=code)
+
+    def _without_strangers(self, name: str) -> None:
+        for gpu_uuid in list(self._host(name).foreign_bytes):
+            self._host(name).free_foreign(gpu_uuid)
 
     def _lose_power(self, names: list[str], values: dict[str, str]) -> None:
         self._host(names[0])

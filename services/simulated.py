@@ -8,11 +8,13 @@ from typing import Any, Final
 from kit.bus import Stored
 from kit.service import Service
 from kit.simulation import Faults, Simulation
+from kit.simulation_members import Member
 from schemas.deployments import DeploymentSpec
 from schemas.gateways import LoadSampled, ModelLoad, ModelWanted
 from schemas.inbox import DeployRequested
 from schemas.messages import Command, Fact
 from schemas.nodes import (
+    GpuOffer,
     LeaseGranted,
     LeaseReleased,
     ParkAbandoned,
@@ -34,8 +36,9 @@ from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings
-from services.nodeagent.simulated import HostFaults, SimulatedHost, h100
+from services.nodeagent.simulated import HostFaults, SimulatedHost
 from services.nodeagent.simulated_engine import Caller
+from services.nodeagent.simulated_gpus import h100
 from services.placement import commands as _commands  # noqa: F401
 from services.placement.core import SERVICE as PLACEMENT
 from services.placement.settings import PlacementSettings
@@ -297,6 +300,8 @@ class SimulatedSystem:
         settings = NodeAgentSettings(node=node, alive_s=self.shape.alive_s)
         member = simulation.add(agent, settings, writer=writer, world=host, is_journaled=True)
         host.agent_life = lambda: member.life
+        host.eyes.report = lambda seen: simulation.tell(writer, seen)
+        host.eyes.offered = lambda: _offered_by(member)
 
     def command(self, command: Command, *, tenant: str = TENANT) -> None:
         self.simulation.command(tenant, command)
@@ -345,6 +350,11 @@ class SimulatedSystem:
 
         self.simulation.after(lasts_s, back)
 
+    def strike_gpu(self, node: str, index: int, *, code: int, which: int = 0) -> None:
+        """An XID, with what it does to engines."""
+        for replica_id in self.hosts[node].eyes.strike(index, code, which):
+            self.kill_engine(node, replica_id)
+
     def lose_gpu(self, node: str, index: int) -> None:
         for lost in self.hosts[node].lose_gpu(index):
             self.simulation.tell(f"node.{node}", lost)
@@ -357,3 +367,9 @@ class SimulatedSystem:
         for host in self.hosts.values():
             host.check()
         self.simulation.check_replay()
+
+
+def _offered_by(member: Member) -> Mapping[str, GpuOffer] | None:
+    """The GPUs that an agent offers; None while it is not there, or was not told of its node."""
+    state = member.processor.state if member.is_active and member.processor is not None else None
+    return dict(state.gpus) if state is not None and state.joined is not None else None

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from kit.outcomes import Context, Outcome, Timer
 from schemas.nodes import GpuFaulted, GpuFaultKind, GpuObserved, GpuQuarantined, GpuReinstated
 from schemas.placement import GpuReinstateAsked
-from services.nodeagent.core import GPU_IS_GONE, SERVICE, given_up, released
+from services.nodeagent.core import SERVICE, given_up, released
 from services.nodeagent.gpu_inputs import (
     GpuBack,
     GpuFaultSeen,
@@ -205,7 +205,9 @@ def gpu_gone(state: NodeState, gone: GpuGone, ctx: Context) -> Sequence[Outcome]
         return []
     there = [replica for replica in state.replicas.values() if gone.gpu_uuid in replica.share_bytes]
     joined = rejoined(state, [gpu for gpu in state.gpus.values() if gpu.gpu_uuid != gone.gpu_uuid], ctx)
-    outcomes: list[Outcome] = [_fault(state, gone.gpu_uuid, GpuFaultKind.LOST, GPU_IS_GONE, ctx)]
+    outcomes: list[Outcome] = [
+        _fault(state, gone.gpu_uuid, GpuFaultKind.LOST, "it does not answer any more: its memory is gone", ctx)
+    ]
     if not is_quarantined(state, gone.gpu_uuid):
         outcomes += quarantine(state, gone.gpu_uuid, "it was lost", ctx)
     return [*outcomes, joined, *given_up(state, there, ctx)]

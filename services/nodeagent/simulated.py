@@ -12,9 +12,8 @@ from typing import Final
 from msgspec.structs import replace
 
 from kit.outcomes import Effect, Input
-from schemas.deployments import IsolationGrade
 from schemas.nodes import GpuOffer
-from schemas.units import GB, MiB
+from services.nodeagent.gpu_inputs import TryGpu
 from services.nodeagent.inputs import (
     AdoptEngine,
     EngineEffect,
@@ -33,8 +32,8 @@ from services.nodeagent.inputs import (
     WakeEngine,
 )
 from services.nodeagent.simulated_engine import Caller, Clock, Engine, Phase, Routes
+from services.nodeagent.simulated_gpus import LINK_BYTES_PER_S, SimulatedEyes
 
-LINK_BYTES_PER_S: Final = 53 * GB
 NO_ANSWER_S: Final = 30.0
 """An engine that does not answer so long is given up (`NodeAgentSettings.wake_deadline_s`)."""
 UNPROVEN_S: Final = 5.0
@@ -101,6 +100,7 @@ class SimulatedHost:
         self.short_until_s = 0.0
         """Until then there is no host memory for weights."""
         self.foreign_bytes: dict[str, int] = {}
+        self.eyes = SimulatedEyes(self, clock, seed=seed)
 
     def perform(self, effect: Effect, done: Callable[[float, Input], None]) -> None:
         if not self.is_up:
@@ -111,6 +111,9 @@ class SimulatedHost:
     def _begin(self, effect: Effect, done: Done) -> None:
         if isinstance(effect, ProbeNode):
             self._probe(done)
+            return
+        if isinstance(effect, TryGpu):
+            self.eyes.try_gpu(effect, done)
             return
         assert isinstance(effect, EngineEffect), effect
         {
@@ -166,6 +169,7 @@ class SimulatedHost:
             return []
         lost = self.gpus[index % len(self.gpus)]
         self.gpus = tuple(gpu for gpu in self.gpus if gpu is not lost)
+        self.eyes.lose(lost.gpu_uuid)
         here = [replica_id for replica_id, e in self.engines.items() if lost.gpu_uuid in e.share_bytes]
         return [told for replica_id in here if (told := self.kill_engine(replica_id)) is not None]
 
@@ -173,6 +177,7 @@ class SimulatedHost:
         """All are back; whether one was away."""
         was_away = self.gpus != self._all_gpus
         self.gpus = self._all_gpus
+        self.eyes.look_soon()
         return was_away
 
     def take_foreign(self, index: int, size_bytes: int) -> str:
@@ -182,7 +187,18 @@ class SimulatedHost:
         free_bytes = gpu.allocatable_bytes - used_bytes - self.foreign_bytes.get(gpu.gpu_uuid, 0)
         taken_bytes = max(0, min(size_bytes, free_bytes))
         self.foreign_bytes[gpu.gpu_uuid] = self.foreign_bytes.get(gpu.gpu_uuid, 0) + taken_bytes
+        self.eyes.look_soon()
         return gpu.gpu_uuid
+
+    def free_foreign(self, gpu_uuid: str) -> None:
+        """The process that is not ours is gone."""
+        self.foreign_bytes.pop(gpu_uuid, None)
+        self.eyes.look_soon()
+
+    def fall_silent(self, *, until_s: float) -> None:
+        """NVML says nothing until then."""
+        self.silent_until_s = max(self.silent_until_s, until_s)
+        self.eyes.look_soon()
 
     def lose_power(self) -> None:
         """The host is gone with all that ran on it."""
@@ -204,7 +220,7 @@ class SimulatedHost:
             self._clock.after(self.silent_until_s - self._clock.now_s, lambda: self._probe(done))
             return
         is_short = self._clock.now_s < self.short_until_s
-        gpus = tuple(self._with_foreign(gpu) for gpu in self.gpus)
+        gpus = tuple(self.with_foreign(gpu) for gpu in self.gpus)
         probed = NodeProbed(
             machine_id=f"machine-{self.node}",
             gpus=gpus,
@@ -214,7 +230,8 @@ class SimulatedHost:
         )
         done(0.001, probed)
 
-    def _with_foreign(self, gpu: GpuOffer) -> GpuOffer:
+    def with_foreign(self, gpu: GpuOffer) -> GpuOffer:
+        """As it is offered now."""
         foreign_bytes = self.foreign_bytes.get(gpu.gpu_uuid, 0)
         return replace(gpu, foreign_bytes=foreign_bytes) if foreign_bytes else gpu
 
@@ -280,6 +297,7 @@ class SimulatedHost:
             self.started_count += 1
             self.check()
         fails = self.random.random() < self.faults.start_fails_fraction
+        fails |= any(self.eyes.is_sick(gpu_uuid) for gpu_uuid in engine.share_bytes)
 
         def finish() -> None:
             if self._mine(effect) is not engine:
@@ -474,18 +492,3 @@ class SimulatedHost:
         assert engine.phase is expected, f"{effect.replica.replica_id} is {engine.phase}, its lease says {expected}"
         if not effect.should_be_parked:
             self._open(effect, engine, done)
-
-
-def h100(index: int, *, node: str) -> GpuOffer:
-    """One simulated H100 with 80 GB, as a node offers it."""
-    return GpuOffer(
-        gpu_uuid=f"GPU-{node}-{index}",
-        index=index,
-        name="NVIDIA H100 80GB HBM3",
-        capacity_bytes=81_559 * MiB,
-        reserve_bytes=2048 * MiB,
-        grade=IsolationGrade.DRIVER,
-        grade_reason="simulated",
-        link_bytes_per_s=LINK_BYTES_PER_S,
-        is_software=True,
-    )

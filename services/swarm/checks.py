@@ -163,6 +163,8 @@ def disagreement(system: SimulatedSystem) -> str:
         state = system.state(f"node.{node}")
         assert isinstance(state, NodeState), state
         truth.update({name: (node, replica) for name, replica in state.replicas.items()})
+        if state.gpus.keys() != {gpu.gpu_uuid for gpu in system.hosts[node].gpus}:
+            return f"{node} offers {sorted(state.gpus)}, which is not what it has"
     for knower, known in (("placement", placement.replicas), ("swapper", swapper.replicas)):
         if set(truth) != set(known):
             return f"agents and {knower} know other replicas: {sorted(set(truth) ^ set(known))}"
@@ -204,7 +206,8 @@ def check_ends(system: SimulatedSystem) -> None:
         if isinstance(fact, DeploymentAdmitted) and fact.deployment_id not in retired:
             deployment = placement.deployments[fact.deployment_id]
             placed_count = len(placement.replicas_of(fact.deployment_id))
-            is_placed = placed_count == deployment.replica_count
+            moving_count = sum(move.deployment_id == fact.deployment_id for move in placement.moves.values())
+            is_placed = placed_count - moving_count <= deployment.replica_count <= placed_count
             wished = f"{placed_count} of {deployment.replica_count} replicas"
             assert is_placed or deployment.problem, f"{deployment.spec.name} ended in silence with {wished}"
     named = [fact.inbox_seq for fact in facts if isinstance(fact, CommandFact)]

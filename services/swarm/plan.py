@@ -48,6 +48,8 @@ FAULTS: Final[dict[str, tuple[float, float]]] = {
     "gateway-cut": (2.0, 60.0),
     "herd": (0.0, 0.0),
     "clients-leave": (0.0, 0.0),
+    "xid": (0.0, 0.0),
+    "gpu-sick": (20.0, 200.0),
 }
 """{kind: shortest and longest time that it lasts, seconds}"""
 OPERATIONS: Final = ("park", "wake", "retire", "redeploy", "deploy-twice", "park-wake-storm", "retire-while-waking")

@@ -28,6 +28,7 @@ from services.swapper.settings import SwapperSettings
 from services.swarm.checks import Books, Conduct, check_ends, disagreement, is_answerable, signature
 from services.swarm.displacement import Displacement
 from services.swarm.gangs import Gangs
+from services.swarm.gpu_rules import GpuRules
 from services.swarm.plan import TRAFFIC, Plan, Step, point_of
 from services.swarm.upkeep import Upkeep
 
@@ -41,6 +42,7 @@ MOVE_S: Final = 1200.0
 LOOK_S: Final = 1.0
 LOADING: Final = "model_loading"
 RETRY_S: Final = 3.0
+XID_CODES: Final = (13, 31, 43, 63, 94, 48, 95, 119)
 DECIDERS: Final = ("placement", "swapper", "autoscaler")
 
 
@@ -96,7 +98,7 @@ class Run:
         self.outcome = Outcome(plan=plan)
         shape = shape_of(plan)
         self.books, self.upkeep = Books(), Upkeep()
-        self.gangs, self.displacement = Gangs(), Displacement()
+        self.gangs, self.displacement, self.gpu_rules = Gangs(), Displacement(), GpuRules(self.books)
         self.conduct = Conduct(load_fresh_s=shape.swapper.load_fresh_s + plan.faults.late_s + 1.0)
         self.system = SimulatedSystem(
             seed=plan.seed,
@@ -127,6 +129,7 @@ class Run:
         self._settle()
         self._probe()
         check_ends(self.system)
+        self.gpu_rules.check_ends(self.system)
         self.gangs.check_ended(self.system.simulation.now_s)
         self.upkeep.check_ends(now_s=self.system.simulation.now_s, lasts_s_max=MOVE_S)
         self.system.check()
@@ -143,11 +146,10 @@ class Run:
         self._silent_until_s = 0.0
         for host in self.system.hosts.values():
             host.faults = HostFaults()
-            is_changed = host.find_gpus() or bool(host.foreign_bytes)
-            host.foreign_bytes.clear()
-            if is_changed:
-                self._look_again(host.node)
             host.silent_until_s = host.short_until_s = 0.0
+            host.foreign_bytes.clear()
+            host.eyes.sick_until_s.clear()
+            host.find_gpus()
             for engine in host.engines.values():
                 engine.hung_until_s = 0.0
         harm.heal(self.system.simulation)
@@ -212,6 +214,7 @@ class Run:
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
         self.books.hear(fact)
+        self.gpu_rules.hear(stored, fact)
         self.gangs.hear(fact, stored)
         self.conduct.hear(stored, fact)
         self.upkeep.hear(stored, fact)
@@ -266,6 +269,8 @@ class Run:
             "engine-killed": self._kill_engine,
             "engine-hung": self._hang_engine,
             "gpu-lost": self._lose_gpu,
+            "xid": self._strike,
+            "gpu-sick": self._sicken,
             "power-lost": lambda s: self.system.lose_power(self._node(s), lasts_s=s.lasts_s),
             "foreign-memory": self._foreign,
             "nvml-silent": self._nvml_silent,
@@ -359,7 +364,7 @@ class Run:
         return found is not None and self.system.hosts[found[0]].hang_engine(found[1], lasts_s=step.lasts_s)
 
     def _lose_gpu(self, step: Step) -> bool:
-        """Every second time its agent is started again, and so finds out; and again when the GPU is back."""
+        """Every second time its agent dies of it too, and finds out when it is back."""
         node = self._node(step)
         host = self.system.hosts[node]
         if not host.is_up or len(host.gpus) < 2:
@@ -369,32 +374,30 @@ class Run:
         if step.size < 0.5:
             self.system.simulation.crash(agent, down_s=0.5)
 
-        def back() -> None:
-            host.find_gpus()
-            if step.size < 0.5 and host.is_up:
-                self.system.simulation.crash(agent, down_s=0.5)
-
-        self.system.simulation.after(step.lasts_s, back)
+        self.system.simulation.after(step.lasts_s, host.find_gpus)
         return True
+
+    def _strike(self, step: Step) -> bool:
+        """An XID: of the application's, of the hardware's, or a notice."""
+        node = self._node(step)
+        if not self.system.hosts[node].is_up:
+            return False
+        code = XID_CODES[int(step.size * len(XID_CODES))]
+        self.system.strike_gpu(node, step.which, code=code, which=step.which)
+        return True
+
+    def _sicken(self, step: Step) -> None:
+        self.system.hosts[self._node(step)].eyes.sicken(step.which, lasts_s=step.lasts_s)
 
     def _foreign(self, step: Step) -> None:
         host = self.system.hosts[self._node(step)]
         gpu_uuid = host.take_foreign(step.which, int((1 + 40 * step.size) * GiB))
 
-        def leave() -> None:
-            if host.foreign_bytes.pop(gpu_uuid, None):
-                self._look_again(host.node)
-
-        self.system.simulation.after(step.lasts_s, leave)
-
-    def _look_again(self, node: str) -> None:
-        """An agent measures its GPUs when it starts and never again, so whoever frees one has to start it again."""
-        if self.system.hosts[node].is_up:
-            self.system.simulation.crash(f"node.{node}", down_s=0.2)
+        self.system.simulation.after(step.lasts_s, lambda: host.free_foreign(gpu_uuid))
 
     def _nvml_silent(self, step: Step) -> None:
         host = self.system.hosts[self._node(step)]
-        host.silent_until_s = max(host.silent_until_s, self.system.simulation.now_s + step.lasts_s)
+        host.fall_silent(until_s=self.system.simulation.now_s + step.lasts_s)
 
     def _host_short(self, step: Step) -> None:
         host = self.system.hosts[self._node(step)]

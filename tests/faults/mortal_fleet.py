@@ -34,7 +34,8 @@ from services.nodeagent import residency as _residency  # noqa: F401
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.inputs import AdoptEngine, EngineEffect, StartEngine, WakeEngine
 from services.nodeagent.settings import NodeAgentSettings
-from services.nodeagent.simulated import SimulatedHost, h100
+from services.nodeagent.simulated import SimulatedHost
+from services.nodeagent.simulated_gpus import h100
 from services.nodeagent.state import NodeState
 from services.placement import commands as _commands  # noqa: F401
 from services.placement.core import SERVICE as PLACEMENT

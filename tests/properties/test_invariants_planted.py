@@ -11,6 +11,7 @@ from tests.properties.planted.search import play, play_known, search
 SEEDS_MAX = 200
 """Beyond the known one: a change elsewhere may move a fault to another seed."""
 SOUND_SEEDS = 6
+SOUND_NAMES = ("cores", "agent alone", "gangs", "shell", "upkeep", "displacement", "GPUs")
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
@@ -22,7 +23,9 @@ def test_a_planted_fault_is_found(bug: Bug) -> None:
     assert found.seed_count is not None, f"no check has noticed it; it breaks {bug.guards}: {bug.breaks}"
 
 
-@pytest.mark.parametrize("sound", SOUND, ids=["cores", "agent alone", "gangs", "shell", "upkeep", "displacement"])
+@pytest.mark.parametrize(
+    "sound", SOUND, ids=["cores", "agent alone", "gangs", "shell", "upkeep", "displacement", "GPUs"]
+)
 def test_nothing_is_found_where_nothing_is_planted(sound: Bug) -> None:
     found = search(sound, seeds_max=SOUND_SEEDS)
 

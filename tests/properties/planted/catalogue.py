@@ -2,7 +2,15 @@
 
 from typing import Final
 
-from tests.properties.planted import alone_bugs, core_bugs, displacement_bugs, gang_bugs, shell_bugs, upkeep_bugs
+from tests.properties.planted import (
+    alone_bugs,
+    core_bugs,
+    displacement_bugs,
+    gang_bugs,
+    gpu_bugs,
+    shell_bugs,
+    upkeep_bugs,
+)
 from tests.properties.planted.bug import Bug
 
 BUGS: Final[tuple[Bug, ...]] = (
@@ -12,6 +20,7 @@ BUGS: Final[tuple[Bug, ...]] = (
     *shell_bugs.BUGS,
     *upkeep_bugs.BUGS,
     *displacement_bugs.BUGS,
+    *gpu_bugs.BUGS,
 )
 SOUND: Final[tuple[Bug, ...]] = (
     core_bugs.SOUND,
@@ -20,6 +29,7 @@ SOUND: Final[tuple[Bug, ...]] = (
     shell_bugs.SOUND,
     upkeep_bugs.SOUND,
     displacement_bugs.SOUND,
+    gpu_bugs.SOUND,
 )
 """Nothing planted: what the same seeds find here is a real fault, or a check that cries wolf."""
 KNOWN_SEEDS: Final[dict[str, int]] = {
