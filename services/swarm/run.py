@@ -374,7 +374,10 @@ class Run:
         if step.size < 0.5:
             self.system.simulation.crash(agent, down_s=0.5)
 
-        self.system.simulation.after(step.lasts_s, host.find_gpus)
+        def back() -> None:
+            host.find_gpus()
+
+        self.system.simulation.after(step.lasts_s, back)
         return True
 
     def _strike(self, step: Step) -> bool:

@@ -75,9 +75,12 @@ class GpuTrial:
                 return partial(self.system.strike_gpu, node, which, code=self.draw.choice(CODES), which=which)
             case "lost":
 
+                def back() -> None:
+                    host.find_gpus()
+
                 def lose() -> None:
                     self.system.lose_gpu(node, which)
-                    after(lasts_s, host.find_gpus)
+                    after(lasts_s, back)
 
                 return lose
             case "foreign":
