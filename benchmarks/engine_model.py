@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, get_args
 
-from benchmarks import engine_article, engine_fit, engine_reference, engine_sharing
+from benchmarks import engine_article, engine_fit, engine_llm_d, engine_reference, engine_sharing
 from benchmarks.engine_page import FamilyRun, Fit, GroupRun, picture, text
 from benchmarks.engine_rows import Family, Group
 from benchmarks.progress import Progress
@@ -17,6 +17,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     *engine_article.FAMILIES,
     *engine_sharing.FAMILIES,
     *engine_reference.FAMILIES,
+    *engine_llm_d.FAMILIES,
 )
 MEDIAN_ERROR_PERCENT_MAX: Final = 15
 QUICK_PART: Final = 0.25
