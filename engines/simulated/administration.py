@@ -103,8 +103,14 @@ class AdministrationRoutes:
         )
 
     async def weights(self, _: web.Request) -> web.Response:
+        """`is_bulk_checked`: the digest is of the whole range; false where copies move nothing for real."""
         digest = await self._engine.weights_digest()
-        return json_response({"weights_generation": self._engine.weights_generation, "digest": digest})
+        body = {
+            "weights_generation": self._engine.weights_generation,
+            "digest": digest,
+            "is_bulk_checked": self._engine.is_bulk_checked,
+        }
+        return json_response(body)
 
     async def update_weights(self, _: web.Request) -> web.Response:
         return json_response(await self._changes.finish(self._engine.update_weights()))

@@ -78,6 +78,11 @@ class Engine:
         return 0 if self._memory is None else self._memory.plan.context_bytes * self._memory.gpu_count
 
     @property
+    def is_bulk_checked(self) -> bool:
+        """Whether the whole range of the weights can be verified, not its first page alone."""
+        return self._memory is not None and self._memory.weights.is_bulk_checked
+
+    @property
     def is_asleep(self) -> bool:
         return self.state is EngineState.ASLEEP or self.is_paused
 

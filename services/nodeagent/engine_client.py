@@ -51,10 +51,12 @@ class _Sleeping(msgspec.Struct, kw_only=True):
     is_sleeping: bool
 
 
+_PROMPT: Final = "The capital of France is"
+"""Its next token is beyond doubt for any model, so that rounding never decides between two."""
 _ONE_TOKEN: Final[tuple[tuple[str, dict[str, object]], ...]] = (
-    ("/v1/completions", {"prompt": "ok", "max_tokens": 1}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ok"}], "max_tokens": 1}),
-    ("/v1/embeddings", {"input": "ok"}),
+    ("/v1/completions", {"prompt": _PROMPT, "max_tokens": 1, "temperature": 0}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": _PROMPT}], "max_tokens": 1, "temperature": 0}),
+    ("/v1/embeddings", {"input": _PROMPT}),
 )
 """An engine that has not the first may have the next: not every one completes, and some embed only."""
 _NO_SUCH_ROUTE: Final = frozenset({404, 405, 501})
@@ -142,22 +144,28 @@ class EngineClient:
         """What it answered; for swap drivers, which know what they ask."""
         return await self._call("POST", url, timeout_s=timeout_s, body=body)
 
-    async def verify(self, endpoint: str, model: str, kind: WorkloadKind, *, timeout_s: float) -> None:
-        """One token, or for training the answer that it is resident: the proof that the weights are usable."""
+    async def get(self, url: str, *, timeout_s: float) -> bytes:
+        """What it answered."""
+        return await self._call("GET", url, timeout_s=timeout_s)
+
+    async def verify(self, endpoint: str, model: str, kind: WorkloadKind, *, timeout_s: float) -> str:
+        """One token, or for training that it is resident: the proof that the weights are usable. Gives the token.
+
+        It is the likeliest one, so that the same weights give the same; empty where the engine gives no text.
+        """
         if kind is WorkloadKind.TRAINING:
             state = await self.state(endpoint)
             if state.state != "resident":
                 raise EngineProblem(f"the job is {state.state} after its wake")
-            return
+            return ""
         for route, content in _ONE_TOKEN:
             body = msgspec.json.encode({"model": model, **content})
             try:
-                await self._call("POST", f"{endpoint}{route}", timeout_s=timeout_s, body=body)
+                return _text_in(await self._call("POST", f"{endpoint}{route}", timeout_s=timeout_s, body=body))
             except EngineProblem as problem:
                 if problem.status not in _NO_SUCH_ROUTE or route == _ONE_TOKEN[-1][0]:
                     raise
-            else:
-                return
+        return ""
 
     async def _call(self, method: str, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
         headers = {"content-type": "application/json"} if body is not None else None
@@ -171,6 +179,28 @@ class EngineClient:
         if status >= 400:
             raise _problem(content, status)
         return content
+
+
+class _Message(msgspec.Struct, kw_only=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, kw_only=True):
+    text: str = ""
+    message: _Message | None = None
+
+
+class _Completion(msgspec.Struct, kw_only=True):
+    choices: tuple[_Choice, ...] = ()
+
+
+def _text_in(content: bytes) -> str:
+    try:
+        choices = msgspec.json.decode(content, type=_Completion).choices
+    except msgspec.MsgspecError:
+        return ""
+    first = choices[0] if choices else _Choice()
+    return first.text or (first.message.content or "" if first.message else "")
 
 
 def _problem(content: bytes, status: int) -> EngineProblem:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -70,12 +70,22 @@ def replica(
 class Hands:
     """The agent's hands in their own process: a word for each effect, an answer for each."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str]", start: "Callable[[], subprocess.Popen[str]]") -> None:
         self._process = process
+        self._start = start
 
-    @property
-    def process(self) -> "subprocess.Popen[str]":
-        return self._process
+    def kill(self) -> None:
+        """SIGKILL, as an agent that crashes."""
+        self._process.kill()
+        self._process.wait()
+
+    @contextlib.asynccontextmanager
+    async def again(self) -> AsyncIterator["Hands"]:
+        """The next life of the same agent."""
+        with self._start() as process:
+            yield Hands(process, self._start)
+            assert process.stdin is not None
+            process.stdin.close()
 
     async def do(self, word: str) -> dict[str, Any]:
         return await anyio.to_thread.run_sync(self._ask, word)
@@ -97,14 +107,19 @@ async def hands_on(
     async with holder_process(tmp_path, free_port(), **host.environment()):
         arguments = [str(tmp_path / "state" / "holder.sock"), str(tmp_path / "agent"), str(host.state_dir)]
         arguments.append(json.dumps(settings))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.node_hands", *arguments],
-            env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdin is not None
-        print(msgspec.json.encode(proposal).decode(), file=process.stdin, flush=True)
-        with process:
-            yield Hands(process)
+
+        def start() -> "subprocess.Popen[str]":
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.integration.node_hands", *arguments],
+                env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            assert process.stdin is not None
+            print(msgspec.json.encode(proposal).decode(), file=process.stdin, flush=True)
+            return process
+
+        with start() as process:
+            yield Hands(process, start)
+            assert process.stdin is not None
             process.stdin.close()
 
 

@@ -1,6 +1,7 @@
 """After the agent's own restart: whether an engine is as its lease says."""
 
 from kit.outcomes import Input
+from schemas.holders import EngineView
 from services.nodeagent.effects.ending import watch
 from services.nodeagent.effects.hands import Gone, Hands
 from services.nodeagent.effects.parking import settled
@@ -15,6 +16,8 @@ async def adopt(hands: Hands, effect: AdoptEngine, traceparent: str) -> Input | 
     driver, target = hands.mover.by(effect.swap_driver), hands.target(effect, engine)
     try:
         standing = await driver.standing(target)
+        if standing is Standing.UNTOLD:
+            standing = await _by_its_use(hands, effect, engine)
         if effect.should_be_parked and standing is not Standing.PARKED:
             await hands.holder.close_route(effect.replica.replica_id)
             await settled(hands, effect, engine, await driver.park(target))
@@ -26,3 +29,12 @@ async def adopt(hands: Hands, effect: AdoptEngine, traceparent: str) -> Input | 
         raise Gone(str(error)) from error
     watch(hands, effect)
     return None
+
+
+async def _by_its_use(hands: Hands, effect: AdoptEngine, engine: EngineView) -> Standing:
+    """Parked when it uses no more than half of its share on any GPU; not even told: resident, so that it is parked."""
+    for share in effect.replica.shares:
+        used_bytes = await hands.guard.used_bytes(share.gpu_uuid, engine.namespace, engine.pid)
+        if used_bytes is None or used_bytes > share.request_bytes // 2:
+            return Standing.RESIDENT
+    return Standing.PARKED

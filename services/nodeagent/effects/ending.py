@@ -50,6 +50,7 @@ async def end(hands: Hands, effect: EngineEffect, engine: EngineView) -> None:
     await hands.guard.drain(engine)
     await hands.holder.stop(engine.replica_id, lease_epoch=engine.lease_epoch, grace_s=grace_s)
     await hands.guard.lift(effect.replica, engine)
+    hands.proofs.pop((engine.replica_id, engine.lease_epoch), None)
     await hands.mover.by(effect.swap_driver).forget(hands.target(effect, engine))
     await hands.holder.forget(engine.replica_id, lease_epoch=engine.lease_epoch)
 

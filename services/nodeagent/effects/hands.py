@@ -1,5 +1,6 @@
 """What every effect works with: one host's hands, and the few grips that most effects need."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect
 from services.nodeagent.mover.driver import SwapTarget
 from services.nodeagent.mover.mover import Mover
+from services.nodeagent.mover.proof import Proof, shown_by
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 
 HOLDER_RETRY_S: Final = 0.5
+PROOF_S: Final = 5.0
+"""For one token of an engine that has nothing else to do."""
 log = logging.getLogger("nodeagent")
 
 
@@ -45,6 +49,8 @@ class Hands:
     """Takes what nobody asked for."""
     rooms: Rooms | None = None
     """What engines see on this host's GPUs; None where none is ever started."""
+    proofs: dict[tuple[str, int], Proof] = field(default_factory=dict)
+    """{(replica_id, lease_epoch): what its weights showed before its last park}; lost with the agent."""
     watched: set[tuple[str, int]] = field(default_factory=set)
     """{(replica_id, lease_epoch)} of the engines whose end somebody waits for."""
 
@@ -87,13 +93,27 @@ class Hands:
 
     async def verify(self, effect: EngineEffect, endpoint: str) -> None:
         """It gives a token, or `Gone`."""
-        deployment = effect.replica.deployment
         try:
-            await self.engines.verify(
-                endpoint, deployment.name, deployment.kind, timeout_s=self.settings.wake_deadline_s
-            )
+            await shown_by(self.engines, effect.replica, endpoint, timeout_s=self.settings.wake_deadline_s)
         except EngineProblem as error:
             raise Gone(f"it does not give a token: {error}") from error
+
+    async def note_proof(self, effect: EngineEffect, endpoint: str) -> None:
+        """What its weights show before a park; an engine that shows nothing now is not compared later."""
+        key = (effect.replica.replica_id, effect.lease_epoch)
+        self.proofs.pop(key, None)
+        with contextlib.suppress(EngineProblem):
+            self.proofs[key] = await shown_by(self.engines, effect.replica, endpoint, timeout_s=PROOF_S)
+
+    async def verify_return(self, effect: EngineEffect, endpoint: str) -> None:
+        """It gives a token, and shows the weights that went; else `Gone`: it must not serve, and starts anew."""
+        try:
+            now = await shown_by(self.engines, effect.replica, endpoint, timeout_s=self.settings.wake_deadline_s)
+        except EngineProblem as error:
+            raise Gone(f"it does not give a token: {error}") from error
+        before = self.proofs.get((effect.replica.replica_id, effect.lease_epoch))
+        if before is not None and now != before:
+            raise Gone(f"its weights are not those that were parked: it shows {now}, and showed {before}")
 
 
 def requests(replica: ReplicaProposal) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from typing import Final
 import anyio
 
 from kit.outcomes import Input
+from schemas.deployments import SwapDriver
 from schemas.holders import EngineView
 from schemas.nodes import ParkTier
 from schemas.units import MiB
@@ -34,6 +35,8 @@ async def park(hands: Hands, effect: ParkEngine, traceparent: str) -> Input:
         return await _stays(hands, effect, engine, f"still busy after {effect.drain_s:.0f} s")
     drained_s = time.monotonic()
     driver = hands.mover.by(effect.swap_driver)
+    if driver.name is not SwapDriver.RESTART:
+        await hands.note_proof(effect, endpoint)
     with hands.tracer.span(f"park by {driver.name}", parent=traceparent):
         try:
             parked = await driver.park(hands.target(effect, engine))

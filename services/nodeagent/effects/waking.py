@@ -31,7 +31,7 @@ async def wake(hands: Hands, effect: WakeEngine, traceparent: str) -> Input:
         span.set("sublet.copied_bytes", woken.copied_bytes)
     restored_s = time.monotonic()
     with hands.tracer.span("verify", parent=traceparent):
-        await hands.verify(effect, endpoint)
+        await hands.verify_return(effect, endpoint)
     await hands.holder.open_route(replica_id, endpoint)
     return EngineWoken(
         replica_id=replica_id,

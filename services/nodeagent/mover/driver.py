@@ -65,6 +65,8 @@ class Standing(StrEnum):
     PARKED = "parked"
     BETWEEN = "between"
     """A step was interrupted; parking or waking again finishes it."""
+    UNTOLD = "untold"
+    """The engine answers and does not say; what it uses of its GPUs has to tell."""
 
 
 class StillResident(Exception):

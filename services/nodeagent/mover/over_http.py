@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 
 from schemas.deployments import SwapDriver
+from services.nodeagent.adapters.registry import ADAPTERS
 from services.nodeagent.engine_client import EngineClient, EngineProblem
 from services.nodeagent.mover.driver import (
     YES,
@@ -137,7 +138,9 @@ class OverHttp:
             raise Broken(str(error)) from error
         match state.state:
             case "resident":
-                return Standing.RESIDENT
+                adapter = ADAPTERS[target.replica.deployment.engine.kind]
+                can_tell = adapter.is_ours or bool(adapter.sleeping_route)
+                return Standing.RESIDENT if can_tell else Standing.UNTOLD
             case "asleep":
                 return Standing.PARKED
             case "failed":

@@ -8,14 +8,14 @@ import pytest
 
 from kit.outcomes import Input
 from kit.telemetry import Tracer
-from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, ShareSpec
+from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, ShareSpec, WorkloadKind
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal, ShareProposal
 from schemas.units import MiB
 from services.nodeagent.effects import parking
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
-from services.nodeagent.engine_client import EngineState
+from services.nodeagent.engine_client import EngineProblem, EngineState
 from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import AdoptEngine, EngineLost, EngineParked, ParkEngine
 from services.nodeagent.mover.mover import Mover, plain_drivers
@@ -112,6 +112,9 @@ class SleepingEngines:
 
     async def wait_until_idle(self, endpoint: str, *, timeout_s: float, kind: EngineKind) -> bool:
         return True
+
+    async def verify(self, endpoint: str, model: str, kind: WorkloadKind, *, timeout_s: float) -> str:
+        raise EngineProblem("it shows nothing")
 
     async def post(self, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
         return b""
