@@ -96,6 +96,7 @@ class AdministrationRoutes:
                 "budget_bytes": engine.target_bytes,
                 "context_tokens_max": engine.serving.tokens_max,
                 "weights_generation": engine.weights_generation,
+                "is_bulk_checked": engine.is_bulk_checked,
                 "steps": engine.serving.step_count,
                 "preemptions": batcher.preemption_count,
                 "gpu_sharing": engine.pace.sharing.mode if engine.pace.sees_neighbours else "alone",
@@ -103,14 +104,8 @@ class AdministrationRoutes:
         )
 
     async def weights(self, _: web.Request) -> web.Response:
-        """`is_bulk_checked`: the digest is of the whole range; false where copies move nothing for real."""
         digest = await self._engine.weights_digest()
-        body = {
-            "weights_generation": self._engine.weights_generation,
-            "digest": digest,
-            "is_bulk_checked": self._engine.is_bulk_checked,
-        }
-        return json_response(body)
+        return json_response({"weights_generation": self._engine.weights_generation, "digest": digest})
 
     async def update_weights(self, _: web.Request) -> web.Response:
         return json_response(await self._changes.finish(self._engine.update_weights()))

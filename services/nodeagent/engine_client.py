@@ -37,6 +37,8 @@ class EngineState(msgspec.Struct, kw_only=True):
     failure: str | None = None
     weights_bytes: int = 0
     weights_generation: int = 0
+    is_bulk_checked: bool = False
+    """Its digest is of the whole range of its weights; false where copies move nothing for real."""
     held_bytes: int = 0
     """Device bytes that it says it holds, its context included; 0 when it does not say."""
 

@@ -24,18 +24,17 @@ class Proof:
 
 class _Weights(msgspec.Struct, kw_only=True):
     digest: str
-    is_bulk_checked: bool = False
 
 
 async def shown_by(engines: EngineClient, replica: ReplicaProposal, endpoint: str, *, timeout_s: float) -> Proof:
     """Raises `EngineProblem` when it gives no token."""
     deployment = replica.deployment
     token = await engines.verify(endpoint, deployment.name, deployment.kind, timeout_s=timeout_s)
-    if deployment.engine.kind is not EngineKind.SIMULATED:
+    if deployment.engine.kind is not EngineKind.SIMULATED or not (await engines.state(endpoint)).is_bulk_checked:
         return Proof(token=token)
     content = await engines.get(f"{endpoint}/sublet/weights", timeout_s=QUICK_S)
     try:
         told = msgspec.json.decode(content, type=_Weights)
     except msgspec.MsgspecError as error:
         raise EngineProblem("the engine does not tell its weights") from error
-    return Proof(token=token, digest=told.digest if told.is_bulk_checked else "")
+    return Proof(token=token, digest=told.digest)
