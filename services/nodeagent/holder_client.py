@@ -16,6 +16,7 @@ from schemas.holders import (
     RouteClosed,
     RouteOpen,
 )
+from services.nodeagent.runtimes.api import RuntimeProblem
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -25,12 +26,8 @@ CLOSE_S: Final = 10.0
 """A close waits for gateways at most one lease term, 1 s."""
 
 
-class HolderProblem(Exception):
+class HolderProblem(RuntimeProblem):
     """The holder refused, or cannot be reached."""
-
-    def __init__(self, reason: str, *, status: int = 0) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class HolderClient:

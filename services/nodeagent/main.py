@@ -7,7 +7,9 @@ from typing import Any
 
 import anyio
 import msgspec
+from anyio.abc import TaskGroup
 
+from devices.api import Inventory
 from devices.nvml import NvmlInventory
 from kit import settings as kit_settings
 from kit.bus import Bus, Received
@@ -26,10 +28,12 @@ from services.nodeagent.effects.probing import offered, our_pids
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard.making import guard_of
 from services.nodeagent.guard.watchdog import Watchdog
-from services.nodeagent.holder_client import HolderClient, HolderProblem
+from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.logs import read_tail
 from services.nodeagent.mover.mover import mover_of
 from services.nodeagent.rooms import Rooms
+from services.nodeagent.runtimes.api import RuntimeProblem
+from services.nodeagent.runtimes.docker import Containers
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
 from services.nodeagent.watching import GpuWatch
@@ -48,6 +52,7 @@ async def main() -> None:
     guard, rooms = guard_of(settings, inventory, holder), Rooms(inventory)
     mover = mover_of(settings, engines)
     writer = f"node.{settings.node}"
+    containers: Containers | None = None
     try:
         async with connected("nodeagent", user=writer) as (bus, connection), anyio.create_task_group() as watchers:
 
@@ -67,6 +72,7 @@ async def main() -> None:
                 machine=machine,
                 shell=shell_settings("nodeagent"),
             )
+            containers = containers_of(settings, watchers)
             hands = Hands(
                 settings=settings,
                 guard=guard,
@@ -77,33 +83,41 @@ async def main() -> None:
                 watchers=watchers,
                 report=runner.offer,
                 rooms=rooms,
+                containers=containers,
             )
             effects = NodeEffects(hands)
-            watchdog = Watchdog(
-                settings,
-                guard=guard,
-                holder=holder,
-                state=lambda: runner.processor.state if runner.processor is not None else None,
-                report=runner.offer,
-            )
-            watchers.start_soon(watchdog.run)
-            watch = GpuWatch(
-                inventory,
-                every_s=settings.measure_s,
-                offered=lambda: _offered_by(runner),
-                our_pids=lambda: our_pids(hands),
-                probe=lambda: offered(hands),
-                report=runner.offer,
-            )
-            watchers.start_soon(watch.run)
-            async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, holder, watchers)):
+            _watch(hands, runner, inventory)
+            async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, hands, watchers)):
                 await serve(runner, connection, telemetry)
             watchers.cancel_scope.cancel()
     finally:
         await mover.close()
+        if containers is not None:
+            await containers.close()
         await holder.close()
         await engines.close()
         journal.close()
+
+
+def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> None:
+    """Over engines, whether they keep to their grants, and over GPUs, whether they are well."""
+    watchdog = Watchdog(
+        hands.settings,
+        guard=hands.guard,
+        holder=hands.holder,
+        state=lambda: runner.processor.state if runner.processor is not None else None,
+        report=runner.offer,
+    )
+    hands.watchers.start_soon(watchdog.run)
+    watch = GpuWatch(
+        inventory,
+        every_s=hands.settings.measure_s,
+        offered=lambda: _offered_by(runner),
+        our_pids=lambda: our_pids(hands),
+        probe=lambda: offered(hands),
+        report=runner.offer,
+    )
+    hands.watchers.start_soon(watch.run)
 
 
 def _offered_by(runner: Runner[NodeState]) -> Collection[str] | None:
@@ -112,11 +126,24 @@ def _offered_by(runner: Runner[NodeState]) -> Collection[str] | None:
     return tuple(state.gpus) if state is not None and state.joined is not None else None
 
 
+def containers_of(settings: NodeAgentSettings, tasks: TaskGroup) -> Containers:
+    """Speaks to Docker when the first engine needs it."""
+    return Containers(
+        settings.docker_host or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock",
+        node=settings.node,
+        state_dir=Path(settings.state_dir),
+        tasks=tasks,
+        log_bytes_max=settings.log_bytes_max,
+        pull_deadline_s=settings.docker_pull_deadline_s,
+        docker_config=Path(settings.docker_config).expanduser(),
+    )
+
+
 def _logs_subject(node: str) -> str:
     return f"sublet.query.*.nodeagent.{node}.queries_read_logs_v1"
 
 
-def _log_server(bus: Bus, runner: Runner[NodeState], holder: HolderClient, tasks: Any) -> Any:
+def _log_server(bus: Bus, runner: Runner[NodeState], hands: Hands, tasks: Any) -> Any:
     """Answers `ReadLogs`: not from state but from files, hence beside the runner."""
 
     async def answer(received: Received) -> None:
@@ -126,7 +153,7 @@ def _log_server(bus: Bus, runner: Runner[NodeState], holder: HolderClient, tasks
         try:
             query = msgspec.json.decode(received.body, type=ReadLogs)
             body = msgspec.json.encode(await _logs(query, tenant))
-        except (*UNDECODABLE, LookupError, HolderProblem, OSError) as error:
+        except (*UNDECODABLE, LookupError, RuntimeProblem, OSError) as error:
             body = msgspec.json.encode(QueryRefused(error=str(error)))
         await bus.publish(received.reply_subject, body)
 
@@ -134,7 +161,7 @@ def _log_server(bus: Bus, runner: Runner[NodeState], holder: HolderClient, tasks
         replica = runner.processor.state.replicas.get(query.replica_id) if runner.processor is not None else None
         if replica is None or replica.proposal.tenant != tenant:
             raise LookupError(f"there is no replica '{query.replica_id}' here")
-        engine = await holder.engine(query.replica_id)
+        engine = await hands.runtime(replica.proposal).engine(query.replica_id)
         if engine is None:
             raise LookupError(f"'{query.replica_id}' has no engine now, so there is no log")
         return await anyio.to_thread.run_sync(

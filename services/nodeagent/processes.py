@@ -33,7 +33,7 @@ def peer_pid(socket_path: str) -> int:
 
 
 def trees_of(pids: Iterable[int], *, proc: Path = PROC) -> frozenset[int]:
-    """These processes and all below them, in one look."""
+    """These processes and all below them, in one look; none below no process (0)."""
     children: dict[int, list[int]] = {}
     for folder in proc.glob("[0-9]*"):
         try:
@@ -42,7 +42,7 @@ def trees_of(pids: Iterable[int], *, proc: Path = PROC) -> frozenset[int]:
             continue  # It ended meanwhile.
         parent = int(status.rpartition(")")[2].split()[1])
         children.setdefault(parent, []).append(int(folder.name))
-    ahead = list(pids)
+    ahead = [pid for pid in pids if pid > 0]
     found = set(ahead)
     while ahead:
         for child in children.get(ahead.pop(), ()):

@@ -81,6 +81,23 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """Simulated engines without their own setting take this long to start before weights are loaded."""
     weight_cache_dir: str = ""
     """Folder where engines keep the weights that they download, shared by all of this host. Empty: each its own."""
+    secrets_dir: str = ""
+    """Folder with this node's secrets: a file each, named like the variable in which an engine gets it (``HF_TOKEN``).
+    Deployments ask for them by name; the content never leaves the node."""
+    docker_host: str = ""
+    """Address of the Docker engine for containers. Empty: $DOCKER_HOST, else unix:///var/run/docker.sock."""
+    docker_config: str = "~/.docker/config.json"
+    """Where logins for private registries stand, as ``docker login`` writes them."""
+    docker_gpu_access: str = "nvidia"
+    """How containers get their GPUs: ``nvidia`` (its container toolkit), ``cdi``, or ``none``."""
+    docker_network: str = "sublet-engines"
+    """Bridge for containers, made when it is not there: they reach the outside, but not each other."""
+    docker_shm_bytes: int = 16 * GiB
+    """Shared memory of a container, at the most: engines over several GPUs need much."""
+    docker_pull_deadline_s: float = 3600.0
+    """An image that is not here by then has failed. Images of engines have 10 to 30 GB."""
+    log_bytes_max: int = 16 * MiB
+    """A container's log that grows beyond is moved to `.log.1`, once more overwritten: two of these per replica."""
     engine_python: str = ""
     """Interpreter for the engines that we ship; empty: the agent's own."""
     burst_tick_s: float = 1.0

@@ -11,8 +11,11 @@ from anyio.abc import TaskGroup
 
 from kit.outcomes import Input
 from kit.telemetry import Tracer
+from schemas.deployments import Runtime as RuntimeKind
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal
+from services.nodeagent.adapters.api import runtime_of
+from services.nodeagent.adapters.registry import ADAPTERS
 from services.nodeagent.engine_client import EngineClient, EngineProblem
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
@@ -21,6 +24,8 @@ from services.nodeagent.mover.driver import SwapTarget
 from services.nodeagent.mover.mover import Mover
 from services.nodeagent.mover.proof import Proof, shown_by
 from services.nodeagent.rooms import Rooms
+from services.nodeagent.runtimes.api import Runtime
+from services.nodeagent.runtimes.docker import Containers
 from services.nodeagent.settings import NodeAgentSettings
 
 HOLDER_RETRY_S: Final = 0.5
@@ -47,12 +52,22 @@ class Hands:
     """Where those run who wait for an engine's end."""
     report: Callable[[Input], None]
     """Takes what nobody asked for."""
+    containers: Containers | None = None
+    """None where no engine runs in one."""
     rooms: Rooms | None = None
     """What engines see on this host's GPUs; None where none is ever started."""
     proofs: dict[tuple[str, int], Proof] = field(default_factory=dict)
     """{(replica_id, lease_epoch): what its weights showed before its last park}; lost with the agent."""
     watched: set[tuple[str, int]] = field(default_factory=set)
     """{(replica_id, lease_epoch)} of the engines whose end somebody waits for."""
+
+    def runtime(self, replica: ReplicaProposal) -> Runtime:
+        """What runs it."""
+        engine = replica.deployment.engine
+        if runtime_of(replica.deployment, ADAPTERS[engine.kind]) is RuntimeKind.PROCESS:
+            return self.holder
+        assert self.containers is not None, "a replica in a container came to hands without Docker"
+        return self.containers
 
     def endpoint(self, engine: EngineView) -> str:
         return f"http://{self.settings.engine_host}:{engine.port}"
@@ -69,7 +84,7 @@ class Hands:
 
     async def running(self, effect: EngineEffect) -> EngineView:
         """The engine of this lease; raises `Gone` when it does not run."""
-        engine = await self.holder.engine(effect.replica.replica_id)
+        engine = await self.runtime(effect.replica).engine(effect.replica.replica_id)
         if engine is None or engine.lease_epoch != effect.lease_epoch:
             raise Gone("the holder does not know it")
         if not engine.is_alive:

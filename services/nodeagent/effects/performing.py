@@ -15,7 +15,6 @@ from services.nodeagent.effects.starting import start
 from services.nodeagent.effects.trying import try_gpu
 from services.nodeagent.effects.waking import wake
 from services.nodeagent.gpu_inputs import TryGpu
-from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import (
     AdoptEngine,
     EngineEffect,
@@ -25,9 +24,10 @@ from services.nodeagent.inputs import (
     StopEngine,
     WakeEngine,
 )
+from services.nodeagent.runtimes.api import RuntimeProblem
 
 Work = Callable[[Hands, Any, str], Awaitable[Input | None]]
-"""Called with the hands, the effect and the trace that it belongs to. May raise `HolderProblem`, or `Gone`."""
+"""Called with the hands, the effect and the trace that it belongs to. May raise `RuntimeProblem`, or `Gone`."""
 
 WORK: Final[Mapping[type[Effect], Work]] = {
     ProbeNode: probe,
@@ -55,7 +55,7 @@ class NodeEffects:
                     assert isinstance(effect, EngineEffect), effect
                     return await lost(self._hands, effect, lost_because)
                 return await WORK[type(effect)](self._hands, effect, traceparent)
-            except HolderProblem as problem:
+            except RuntimeProblem as problem:
                 log.warning("holder problem", extra={"reason": str(problem), "effect": type(effect).__name__})
                 await anyio.sleep(HOLDER_RETRY_S)
             except Gone as gone:

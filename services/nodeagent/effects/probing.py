@@ -42,8 +42,10 @@ async def our_pids(hands: Hands) -> frozenset[int]:
 
     Raises `HolderProblem`.
     """
-    view = await hands.holder.view()
-    roots = [engine.pid for engine in view.engines if engine.is_alive] + [os.getpid()]
+    engines = (await hands.holder.view()).engines
+    if hands.containers is not None:
+        engines += await hands.containers.views()
+    roots = [engine.pid for engine in engines if engine.is_alive] + [os.getpid()]
     holder_pid = await anyio.to_thread.run_sync(peer_pid, hands.settings.holder_socket)
     if holder_pid:
         roots.append(holder_pid)

@@ -15,10 +15,11 @@ from services.nodeagent.effects.ending import end_of, end_older, watch
 from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log, requests
 from services.nodeagent.engine_client import EngineProblem
 from services.nodeagent.guard import NotEnforced
-from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.inputs import EngineEffect, EngineStarted, StartEngine
-from services.nodeagent.launch import engine_start, process_job
+from services.nodeagent.launch import container_job, container_start, engine_start, process_job
 from services.nodeagent.mover.driver import Broken, StillResident
+from services.nodeagent.runtimes.api import RuntimeProblem, StartRefused
+from services.nodeagent.runtimes.secrets import secrets_of
 
 ENGINE_ENVIRONMENT: Final = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "HOME", "LANG")
 ENGINE_ENVIRONMENT_PREFIXES: Final = ("SOFTGPU_", "OTEL_")
@@ -28,24 +29,13 @@ async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
     began_s = time.monotonic()
     replica = effect.replica
     await end_older(hands, effect)
-    assert hands.rooms is not None
-    job = process_job(
-        replica,
-        rooms=await hands.rooms.of({share.gpu_uuid: share.request_bytes for share in replica.shares}),
-        settings=hands.settings,
-        python=hands.settings.engine_python or sys.executable,
-    )
-    wish = engine_start(job, lease_epoch=effect.lease_epoch, environment=engine_environment())
-    # Over what the deployment sets: nobody chooses another account or another ceiling.
-    held = hands.guard.environment(replica, lease_epoch=effect.lease_epoch)
-    wish = structs.replace(wish, environment=wish.environment | held)
-    engine = await hands.holder.start(wish)
+    engine = await _gated(hands, effect)
     try:
         enforced_bytes = await hands.limit(replica, engine, requests(replica))
     except (NotEnforced, DeviceError) as error:
         raise Gone(f"its share cannot be enforced: {error}") from error
     if engine.is_gated:
-        await hands.holder.open_gate(replica.replica_id, lease_epoch=effect.lease_epoch)
+        await hands.runtime(replica).open_gate(replica.replica_id, lease_epoch=effect.lease_epoch)
     endpoint = hands.endpoint(engine)
     with hands.tracer.span("engine load", parent=traceparent):
         await _until_ready(hands, effect, endpoint)
@@ -68,6 +58,26 @@ async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
     )
 
 
+async def _gated(hands: Hands, effect: StartEngine) -> EngineView:
+    """Its process or its container, behind a gate; `Gone` when it cannot be started as it is wished."""
+    replica, settings = effect.replica, hands.settings
+    assert hands.rooms is not None
+    rooms = await hands.rooms.of({share.gpu_uuid: share.request_bytes for share in replica.shares})
+    # Over what the deployment sets: nobody chooses another account or another ceiling.
+    held = hands.guard.environment(replica, lease_epoch=effect.lease_epoch)
+    names, folder = replica.deployment.engine.secrets, settings.secrets_dir
+    try:
+        held |= await anyio.to_thread.run_sync(lambda: secrets_of(names, folder=folder))
+        if hands.runtime(replica) is hands.containers:
+            job = container_job(replica, rooms=rooms, settings=settings)
+            return await hands.containers.start(container_start(job, lease_epoch=effect.lease_epoch, environment=held))
+        job = process_job(replica, rooms=rooms, settings=settings, python=settings.engine_python or sys.executable)
+        wish = engine_start(job, lease_epoch=effect.lease_epoch, environment=engine_environment())
+        return await hands.holder.start(structs.replace(wish, environment=wish.environment | held))
+    except StartRefused as refused:
+        raise Gone(f"it cannot be started: {refused}") from refused
+
+
 async def _prepare(hands: Hands, effect: EngineEffect, engine: EngineView) -> None:
     """So that its first park need not take host memory first; when that fails, the park says so."""
     try:
@@ -85,9 +95,9 @@ async def _until_ready(hands: Hands, effect: EngineEffect, endpoint: str) -> Non
             nonlocal problem
             while not problem:
                 try:
-                    reason = await end_of(hands, effect.replica.replica_id, effect.lease_epoch)
+                    reason = await end_of(hands, effect)
                     problem = f"while loading: {reason}" if reason else ""
-                except HolderProblem as away:
+                except RuntimeProblem as away:
                     log.warning("holder problem", extra={"reason": str(away), "effect": "StartEngine"})
                     await anyio.sleep(HOLDER_RETRY_S)
             tg.cancel_scope.cancel()

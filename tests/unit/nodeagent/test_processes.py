@@ -14,3 +14,4 @@ def test_an_engine_is_its_process_and_all_below_it(tmp_path: Path) -> None:
 
     assert {7, 8, 9} == tree_of(7, proc=tmp_path)
     assert {99} == tree_of(99, proc=tmp_path)
+    assert not tree_of(0, proc=tmp_path)
