@@ -103,8 +103,9 @@ class Arena:
         return max(0, reserved_bytes - used_bytes)
 
     def short_bytes(self, size_bytes: int, *, replica_id: str) -> int:
-        """What both tiers together lack for so much more of a replica's; what others were promised is not there."""
+        """What both tiers together lack for so much more of a replica's, every promise kept, its own included."""
         promised = sum(self.promised_bytes(other) for other in self.reserved if other != replica_id)
+        promised += max(0, self.promised_bytes(replica_id) - _whole(size_bytes))
         both_bytes = self.host_budget_bytes + self.disk_budget_bytes
         return max(0, self.sealed_bytes + promised + _whole(size_bytes) - both_bytes)
 
@@ -225,9 +226,15 @@ class Arena:
         self.reserved = {name: kept for name, kept in self.reserved.items() if kept[0] != deployment_id}
 
     def _unuse(self, image: Image) -> None:
-        for slab_id in image.slab_ids:
+        """What stays because others use it is no longer this replica's, and it was promised room once only."""
+        own = {slab_id for other in self.images_of(image.replica_id) for slab_id in other.slab_ids}
+        for slab_id in sorted(set(image.slab_ids)):
             slab = self.slabs[slab_id]
-            slab.user_count -= 1
+            slab.user_count -= image.slab_ids.count(slab_id)
+            if slab.user_count and slab_id not in own and image.replica_id in self.reserved:
+                deployment_id, reserved_bytes = self.reserved[image.replica_id]
+                left_bytes = max(0, reserved_bytes - _whole(slab.size_bytes))
+                self.reserved[image.replica_id] = deployment_id, left_bytes
             self._drop_if_unused(slab)
 
     def _drop_if_unused(self, slab: Slab) -> None:

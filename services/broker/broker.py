@@ -48,6 +48,9 @@ Say: TypeAlias = Callable[[Struct, Sequence[int]], Awaitable[None]]
 
 _ENDED: Final = "the engine is gone"
 
+_END_WAIT_S: Final = 5.0
+"""A killed process may need so long to leave the driver."""
+
 log = logging.getLogger(__name__)
 
 
@@ -77,7 +80,8 @@ class Broker:
         self.host = host
         self._tasks = tasks
         self._loans: dict[tuple[AccountKey, str], Loan] = {}
-        self._watched: set[int] = set()
+        self._watched: dict[int, anyio.Event] = {}
+        """{pid: set when that process is gone and its memory is back}"""
 
     # ---- the agent
 
@@ -102,9 +106,20 @@ class Broker:
         self.host.use(gpu.device)
 
     async def close_account(self, wish: AccountClose) -> BrokerDone:
-        account = self.accounts.close((wish.replica_id, wish.lease_epoch))
-        if account is not None:
-            await self._take_back(account, list(account.ranges.values()))
+        """Refused while a process that may map the memory is seen alive: what it maps must not be somebody else's."""
+        key = wish.replica_id, wish.lease_epoch
+        account = self.accounts.by_key.get(key)
+        if account is None:
+            return BrokerDone()
+        with anyio.move_on_after(_END_WAIT_S):
+            for pid in sorted(self.accounts.holders(account)):
+                if pid in self._watched:
+                    await self._watched[pid].wait()
+        alive = [pid for pid in sorted(self.accounts.holders(account)) if pid in self._watched]
+        if alive:
+            raise Refused(f"process {alive[0]} of {wish.replica_id} is alive and maps memory", again_after_s=1.0)
+        self.accounts.close(key)
+        await self._take_back(account, list(account.ranges.values()))
         return BrokerDone()
 
     def forget(self, wish: ImageForget) -> BrokerDone:
@@ -159,7 +174,7 @@ class Broker:
             except OSError as error:
                 self.accounts.disconnected(account, connection_id)
                 raise Refused(f"process {pid} is gone") from error
-            self._watched.add(pid)
+            self._watched[pid] = anyio.Event()
             self._tasks.start_soon(self._watch, pid, descriptor)
         return account
 
@@ -168,9 +183,9 @@ class Broker:
             await anyio.wait_readable(descriptor)
         finally:
             os.close(descriptor)
-            self._watched.discard(pid)
         for account in list(self.accounts.by_key.values()):
             await self._take_back(account, self.accounts.process_gone(account, pid))
+        self._watched.pop(pid).set()
 
     # ---- engines: memory
 

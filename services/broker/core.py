@@ -116,11 +116,19 @@ class Accounts:
         if len(account.connections) >= CONNECTIONS_MAX:
             raise Refused(f"{hello.replica_id} has {CONNECTIONS_MAX} connections already")
         account.connections[connection_id] = process
+        self._forget_nameless(account)
         for gpu_uuid, said_bytes in sorted(hello.held_bytes.items()):
             adopted = account.adopted_bytes.setdefault(gpu_uuid, {})
             # What this broker lent over a connection that was lost is known by its range, and counted there.
             adopted[process] = max(0, said_bytes - self._orphaned_bytes(account, gpu_uuid))
         return account
+
+    def _forget_nameless(self, account: Account) -> None:
+        """A process that the kernel does not name is known by its connection alone, and says anew what it maps."""
+        connected = set(account.connections.values())
+        for adopted in account.adopted_bytes.values():
+            for process in [process for process in adopted if process < 0 and process not in connected]:
+                del adopted[process]
 
     def _orphaned_bytes(self, account: Account, gpu_uuid: str) -> int:
         return sum(
@@ -188,6 +196,16 @@ class Accounts:
         for adopted in account.adopted_bytes.values():
             adopted.pop(process, None)
         return [held for held in account.ranges.values() if held.process == process]
+
+    def holders(self, account: Account) -> set[int]:
+        """The processes that may still map memory of this account."""
+        adopting = {
+            process
+            for adopted in account.adopted_bytes.values()
+            for process, size_bytes in adopted.items()
+            if size_bytes
+        }
+        return adopting | {held.process for held in account.ranges.values()}
 
     # ---- views
 
