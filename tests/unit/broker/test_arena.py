@@ -44,7 +44,7 @@ def test_what_was_promised_is_not_sealed_by_somebody_else() -> None:
     with pytest.raises(Refused, match="full"):
         arena.new_slabs(12 * MiB, tenant="t", replica_id="b", numa_order=())
 
-    assert sealed(arena, "a", 30)
+    assert 30 * MiB == sealed(arena, "a", 30).size_bytes
 
 
 def test_a_replaced_image_that_others_still_use_no_longer_counts_for_who_sealed_it() -> None:
