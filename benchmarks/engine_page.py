@@ -28,6 +28,8 @@ COLOURS: Final = (
     "#212529",
     "#ff7f51",
     "#7b2d26",
+    "#3d5a80",
+    "#606c38",
 )
 SIDE, MARGIN = 560, 60
 BAR_FRACTION: Final = 0.15
@@ -246,7 +248,7 @@ def picture(families: Sequence[FamilyRun]) -> str:
         f'<polygon points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}" fill="#e9f5db"/>',
         f'<path d="M0 0 L{inner} {inner}" stroke="#adb5bd"/>',
     ]
-    for run, colour in zip(families, COLOURS, strict=False):
+    for run, colour in zip(families, COLOURS[: len(families)], strict=True):
         marks += _dots(run, colour, inner)
     below = SIDE - MARGIN + 24
     marks += [
@@ -254,7 +256,7 @@ def picture(families: Sequence[FamilyRun]) -> str:
         f'<text x="{SIDE / 2}" y="{below}" text-anchor="middle">measured (of the largest, {DECADES} decades)</text>',
         f'<text transform="translate({MARGIN - 14},{SIDE / 2}) rotate(-90)" text-anchor="middle">modelled</text>',
     ]
-    for index, (run, colour) in enumerate(zip(families, COLOURS, strict=False)):
+    for index, (run, colour) in enumerate(zip(families, COLOURS[: len(families)], strict=True)):
         y = below + 28 + 20 * index
         label = f"{run.family.title}: median error {100 * run.median_error:.1f} %"
         marks.append(f'<circle cx="{MARGIN + 6}" cy="{y - 4}" r="5" fill="{colour}"/>')
