@@ -53,6 +53,7 @@ check: $(DEV) ## format, lint, types, import contracts, generated files
 	step imports $(PY) tools/import_contracts.py; \
 	step schemas $(PY) -m schemas --check; \
 	step decisions $(PY) tools/adr_index.py --check; \
+	step residency $(PY) tools/residency_page.py --check; \
 	if [ -n "$$failed" ]; then echo "check: failed:$$failed" >&2; exit 1; fi; echo "check: passed"
 
 coverage: $(DEV) ## how much of the software GPU's C code the tests execute
@@ -76,7 +77,7 @@ snapshots: $(DEV) $(SOFTGPU) ## rewrite expected values inside tests; the review
 	@$(PY) -m pytest -q --inline-snapshot=fix,create $(ARGS)
 
 docs: $(DEV) ## regenerate every generated page
-	@$(PY) -m schemas && $(PY) tools/adr_index.py
+	@$(PY) -m schemas && $(PY) tools/adr_index.py && $(PY) tools/residency_page.py
 
 clean: ## remove .venv and caches
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build

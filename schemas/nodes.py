@@ -143,12 +143,18 @@ class LeaseReleased(NodeFact, frozen=True, tag="nodes.lease_released.v1"):
 
     replica_id: Identifier
     reason: str
+    lease_epoch: Epoch = 0
+    """Of its last engine. 0: not told."""
 
 
-class ReplicaFact(NodeFact, frozen=True):
+class ReplicaFact(NodeFact, frozen=True, kw_only=True):
     replica_id: Identifier
     deployment_id: Identifier
     model: ModelName
+    lease_epoch: Epoch = 0
+    """Whose work it tells of: raised whenever the engine is given up. 0: not told."""
+    ends_within_s: Seconds = 0.0
+    """How long the step that it begins may take, counted from this fact; a while later it is suspect. 0: no step."""
 
 
 class ReplicaStarting(ReplicaFact, frozen=True, tag="nodes.replica_starting.v1"):
@@ -165,6 +171,8 @@ class Ready(Struct, frozen=True, kw_only=True):
     model: ModelName
     endpoint: str
     wake_epoch: Epoch
+    lease_epoch: Epoch = 0
+    """0: not told."""
     start_s: Seconds
     enforced_bytes: Bytes
     """The hard limit as read back from the guard before the engine's gate was opened; of all its shards together."""
@@ -283,6 +291,8 @@ class ReplicaSuspect(ReplicaFact, frozen=True, tag="nodes.replica_suspect.v1"):
 
     wake_epoch: Epoch
     reason: str
+    look_count: Count = 0
+    """Looks at it so far that could not tell."""
 
 
 class ResizeReason(StrEnum):
@@ -300,7 +310,6 @@ class LeaseResized(ReplicaFact, frozen=True, tag="nodes.lease_resized.v1"):
     A grant that grows is told before the engine may use it; one that shrinks, after its bytes are proven free.
     """
 
-    lease_epoch: Epoch
     granted_bytes: tuple[Bytes, ...]
     """Of each shard, by shard."""
     reason: ResizeReason

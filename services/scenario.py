@@ -52,7 +52,8 @@ from schemas.placement import DeploymentAdmitted
 from schemas.queries import Explain, Explanation
 from schemas.units import GB, GiB
 from services.nodeagent.simulated import SimulatedHost
-from services.nodeagent.state import NodeState, Residency
+from services.nodeagent.state import NodeState
+from services.nodeagent.transitions import Residency
 from services.placement import explaining as _explaining  # noqa: F401  # Registers its answer.
 from services.placement import views as _views  # noqa: F401
 from services.placement.core import SERVICE as PLACEMENT

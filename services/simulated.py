@@ -23,6 +23,7 @@ from schemas.nodes import (
     ReplicaParked,
     ReplicaReady,
     ReplicaResident,
+    ReplicaSuspect,
 )
 from schemas.placement import DeploymentAdmitted, DeploymentRetired
 from schemas.units import GiB
@@ -34,6 +35,7 @@ from services.holder.simulated import SimulatedRoutes
 from services.nodeagent import health as _health  # noqa: F401  # Registers its handlers.
 from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
+from services.nodeagent import suspicion as _suspicion  # noqa: F401
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.simulated import HostFaults, SimulatedHost
@@ -124,7 +126,7 @@ class SimulatedClients:
                     self._update(ready.deployment_id, ready.replica_id, wake_epoch=ready.wake_epoch, is_resident=True)
             case ReplicaResident() | ParkAbandoned():
                 self._update(fact.deployment_id, fact.replica_id, wake_epoch=fact.wake_epoch, is_resident=True)
-            case ReplicaDraining():
+            case ReplicaDraining() | ReplicaSuspect():
                 self._update(fact.deployment_id, fact.replica_id)
             case ReplicaParked() | ReplicaFailed():
                 self._update(fact.deployment_id, fact.replica_id, wake_epoch=fact.wake_epoch)

@@ -10,6 +10,7 @@ STATUS_WORDS: Final = {
     ReplicaState.DRAINING.value: "loaded",
     ReplicaState.WAKING.value: "loading",
     ReplicaState.STARTING.value: "loading",
+    ReplicaState.SUSPECT.value: "loading",
     ReplicaState.PARKED.value: "sleeping",
     ReplicaState.FAILED.value: "unloaded",
     COLD: "unloaded",

@@ -28,6 +28,7 @@ from schemas.nodes import (
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
 )
 from schemas.placement import (
@@ -48,6 +49,8 @@ class ReplicaState(StrEnum):
     STARTING = "starting"
     DRAINING = "draining"
     PARKED = "parked"
+    SUSPECT = "suspect"
+    """Its node finds out what it is."""
     GRANTED = "cold"
     """It has a lease but no engine yet."""
     PROPOSED = "proposed"
@@ -64,6 +67,7 @@ _SOONEST_FIRST: Final = {
             ReplicaState.PARKED,
             ReplicaState.STARTING,
             ReplicaState.DRAINING,
+            ReplicaState.SUSPECT,
             ReplicaState.GRANTED,
             ReplicaState.PROPOSED,
             ReplicaState.FAILED,
@@ -423,6 +427,7 @@ _STATES: Final[dict[type[ReplicaFact], ReplicaState]] = {
     ReplicaWaking: ReplicaState.WAKING,
     ReplicaResident: ReplicaState.RESIDENT,
     ParkAbandoned: ReplicaState.RESIDENT,
+    ReplicaSuspect: ReplicaState.SUSPECT,
     ReplicaFailed: ReplicaState.FAILED,
 }
 

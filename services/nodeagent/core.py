@@ -17,11 +17,13 @@ from schemas.nodes import (
     NodeJoined,
     ParkAbandoned,
     ReplicaDraining,
+    ReplicaFact,
     ReplicaFailed,
     ReplicaParked,
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
     WakeRefused,
 )
@@ -41,14 +43,17 @@ from services.nodeagent.inputs import (
     EngineEffect,
     EngineInput,
     GangHoldOver,
+    LookAtEngine,
     NodeProbed,
     ParkEngine,
     ProbeNode,
     StartEngine,
+    StepOverdue,
     StopEngine,
     WakeEngine,
 )
-from services.nodeagent.state import NodeState, Replica, Residency
+from services.nodeagent.state import NodeState, Replica
+from services.nodeagent.transitions import STATES, Residency, allowed_s
 
 T = TypeVar("T", bound=EngineEffect)
 
@@ -64,7 +69,8 @@ def reads(node: str) -> Sequence[str]:
 def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
     """Look at the node before anything is taken up; what is begun meanwhile is not begun a second time."""
     state.observed.left = {replica_id: replica.step for replica_id, replica in state.replicas.items()}
-    return [ProbeNode(), *hold_timers(state), *quarantines.timers(state, ctx), *_alive_later(state, ctx, after_s=0.0)]
+    timers = (*hold_timers(state), *_step_timers(state, ctx), *quarantines.timers(state, ctx))
+    return [ProbeNode(), *timers, *_alive_later(state, ctx, after_s=0.0)]
 
 
 def check_invariants(state: NodeState) -> None:
@@ -72,12 +78,18 @@ def check_invariants(state: NodeState) -> None:
         held_bytes = state.held_bytes(gpu_uuid)
         assert held_bytes + gpu.reserve_bytes <= gpu.capacity_bytes, (gpu_uuid, held_bytes, gpu.capacity_bytes)
     for replica in state.replicas.values():
-        is_leaving = replica.residency is Residency.RELEASING
+        is_leaving = Residency.RELEASING in (replica.residency, replica.suspect_from)
         assert replica.share_bytes.keys() <= state.gpus.keys() or is_leaving, replica.share_bytes
         if replica.held_for:
             assert not replica.has_process, f"{replica.proposal.replica_id} runs before its gang is committed"
         if replica.residency in (Residency.PARKED, Residency.WAKING):
             assert replica.is_started, replica.proposal.replica_id
+        has_deadline = bool(STATES[replica.residency].deadline_settings)
+        assert has_deadline == (replica.deadline_s > 0), (
+            f"{replica.proposal.replica_id} is {replica.residency} for ever"
+        )
+        is_suspect = replica.residency is Residency.SUSPECT
+        assert is_suspect == (replica.suspect_from is not None), replica.proposal.replica_id
 
 
 SERVICE: Service[NodeState] = Service(
@@ -100,6 +112,7 @@ for _kind, _fold in (
     (ReplicaWaking, fold.fold_waking),
     (ReplicaResident, fold.fold_resident),
     (WakeRefused, fold.fold_wake_refused),
+    (ReplicaSuspect, fold.fold_suspect),
     (ReplicaFailed, fold.fold_failed),
     (GangCommitted, fold.fold_committed),
 ):
@@ -146,8 +159,7 @@ def given_up(state: NodeState, replicas: Sequence[Replica], ctx: Context) -> Ite
         if replica.residency is Residency.RELEASING:
             yield effect(StopEngine, replica, drain_s=0.0)
         elif replica.has_process:
-            yield ReplicaDraining(**names(state, replica, ctx), reason=GPU_IS_GONE, is_release=True)
-            yield effect(StopEngine, replica, drain_s=0.0)
+            yield from stopping(state, replica, GPU_IS_GONE, ctx, drain_s=0.0)
         else:
             yield released(state, replica, GPU_IS_GONE, ctx)
 
@@ -170,10 +182,27 @@ def resume(state: NodeState, gpu_uuids: Collection[str]) -> Iterator[Outcome]:
                 yield effect(WakeEngine, replica)
             case Residency.RELEASING:
                 yield effect(StopEngine, replica, drain_s=state.settings.drain_s)
+            case Residency.SUSPECT:
+                yield look(state, replica, may_end=False)
             case Residency.RESIDENT | Residency.PARKED:
                 yield effect(AdoptEngine, replica, should_be_parked=replica.residency is Residency.PARKED)
             case _:
                 continue
+
+
+def _step_timers(state: NodeState, ctx: Context) -> Iterator[Timer]:
+    """For every step that an earlier life left; each gets a while at least, to be taken up by this one."""
+    shortest_s = state.settings.wake_deadline_s
+    for replica in state.replicas.values():
+        if replica.deadline_s > 0:
+            yield Timer(
+                due_s=max(replica.deadline_s, ctx.now_s + shortest_s),
+                input=StepOverdue(
+                    replica_id=replica.proposal.replica_id,
+                    lease_epoch=replica.lease_epoch,
+                    deadline_s=replica.deadline_s,
+                ),
+            )
 
 
 def hold_timers(state: NodeState) -> Iterator[Timer]:
@@ -199,23 +228,61 @@ def names(state: NodeState, replica: Replica, ctx: Context) -> dict[str, Any]:
         "replica_id": replica.proposal.replica_id,
         "deployment_id": replica.proposal.deployment_id,
         "model": replica.proposal.deployment.name,
+        "lease_epoch": replica.lease_epoch,
     }
 
 
-def starting(state: NodeState, proposal: ReplicaProposal, *, wake_epoch: int, ctx: Context) -> ReplicaStarting:
-    return ReplicaStarting(
+def step(
+    state: NodeState, replica: Replica, residency: Residency, ctx: Context, *, extra_s: float = 0.0
+) -> dict[str, Any]:
+    """What a fact that brings the replica there says first: its names, and how long that may take."""
+    return {**names(state, replica, ctx), "ends_within_s": allowed_s(residency, state.settings) + extra_s}
+
+
+def overdue(fact: ReplicaFact) -> Timer:
+    """When the step that this fact begins has taken too long."""
+    deadline_s = fact.at_s + fact.ends_within_s
+    late = StepOverdue(replica_id=fact.replica_id, lease_epoch=fact.lease_epoch, deadline_s=deadline_s)
+    return Timer(due_s=deadline_s, input=late)
+
+
+def starts(
+    state: NodeState, proposal: ReplicaProposal, *, lease_epoch: int, wake_epoch: int, ctx: Context
+) -> Iterator[Outcome]:
+    """Its share is held, its engine is started."""
+    starting = ReplicaStarting(
         node=state.settings.node,
         at_s=ctx.now_s,
         replica_id=proposal.replica_id,
         deployment_id=proposal.deployment_id,
         model=proposal.deployment.name,
+        lease_epoch=lease_epoch,
+        ends_within_s=allowed_s(Residency.STARTING, state.settings),
         wake_epoch=wake_epoch,
     )
+    yield starting
+    driver = fold.swap_driver_of(state, proposal)
+    yield StartEngine(replica=proposal, lease_epoch=lease_epoch, wake_epoch=wake_epoch, swap_driver=driver)
+    yield overdue(starting)
+
+
+def stopping(state: NodeState, replica: Replica, reason: str, ctx: Context, *, drain_s: float) -> Iterator[Outcome]:
+    """Its lease ends when its engine is stopped."""
+    extra_s = max(0.0, drain_s - state.settings.drain_s)
+    about = step(state, replica, Residency.RELEASING, ctx, extra_s=extra_s)
+    draining = ReplicaDraining(**about, reason=reason, is_release=True)
+    yield draining
+    yield effect(StopEngine, replica, drain_s=drain_s)
+    yield overdue(draining)
 
 
 def released(state: NodeState, replica: Replica, reason: str, ctx: Context) -> LeaseReleased:
     return LeaseReleased(
-        node=state.settings.node, at_s=ctx.now_s, replica_id=replica.proposal.replica_id, reason=reason
+        node=state.settings.node,
+        at_s=ctx.now_s,
+        replica_id=replica.proposal.replica_id,
+        reason=reason,
+        lease_epoch=replica.lease_epoch,
     )
 
 
@@ -225,6 +292,20 @@ def wake_refused(state: NodeState, replica: Replica, reason: str, short_bytes: i
         wake_epoch=replica.wake_epoch,
         reason=reason,
         short_by_bytes=max(0, short_bytes),
+    )
+
+
+def look(state: NodeState, replica: Replica, *, may_end: bool) -> LookAtEngine:
+    """At a replica that is suspect, or is so from this decision on."""
+    at_rest = (Residency.RESIDENT, Residency.PARKED)
+    neighbours = tuple(
+        other.proposal
+        for other in state.replicas.values()
+        if other is not replica and other.residency in at_rest and other.share_bytes.keys() & replica.share_bytes.keys()
+    )
+    was = replica.suspect_from or replica.residency
+    return effect(
+        LookAtEngine, replica, was=was, granted_bytes=replica.granted_bytes, neighbours=neighbours, may_end=may_end
     )
 
 

@@ -32,7 +32,8 @@ from services.nodeagent.quarantines import (
     quarantine,
     rejoined,
 )
-from services.nodeagent.state import NodeState, Residency
+from services.nodeagent.state import NodeState
+from services.nodeagent.transitions import Residency
 from services.nodeagent.xids import Blame, xid_of
 
 FAULT_REPEAT_S: Final = 30.0

@@ -9,6 +9,7 @@ from kit.outcomes import Effect, Input
 from schemas.deployments import SwapDriver
 from schemas.nodes import GpuOffer, ParkTier, ResizeReason
 from schemas.placement import ReplicaProposal
+from services.nodeagent.transitions import Residency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,30 @@ class EvictEngine(EngineEffect):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LookAtEngine(EngineEffect):
+    """Close the route of a suspect, and find out what it is: to be adopted, gone, or still in doubt."""
+
+    was: Residency
+    """Where it was before: what may be found in its place."""
+    granted_bytes: tuple[int, ...]
+    """What it may use while it is resident, by shard."""
+    neighbours: tuple[ReplicaProposal, ...]
+    """Who serves or is parked on its GPUs."""
+    may_end: bool
+    """It has had its time: end it unless it can be adopted, and see to it that its neighbours are well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveGrace(Effect):
+    """Wait by the host's steady clock, then tell that the step hangs; nobody needs to hear it when it has ended."""
+
+    replica_id: str
+    lease_epoch: int
+    deadline_s: float
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInput(Input):
     """About one replica's engine; ignored when the lease has moved on."""
 
@@ -165,6 +190,57 @@ class EngineLost(EngineInput):
     """The process ended, would not start, or does not answer; its bytes are proven free."""
 
     reason: str
+    shaken_ids: tuple[str, ...] = ()
+    """Replicas beside it that were not well after it had been ended by force."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDoubtful(EngineInput):
+    """It runs, and is not as its lease says; nothing was done to it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFound(EngineInput):
+    """A suspect that is well: it gave a token and its route is open, or it is parked and its bytes are proven free."""
+
+    endpoint: str
+    is_parked: bool
+    residues: tuple[int, ...] = ()
+    """Where it is parked: bytes that each shard keeps on its GPU, by shard."""
+    enforced_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineUnexplained(EngineInput):
+    """A suspect that is neither well nor gone."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookDue(EngineInput):
+    """Time to look at a suspect again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOverdue(EngineInput):
+    """A step's time is over; it no longer matters when the replica is in another."""
+
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHung(EngineInput):
+    """And its grace too."""
+
+    deadline_s: float
+
+
+def hung(grace: GiveGrace) -> StepHung:
+    """What follows on this grace."""
+    return StepHung(replica_id=grace.replica_id, lease_epoch=grace.lease_epoch, deadline_s=grace.deadline_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

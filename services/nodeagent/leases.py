@@ -4,14 +4,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kit.outcomes import Context, Outcome, Timer
 from schemas.abilities import NoSwapDriver, swap_driver_for
-from schemas.nodes import Lease, LeaseGranted, LeaseRefused, LeaseReleased, RefusalReason, ReplicaDraining
+from schemas.nodes import Lease, LeaseGranted, LeaseRefused, LeaseReleased, RefusalReason
 from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed, ReleaseProposed, ReplicaProposal
-from services.nodeagent.core import SERVICE, current, effect, names, released, starting
+from services.nodeagent.core import SERVICE, current, released, starts, stopping
 from services.nodeagent.grades import why_not_enforced
-from services.nodeagent.inputs import EngineStopped, GangHoldOver, StartEngine, StopEngine
+from services.nodeagent.inputs import EngineStopped, GangHoldOver
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.residency import next_wakes
-from services.nodeagent.state import NodeState, Residency, expected_residue, parked_host_bytes, swap_driver_of
+from services.nodeagent.state import NodeState, expected_residue, parked_host_bytes, swap_driver_of
+from services.nodeagent.transitions import Residency
 
 
 @SERVICE.on(PlacementProposed)
@@ -49,9 +50,7 @@ def _first_starts(state: NodeState, leased: Iterable[tuple[ReplicaProposal, int]
         wanted = {share.gpu_uuid: share.request_bytes for share in replica.shares}
         if ledger.has_unclaimed(wanted):
             ledger.hold(wanted)
-            yield starting(state, replica, wake_epoch=1, ctx=ctx)
-            driver = swap_driver_of(state, replica)
-            yield StartEngine(replica=replica, lease_epoch=lease_epoch, wake_epoch=1, swap_driver=driver)
+            yield from starts(state, replica, lease_epoch=lease_epoch, wake_epoch=1, ctx=ctx)
 
 
 def _leases(state: NodeState, replica: ReplicaProposal, ctx: Context) -> list[Lease]:
@@ -171,14 +170,13 @@ def release_proposed(state: NodeState, release: ReleaseProposed, ctx: Context) -
     if release.node != state.settings.node or replica is None or replica.residency is Residency.RELEASING:
         return []
     if replica.has_process:
-        draining = ReplicaDraining(**names(state, replica, ctx), reason=release.reason, is_release=True)
-        return [draining, effect(StopEngine, replica, drain_s=release.drain_s)]
+        return list(stopping(state, replica, release.reason, ctx, drain_s=release.drain_s))
     return [released(state, replica, release.reason, ctx), *next_wakes(state, ctx, freed=replica)]
 
 
 @SERVICE.on(EngineStopped)
 def engine_stopped(state: NodeState, stopped: EngineStopped, ctx: Context) -> Sequence[Outcome]:
     replica = current(state, stopped)
-    if replica is None or replica.residency is not Residency.RELEASING:
+    if replica is None or Residency.RELEASING not in (replica.residency, replica.suspect_from):
         return []
     return [released(state, replica, "stopped", ctx), *next_wakes(state, ctx, freed=replica)]

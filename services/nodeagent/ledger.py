@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from schemas.placement import ReplicaProposal
-from services.nodeagent.state import NodeState, Replica, Residency, expected_residue
+from services.nodeagent.state import NodeState, Replica, expected_residue
+from services.nodeagent.transitions import Residency
 
 
 class Shortage(NamedTuple):

@@ -20,7 +20,7 @@ from kit.runner import Runner
 from kit.serving import connected, new_instance, serve, service_tracer, shell_settings
 from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
-from services.nodeagent import health, leases, residency
+from services.nodeagent import health, leases, residency, suspicion
 from services.nodeagent.core import SERVICE
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
@@ -38,7 +38,7 @@ from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
 from services.nodeagent.watching import GpuWatch
 
-HANDLERS = (health, leases, residency)
+HANDLERS = (health, leases, residency, suspicion)
 """Modules whose import registers handlers."""
 
 

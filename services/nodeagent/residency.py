@@ -1,7 +1,8 @@
 """The residency machine: starts, parks and wakes, and in which order bytes change hands."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from kit.outcomes import Context, Outcome, Timer
 from schemas.nodes import (
@@ -12,10 +13,11 @@ from schemas.nodes import (
     ReplicaParked,
     ReplicaReady,
     ReplicaResident,
+    ReplicaSuspect,
     ReplicaWaking,
 )
 from schemas.orders import ParkOrdered, WakeOrdered
-from services.nodeagent.core import SERVICE, current, effect, names, released, starting, wake_refused
+from services.nodeagent.core import SERVICE, current, effect, look, names, overdue, released, starts, step, wake_refused
 from services.nodeagent.inputs import (
     EngineLost,
     EngineNotWoken,
@@ -25,12 +27,15 @@ from services.nodeagent.inputs import (
     EngineWoken,
     ParkEngine,
     RestartDue,
-    StartEngine,
     WakeEngine,
 )
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.quarantines import bad_start, barred
-from services.nodeagent.state import NodeState, Replica, Residency
+from services.nodeagent.state import NodeState, Replica
+from services.nodeagent.transitions import Residency
+
+PAUSE_DOUBLINGS_MAX: Final = 3
+"""Of `look_pause_s`: an engine that nobody can explain is looked at that rarely at last, and for ever."""
 
 # --- Starts -----------------------------------------------------------------------------------------------------------
 
@@ -46,6 +51,7 @@ def engine_started(state: NodeState, started: EngineStarted, ctx: Context) -> Se
         model=replica.proposal.deployment.name,
         endpoint=started.endpoint,
         wake_epoch=replica.wake_epoch,
+        lease_epoch=replica.lease_epoch,
         start_s=started.start_s,
         enforced_bytes=started.enforced_bytes,
         swap_driver=started.swap_driver or replica.swap_driver,
@@ -57,9 +63,9 @@ def engine_started(state: NodeState, started: EngineStarted, ctx: Context) -> Se
 def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Outcome]:
     """Its process is gone: try again with back-off, a bounded number of times; waiting wakes may use its bytes."""
     replica = current(state, lost)
-    if replica is None or replica.residency in (Residency.GRANTED, Residency.FAILED):
+    if replica is None or not replica.has_process:
         return []
-    if replica.residency is Residency.RELEASING:
+    if Residency.RELEASING in (replica.residency, replica.suspect_from):
         return [released(state, replica, lost.reason, ctx), *next_wakes(state, ctx, freed=replica)]
     attempt_count = replica.attempt_count + 1
     is_final = attempt_count >= state.settings.start_attempt_count
@@ -76,8 +82,12 @@ def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Ou
     if not is_final:
         due = RestartDue(replica_id=lost.replica_id, lease_epoch=replica.lease_epoch + 1)
         outcomes.append(Timer(due_s=ctx.now_s + backoff_s, input=due))
-    if replica.residency is Residency.STARTING:
+    if Residency.STARTING in (replica.residency, replica.suspect_from):
         outcomes += bad_start(state, replica, ctx)
+    shaken = [state.replicas[name] for name in lost.shaken_ids if name in state.replicas]
+    for neighbour in shaken:
+        if neighbour is not replica and neighbour.residency in (Residency.RESIDENT, Residency.PARKED):
+            outcomes += suspected(state, neighbour, f"not well since {replica.proposal.replica_id} was ended", ctx)
     return [*outcomes, *next_wakes(state, ctx, freed=replica)]
 
 
@@ -91,7 +101,7 @@ def restart_due(state: NodeState, due: RestartDue, ctx: Context) -> Sequence[Out
         return [released(state, replica, why, ctx)]
     if not Ledger(state).has_unclaimed(replica.wanted_bytes):
         return []
-    return _start(state, replica, ctx)
+    return list(_start(state, replica, ctx))
 
 
 # --- Parking ----------------------------------------------------------------------------------------------------------
@@ -108,10 +118,9 @@ def park_ordered(state: NodeState, order: ParkOrdered, ctx: Context) -> Sequence
 
 
 def _park(state: NodeState, replica: Replica, reason: str, ctx: Context) -> list[Outcome]:
-    return [
-        ReplicaDraining(**names(state, replica, ctx), reason=reason),
-        effect(ParkEngine, replica, drain_s=state.settings.drain_s, reason=reason),
-    ]
+    draining = ReplicaDraining(**step(state, replica, Residency.DRAINING, ctx), reason=reason)
+    park = effect(ParkEngine, replica, drain_s=state.settings.drain_s, reason=reason)
+    return [draining, park, overdue(draining)]
 
 
 @SERVICE.on(EngineParked)
@@ -145,7 +154,35 @@ def engine_stayed(state: NodeState, stayed: EngineStayed, ctx: Context) -> Seque
     stays = ParkAbandoned(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, reason=stayed.reason)
     ledger = Ledger(state, settled=replica)
     reason = f"{replica.proposal.deployment.name} did not park: {stayed.reason}"
-    return [stays, *_refuse_uncovered(state, ledger, waiting(state), reason, ctx)]
+    return [stays, *refuse_uncovered(state, ledger, waiting(state), reason, ctx)]
+
+
+# --- Doubts -----------------------------------------------------------------------------------------------------------
+
+
+def suspected(state: NodeState, replica: Replica, reason: str, ctx: Context) -> list[Outcome]:
+    """Nobody is sure what its engine does: it keeps its bytes, gets no request, and is looked at (`suspicion`).
+
+    Wakes that counted on its park are refused, so that the swapper can choose again.
+    """
+    look_count = 0 if replica.suspect_from is None else replica.look_count + 1
+    fact = ReplicaSuspect(
+        **names(state, replica, ctx), wake_epoch=replica.wake_epoch, reason=reason, look_count=look_count
+    )
+    may_end = look_count >= _patience_count(state, replica)
+    outcomes: list[Outcome] = [fact, look(state, replica, may_end=may_end)]
+    if replica.residency is Residency.DRAINING:
+        why = f"{replica.proposal.deployment.name} did not park: {reason}"
+        outcomes += refuse_uncovered(state, Ledger(state, settled=replica), waiting(state), why, ctx)
+    return outcomes
+
+
+def _patience_count(state: NodeState, replica: Replica) -> int:
+    """So many looks must have been in doubt before it may be ended; one that is loading has all its time once more."""
+    settings = state.settings
+    is_loading = Residency.STARTING in (replica.residency, replica.suspect_from)
+    loading_s = settings.start_deadline_s if is_loading else 0.0
+    return settings.look_count_max + int(loading_s / settings.look_pause_s / 2**PAUSE_DOUBLINGS_MAX)
 
 
 # --- Waking -----------------------------------------------------------------------------------------------------------
@@ -198,16 +235,17 @@ def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence
 def _begin(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
     """Hold the share, then restore; a replica that was never started is started."""
     if not replica.is_started:
-        return _start(state, replica, ctx)
-    waking = ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, is_reserved=True)
+        return list(_start(state, replica, ctx))
+    about = step(state, replica, Residency.WAKING, ctx)
+    waking = ReplicaWaking(**about, wake_epoch=replica.wake_epoch, is_reserved=True)
+    wake: list[Outcome] = [waking, effect(WakeEngine, replica), overdue(waking)]
     if replica.residency is Residency.WAITING:
-        return [waking, effect(WakeEngine, replica)]
-    asked = ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch)
-    return [asked, waking, effect(WakeEngine, replica)]
+        return wake
+    return [ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch), *wake]
 
 
-def _start(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
-    return [starting(state, replica.proposal, wake_epoch=replica.wake_epoch, ctx=ctx), effect(StartEngine, replica)]
+def _start(state: NodeState, replica: Replica, ctx: Context) -> Iterator[Outcome]:
+    return starts(state, replica.proposal, lease_epoch=replica.lease_epoch, wake_epoch=replica.wake_epoch, ctx=ctx)
 
 
 def next_wakes(
@@ -238,10 +276,10 @@ def next_wakes(
         else:
             queue.append(replica)
             ahead.update(wanted)
-    return [*outcomes, *_refuse_uncovered(state, ledger, queue, "its victims freed too little", ctx)]
+    return [*outcomes, *refuse_uncovered(state, ledger, queue, "its victims freed too little", ctx)]
 
 
-def _refuse_uncovered(
+def refuse_uncovered(
     state: NodeState, ledger: Ledger, queue: list[Replica], reason: str, ctx: Context
 ) -> list[Outcome]:
     """Refuse the newest waiting wakes until what is promised covers the rest, on every GPU."""

@@ -73,6 +73,13 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """A cold start that takes longer has failed. NIM and vLLM need up to three minutes for the article's models."""
     wake_deadline_s: float = 30.0
     """A restore that takes longer has failed."""
+    step_grace_s: float = 15.0
+    """A start, park, wake or stop that has not ended so long after the deadlines of its parts is suspect. It is counted
+    by the host's steady clock, so that a clock that is set makes no suspects."""
+    look_pause_s: float = 2.0
+    """Between two looks at a suspect engine; doubles with each, three times at most."""
+    look_count_max: int = 3
+    """After so many looks that could not tell, a suspect engine is ended with the next that cannot."""
     start_attempt_count: int = 5
     """After so many failed starts in a row a replica is given up and reported."""
     restart_backoff_s: float = 1.0

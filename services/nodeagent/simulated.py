@@ -24,36 +24,24 @@ from services.nodeagent.inputs import (
     EngineStayed,
     EngineStopped,
     EngineWoken,
+    GiveGrace,
+    LookAtEngine,
     NodeProbed,
     ParkEngine,
     ProbeNode,
     StartEngine,
     StopEngine,
     WakeEngine,
+    hung,
 )
-from services.nodeagent.simulated_engine import Caller, Clock, Engine, Phase, Routes
+from services.nodeagent.simulated_engine import Caller, Clock, Done, Engine, Phase, Routes
 from services.nodeagent.simulated_gpus import LINK_BYTES_PER_S, SimulatedEyes
+from services.nodeagent.simulated_look import ANSWER_S, look, silent
 
 NO_ANSWER_S: Final = 30.0
 """An engine that does not answer so long is given up (`NodeAgentSettings.wake_deadline_s`)."""
 UNPROVEN_S: Final = 5.0
 """How long an agent waits for proof that a parked engine's bytes are free."""
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """Hands an effect's result to the life of the agent that began it.
-
-    What an agent does between two steps of an engine, such as a kill or an opened route, a dead one does not do;
-    what an engine was told to do goes on.
-    """
-
-    tell: Callable[[float, Input], None]
-    is_alive: Callable[[], bool]
-
-    def __call__(self, after_s: float, result: Input) -> None:
-        if self.is_alive():
-            self.tell(after_s, result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +51,7 @@ class HostFaults:
     start_fails_fraction: float = 0.0
     park_stays_fraction: float = 0.0
     wake_fails_fraction: float = 0.0
+    step_hangs_fraction: float = 0.0
 
 
 class SimulatedHost:
@@ -81,7 +70,7 @@ class SimulatedHost:
         routes: Routes | None = None,
     ) -> None:
         """`routes`: the holder's table where gateways route; without it a drain takes a moment drawn by chance."""
-        self._clock = clock
+        self.clock = clock
         self.node = node
         self.gpus = gpus
         self._all_gpus = gpus
@@ -92,6 +81,7 @@ class SimulatedHost:
         self.routes = routes
         self.engines: dict[str, Engine] = {}
         self.started_count = 0
+        self.hung_step_count = 0
         self.agent_life: Callable[[], int] = lambda: 0
         """Changes when the agent dies: what it would have done after a step of an engine is then not done."""
         self.is_up = True
@@ -115,6 +105,9 @@ class SimulatedHost:
         if isinstance(effect, TryGpu):
             self.eyes.try_gpu(effect, done)
             return
+        if isinstance(effect, GiveGrace):
+            done(effect.grace_s, hung(effect))
+            return
         assert isinstance(effect, EngineEffect), effect
         {
             StartEngine: self._start,
@@ -122,7 +115,20 @@ class SimulatedHost:
             WakeEngine: self._wake,
             StopEngine: self._stop,
             AdoptEngine: self._adopt,
-        }[type(effect)](effect, done)
+            LookAtEngine: self._look,
+        }[type(effect)](effect, self._maybe_hung(effect, done))
+
+    def _maybe_hung(self, effect: Effect, done: Done) -> Done:
+        """What was begun goes on, and its agent never hears of it: a step that hangs."""
+        hangs_fraction = 0.0 if isinstance(effect, AdoptEngine | LookAtEngine) else self.faults.step_hangs_fraction
+        if not hangs_fraction or self.random.random() >= hangs_fraction:
+            return done
+        self.hung_step_count += 1
+        return Done(lambda *_: None, done.is_alive)
+
+    def _look(self, effect: EngineEffect, done: Done) -> None:
+        assert isinstance(effect, LookAtEngine), effect
+        look(self, effect, tell=done, is_alive=done.is_alive)
 
     # --- What happens by itself ---------------------------------------------------------------------------------------
 
@@ -138,7 +144,7 @@ class SimulatedHost:
         if engine.phase is not Phase.RESIDENT:
             caller.bounced("asleep")
             return
-        engine.serve(caller, takes_s=takes_s, clock=self._clock)
+        engine.serve(caller, takes_s=takes_s, clock=self.clock)
 
     def leave(self, replica_id: str, caller: Caller) -> None:
         """Whoever sent this request went away."""
@@ -160,7 +166,7 @@ class SimulatedHost:
         """Its port is open and nothing comes out."""
         engine = self.engines.get(replica_id)
         if engine is not None:
-            engine.hung_until_s = max(engine.hung_until_s, self._clock.now_s + lasts_s)
+            engine.hung_until_s = max(engine.hung_until_s, self.clock.now_s + lasts_s)
         return engine is not None
 
     def lose_gpu(self, index: int) -> list[EngineLost]:
@@ -216,10 +222,10 @@ class SimulatedHost:
     # --- Effects ------------------------------------------------------------------------------------------------------
 
     def _probe(self, done: Done) -> None:
-        if self._clock.now_s < self.silent_until_s:
-            self._clock.after(self.silent_until_s - self._clock.now_s, lambda: self._probe(done))
+        if self.clock.now_s < self.silent_until_s:
+            self.clock.after(self.silent_until_s - self.clock.now_s, lambda: self._probe(done))
             return
-        is_short = self._clock.now_s < self.short_until_s
+        is_short = self.clock.now_s < self.short_until_s
         gpus = tuple(self.with_foreign(gpu) for gpu in self.gpus)
         probed = NodeProbed(
             machine_id=f"machine-{self.node}",
@@ -235,13 +241,13 @@ class SimulatedHost:
         foreign_bytes = self.foreign_bytes.get(gpu.gpu_uuid, 0)
         return replace(gpu, foreign_bytes=foreign_bytes) if foreign_bytes else gpu
 
-    def _mine(self, effect: EngineEffect) -> Engine | None:
+    def mine(self, effect: EngineEffect) -> Engine | None:
         engine = self.engines.get(effect.replica.replica_id)
         return engine if engine is not None and engine.lease_epoch == effect.lease_epoch else None
 
-    def _lost(self, effect: EngineEffect, reason: str) -> EngineLost:
+    def lost(self, effect: EngineEffect, reason: str) -> EngineLost:
         """Nothing is left of it."""
-        if self._mine(effect) is not None:
+        if self.mine(effect) is not None:
             self.kill_engine(effect.replica.replica_id)
         return EngineLost(replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch, reason=reason)
 
@@ -250,9 +256,9 @@ class SimulatedHost:
 
     def _later(self, engine: Engine, takes_s: float, action: Callable[[], None]) -> None:
         """When the engine has finished what it is at, and this too."""
-        begin_s = max(self._clock.now_s, engine.busy_until_s)
+        begin_s = max(self.clock.now_s, engine.busy_until_s)
         engine.busy_until_s = begin_s + takes_s
-        self._clock.after(engine.busy_until_s - self._clock.now_s, action)
+        self.clock.after(engine.busy_until_s - self.clock.now_s, action)
 
     def _has_room(self, engine: Engine) -> bool:
         """Whether the bytes that it wants now are there, on each of its GPUs, whatever the leases say."""
@@ -265,31 +271,31 @@ class SimulatedHost:
 
     def _answers_not(self, engine: Engine, effect: EngineEffect, done: Done) -> bool:
         """True for an engine that hangs: it is given up when it has not answered for long."""
-        if engine.hung_until_s <= self._clock.now_s:
+        if engine.hung_until_s <= self.clock.now_s:
             return False
-        silent_s = min(NO_ANSWER_S, engine.hung_until_s - self._clock.now_s)
-        given_up_s = self._clock.now_s + NO_ANSWER_S
+        silent_s = min(NO_ANSWER_S, engine.hung_until_s - self.clock.now_s)
+        given_up_s = self.clock.now_s + NO_ANSWER_S
 
         def look() -> None:
             if not done.is_alive():
                 return
-            if engine.hung_until_s > self._clock.now_s and self._clock.now_s >= given_up_s:
-                done(0.0, self._lost(effect, "it does not answer"))
+            if engine.hung_until_s > self.clock.now_s and self.clock.now_s >= given_up_s:
+                done(0.0, self.lost(effect, "it does not answer"))
             else:
                 self._begin(effect, done)
 
-        self._clock.after(silent_s, look)
+        self.clock.after(silent_s, look)
         return True
 
     def _start(self, effect: EngineEffect, done: Done) -> None:
         replica_id = effect.replica.replica_id
-        engine = self._mine(effect)
+        engine = self.mine(effect)
         takes_s = 0.0
         if engine is None:
             assert replica_id not in self.engines, f"{replica_id} started beside an engine of an older lease"
             cold_s = effect.replica.deployment.engine.cold_start_s
             takes_s = (self._cold_start_s if cold_s is None else cold_s) + self._copy_s(effect)
-            engine = Engine(effect.replica, effect.lease_epoch, Phase.LOADING, self._clock.now_s)
+            engine = Engine(effect.replica, effect.lease_epoch, Phase.LOADING, self.clock.now_s)
             if not self._has_room(engine) and self._is_harmed(engine):
                 done(0.01, EngineLost(replica_id=replica_id, lease_epoch=effect.lease_epoch, reason="out of memory"))
                 return
@@ -300,21 +306,21 @@ class SimulatedHost:
         fails |= any(self.eyes.is_sick(gpu_uuid) for gpu_uuid in engine.share_bytes)
 
         def finish() -> None:
-            if self._mine(effect) is not engine:
-                done(0.0, self._lost(effect, "gone while starting"))
+            if self.mine(effect) is not engine:
+                done(0.0, self.lost(effect, "gone while starting"))
                 return
             if fails:
-                done(0.0, self._lost(effect, "start failed"))
+                done(0.0, self.lost(effect, "start failed"))
                 return
             engine.phase = Phase.RESIDENT
             started = EngineStarted(
                 replica_id=replica_id,
                 lease_epoch=effect.lease_epoch,
-                endpoint=self._endpoint(effect),
+                endpoint=self.endpoint(effect),
                 start_s=takes_s,
                 enforced_bytes=sum(engine.share_bytes.values()),
             )
-            self._open(effect, engine, done)
+            self.open_route(effect, engine, done.is_alive)
             done(0.0, started)
 
         self._later(engine, takes_s, finish)
@@ -324,17 +330,17 @@ class SimulatedHost:
         here = {gpu.gpu_uuid for gpu in self.gpus}
         return any(uuid not in here or self.foreign_bytes.get(uuid, 0) > 0 for uuid in engine.share_bytes)
 
-    def _endpoint(self, effect: EngineEffect) -> str:
+    def endpoint(self, effect: EngineEffect) -> str:
         return f"http://{self.node}/{effect.replica.replica_id}/{effect.lease_epoch}"
 
-    def _open(self, effect: EngineEffect, engine: Engine, done: Done) -> None:
-        if not done.is_alive():
+    def open_route(self, effect: EngineEffect, engine: Engine, is_alive: Callable[[], bool]) -> None:
+        if not is_alive():
             return
         engine.is_closed = False
         if self.routes is not None:
-            self.routes.open(effect.replica.replica_id, self._endpoint(effect))
+            self.routes.open(effect.replica.replica_id, self.endpoint(effect))
 
-    def _drain(self, effect: EngineEffect, engine: Engine, drain_s: float, then: Callable[[str], None]) -> None:
+    def drain(self, effect: EngineEffect, engine: Engine, drain_s: float, then: Callable[[str], None]) -> None:
         """Close its route, wait until it has nothing in flight; `then` with ``idle``, or ``busy`` after too long."""
         if self.routes is None:
             self._later(engine, self.random.uniform(0.0, 0.2), lambda: then("idle"))
@@ -356,54 +362,54 @@ class SimulatedHost:
                 end("idle")
                 return
             engine.on_idle.append(lambda: end("idle"))
-            self._clock.after(drain_s, lambda: end("busy"))
+            self.clock.after(drain_s, lambda: end("busy"))
 
         self.routes.close(effect.replica.replica_id, closed)
 
     def _park(self, effect: EngineEffect, done: Done) -> None:
         assert isinstance(effect, ParkEngine), effect
-        engine = self._mine(effect)
+        engine = self.mine(effect)
         if engine is None:
-            done(0.001, self._lost(effect, "gone before its park"))
+            done(0.001, self.lost(effect, "gone before its park"))
             return
         if self._answers_not(engine, effect, done):
             return
-        began_s = self._clock.now_s
+        began_s = self.clock.now_s
         stays = engine.phase is Phase.RESIDENT and self.random.random() < self.faults.park_stays_fraction
 
         def drained(outcome: str) -> None:
             if not done.is_alive():
                 return
-            if self._mine(effect) is not engine:
-                done(0.0, self._lost(effect, "gone while parking"))
+            if self.mine(effect) is not engine:
+                done(0.0, self.lost(effect, "gone while parking"))
             elif stays or outcome != "idle":
-                self._open(effect, engine, done)
+                self.open_route(effect, engine, done.is_alive)
                 stayed = EngineStayed(
                     replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch, reason="still busy"
                 )
                 done(0.0, stayed)
-            elif self._clock.now_s < self.short_until_s and engine.phase is not Phase.ASLEEP:
-                done(0.5, self._lost(effect, "it did not go to sleep: no host memory"))
+            elif self.clock.now_s < self.short_until_s and engine.phase is not Phase.ASLEEP:
+                done(0.5, self.lost(effect, "it did not go to sleep: no host memory"))
             else:
                 self._later(engine, 0.02, lambda: self._asleep(effect, engine, done, began_s=began_s))
 
-        self._drain(effect, engine, effect.drain_s, drained)
+        self.drain(effect, engine, effect.drain_s, drained)
 
     def _asleep(self, effect: ParkEngine, engine: Engine, done: Done, *, began_s: float) -> None:
-        if self._mine(effect) is not engine:
-            done(0.0, self._lost(effect, "gone while parking"))
+        if self.mine(effect) is not engine:
+            done(0.0, self.lost(effect, "gone while parking"))
             return
         assert not engine.in_flight or self.routes is None, f"{effect.replica.replica_id} sleeps with requests"
         engine.phase = Phase.ASLEEP
-        if self._clock.now_s >= self.silent_until_s:
-            done(0.0, self._parked(effect, engine, drain_s=max(0.0, self._clock.now_s - began_s - 0.02)))
+        if self.clock.now_s >= self.silent_until_s:
+            done(0.0, self._parked(effect, engine, drain_s=max(0.0, self.clock.now_s - began_s - 0.02)))
             return
 
         def give_up() -> None:
             if done.is_alive():
-                done(0.0, self._lost(effect, "its bytes are not proven free"))
+                done(0.0, self.lost(effect, "its bytes are not proven free"))
 
-        self._clock.after(UNPROVEN_S, give_up)
+        self.clock.after(UNPROVEN_S, give_up)
 
     def _parked(self, effect: ParkEngine, engine: Engine, *, drain_s: float) -> EngineParked:
         return EngineParked(
@@ -418,9 +424,9 @@ class SimulatedHost:
         )
 
     def _wake(self, effect: EngineEffect, done: Done) -> None:
-        engine = self._mine(effect)
+        engine = self.mine(effect)
         if engine is None:
-            done(0.001, self._lost(effect, "gone before its wake"))
+            done(0.001, self.lost(effect, "gone before its wake"))
             return
         if self._answers_not(engine, effect, done):
             return
@@ -431,8 +437,8 @@ class SimulatedHost:
             self.check()
 
         def finish() -> None:
-            if self._mine(effect) is not engine:
-                done(0.0, self._lost(effect, "gone while waking"))
+            if self.mine(effect) is not engine:
+                done(0.0, self.lost(effect, "gone while waking"))
                 return
             if fails or is_short:
                 refused = EngineNotWoken(
@@ -447,12 +453,12 @@ class SimulatedHost:
             woken = EngineWoken(
                 replica_id=effect.replica.replica_id,
                 lease_epoch=effect.lease_epoch,
-                endpoint=self._endpoint(effect),
+                endpoint=self.endpoint(effect),
                 copied_bytes=effect.replica.deployment.engine.weights_bytes,
                 restore_s=self._copy_s(effect),
                 verify_s=0.02,
             )
-            self._open(effect, engine, done)
+            self.open_route(effect, engine, done.is_alive)
             done(0.0, woken)
 
         self._later(engine, self._copy_s(effect) + 0.05, finish)
@@ -460,13 +466,13 @@ class SimulatedHost:
     def _stop(self, effect: EngineEffect, done: Done) -> None:
         assert isinstance(effect, StopEngine), effect
         stopped = EngineStopped(replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch)
-        engine = self._mine(effect)
+        engine = self.mine(effect)
         if engine is None:
             done(0.001, stopped)
             return
 
         def finish() -> None:
-            if self._mine(effect) is engine:
+            if self.mine(effect) is engine:
                 self.kill_engine(effect.replica.replica_id)
             done(0.0, stopped)
 
@@ -477,18 +483,18 @@ class SimulatedHost:
         if self.routes is None:
             self._later(engine, 0.3, finish)
         else:
-            self._drain(effect, engine, effect.drain_s, drained)
+            self.drain(effect, engine, effect.drain_s, drained)
 
     def _adopt(self, effect: EngineEffect, done: Done) -> None:
         assert isinstance(effect, AdoptEngine), effect
-        engine = self._mine(effect)
+        engine = self.mine(effect)
         if engine is None:
-            done(0.005, self._lost(effect, "gone while the agent was away"))
+            done(0.005, self.lost(effect, "gone while the agent was away"))
             return
-        if engine.hung_until_s > self._clock.now_s:
-            done(1.0, self._lost(effect, "it does not answer"))
+        if engine.hung_until_s > self.clock.now_s:
+            done(ANSWER_S, silent(effect))
             return
         expected = Phase.ASLEEP if effect.should_be_parked else Phase.RESIDENT
         assert engine.phase is expected, f"{effect.replica.replica_id} is {engine.phase}, its lease says {expected}"
         if not effect.should_be_parked:
-            self._open(effect, engine, done)
+            self.open_route(effect, engine, done.is_alive)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
+from kit.outcomes import Input
 from schemas.placement import ReplicaProposal
 from schemas.units import MiB
 
@@ -59,6 +60,22 @@ class Caller(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Hands an effect's result to the life of the agent that began it.
+
+    What an agent does between two steps of an engine, such as a kill or an opened route, a dead one does not do;
+    what an engine was told to do goes on.
+    """
+
+    tell: Callable[[float, Input], None]
+    is_alive: Callable[[], bool]
+
+    def __call__(self, after_s: float, result: Input) -> None:
+        if self.is_alive():
+            self.tell(after_s, result)
+
+
 @dataclass(slots=True, eq=False)
 class Engine:
     """One process that holds bytes of a GPU."""
@@ -70,6 +87,8 @@ class Engine:
     is_closed: bool = False
     """Every gateway has acknowledged that its route is closed, or has lost its lease."""
     hung_until_s: float = 0.0
+    doubtful_look_count: int = 0
+    """As a suspect: looks at it that could neither adopt nor explain it."""
     in_flight: dict[Caller, bool] = field(default_factory=dict)
     """{caller: whether its answer has begun}"""
     on_idle: list[Callable[[], None]] = field(default_factory=list)

@@ -17,7 +17,8 @@ from services.nodeagent.simulated_engine import Clock
 from services.nodeagent.xids import LOST_XID, Blame, xid_of
 
 if TYPE_CHECKING:
-    from services.nodeagent.simulated import Done, SimulatedHost
+    from services.nodeagent.simulated import SimulatedHost
+    from services.nodeagent.simulated_engine import Done
 
 LINK_BYTES_PER_S: Final = 53 * GB
 LOOK_S: Final = 2.0

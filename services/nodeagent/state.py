@@ -1,7 +1,6 @@
 """What the node agent knows: its GPUs, its leases, and where each replica is in the residency machine."""
 
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 from msgspec import structs
 
@@ -19,11 +18,13 @@ from schemas.nodes import (
     ParkAbandoned,
     ParkTier,
     ReplicaDraining,
+    ReplicaFact,
     ReplicaFailed,
     ReplicaParked,
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
     ResizeReason,
     WakeRefused,
@@ -31,23 +32,7 @@ from schemas.nodes import (
 from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
 from services.nodeagent.quarantines import GpuHealth, Watched, start_failed, start_succeeded
 from services.nodeagent.settings import NodeAgentSettings
-
-
-class Residency(StrEnum):
-    """Where a replica is. The comment names what its lease holds on the device."""
-
-    GRANTED = "granted"  # Nothing: there is no process. Its residue is in the account of what must fit together.
-    STARTING = "starting"  # Its share.
-    RESIDENT = "resident"  # Its share.
-    DRAINING = "draining"  # Its share, until the park has proven its bytes free.
-    PARKED = "parked"  # Its measured residue.
-    WAITING = "waiting"  # Its residue, or nothing before its first start: its wake is accepted, victims give first.
-    WAKING = "waking"  # Its share: a transition counts as the larger of both sides.
-    RELEASING = "releasing"  # What it held when the release began, until the stop has proven its bytes free.
-    FAILED = "failed"  # Nothing: its process is gone and it will not be tried again.
-
-
-HOLDING_SHARE = frozenset({Residency.STARTING, Residency.RESIDENT, Residency.DRAINING, Residency.WAKING})
+from services.nodeagent.transitions import STATES, Cause, Holding, Residency, target_of
 
 ELASTIC = frozenset({EngineKind.SIMULATED})
 """Engines whose cache grows and shrinks while they serve, unless their deployment says otherwise."""
@@ -102,8 +87,14 @@ class Replica:
     """Failed starts in a row."""
     victim_ids: tuple[str, ...] = ()
     """While waiting: whose bytes it waits for."""
-    releasing_bytes: dict[str, int] = field(default_factory=dict)
-    """While it is being released: {gpu_uuid: what it holds there}."""
+    kept_bytes: dict[str, int] = field(default_factory=dict)
+    """While it is released or suspect: {gpu_uuid: what it held there when that began}, and holds until it has ended."""
+    deadline_s: float = 0.0
+    """When its step is overdue; 0 where it is in none."""
+    suspect_from: Residency | None = None
+    """While it is suspect: where it was."""
+    look_count: int = 0
+    """While it is suspect: how many looks at it could not tell."""
     ordered_at_s: float = 0.0
     reserved_at_s: float = 0.0
     giving_back: GivingBack | None = None
@@ -137,15 +128,19 @@ class Replica:
 
     @property
     def has_process(self) -> bool:
-        return self.residency in HOLDING_SHARE or self.residency is Residency.RELEASING or self.is_started
+        return STATES[self.residency].holds in (Holding.SHARE, Holding.KEPT) or self.is_started
 
     def held_on(self, gpu_uuid: str) -> int:
         """What its lease holds on this GPU now."""
-        if self.residency in HOLDING_SHARE:
-            return self.share_bytes.get(gpu_uuid, 0)
-        if self.residency is Residency.RELEASING:
-            return self.releasing_bytes.get(gpu_uuid, 0)
-        return self.residue_bytes.get(gpu_uuid, 0) if self.is_started else 0
+        match STATES[self.residency].holds:
+            case Holding.SHARE:
+                return self.share_bytes.get(gpu_uuid, 0)
+            case Holding.KEPT:
+                return self.kept_bytes.get(gpu_uuid, 0)
+            case Holding.RESIDUE if self.is_started:
+                return self.residue_bytes.get(gpu_uuid, 0)
+            case _:
+                return 0
 
     @property
     def held_bytes(self) -> dict[str, int]:
@@ -249,10 +244,13 @@ def expected_residue(share: ShareProposal, settings: NodeAgentSettings) -> int:
 def fold_granted(state: NodeState, fact: LeaseGranted) -> None:
     for proposal in fact.replicas:
         leases = [lease for lease in fact.leases if lease.replica_id == proposal.replica_id]
+        assert proposal.replica_id not in state.replicas, f"{proposal.replica_id} is granted twice"
+        residency = target_of(None, Cause.LEASE_GRANTED)
+        assert residency is not None
         state.replicas[proposal.replica_id] = Replica(
             proposal=proposal,
             lease_epoch=leases[0].lease_epoch,
-            residency=Residency.GRANTED,
+            residency=residency,
             since_s=fact.at_s,
             share_bytes={lease.gpu_uuid: lease.granted_bytes for lease in leases},
             residue_bytes={lease.gpu_uuid: lease.residue_bytes for lease in leases},
@@ -270,106 +268,113 @@ def fold_committed(state: NodeState, fact: GangCommitted) -> None:
 
 
 def fold_released(state: NodeState, fact: LeaseReleased) -> None:
-    state.replicas.pop(fact.replica_id, None)
+    replica = state.replicas.pop(fact.replica_id, None)
+    if replica is not None:  # One that is not here is only told again: of a gang that was committed too late.
+        target_of(replica.residency, Cause.RELEASED)
 
 
-def _move(state: NodeState, replica_id: str, residency: Residency, at_s: float) -> Replica | None:
+def _move(state: NodeState, fact: ReplicaFact, cause: Cause) -> Replica:
+    """The replica, where this fact brings it."""
+    return _moved(state, fact.replica_id, cause, at_s=fact.at_s, ends_within_s=fact.ends_within_s)
+
+
+def _moved(state: NodeState, replica_id: str, cause: Cause, *, at_s: float, ends_within_s: float = 0.0) -> Replica:
     replica = state.replicas.get(replica_id)
-    if replica is not None:
-        replica.residency = residency
-        replica.since_s = at_s
+    assert replica is not None, f"{cause} for {replica_id}, which has no lease"
+    target = target_of(replica.residency, cause)
+    assert target is not None
+    if STATES[target].holds is Holding.KEPT:
+        replica.kept_bytes = replica.held_bytes
+    if target is Residency.SUSPECT and replica.residency is not Residency.SUSPECT:
+        replica.suspect_from, replica.look_count = replica.residency, 0
+    if target is not Residency.SUSPECT:
+        replica.suspect_from = None
+    if target is not Residency.WAITING:
+        replica.victim_ids = ()
+    replica.residency = target
+    replica.since_s = at_s
+    replica.deadline_s = at_s + ends_within_s if STATES[target].deadline_settings else 0.0
     return replica
 
 
 def fold_starting(state: NodeState, fact: ReplicaStarting) -> None:
-    replica = _move(state, fact.replica_id, Residency.STARTING, fact.at_s)
-    if replica is not None:
-        replica.victim_ids = ()
+    _move(state, fact, Cause.START_BEGUN)
 
 
 def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
     for ready in fact.replicas:
-        replica = _move(state, ready.replica_id, Residency.RESIDENT, fact.at_s)
-        if replica is not None:
-            replica.endpoint = ready.endpoint
-            replica.is_started = True
-            replica.attempt_count = 0
-            replica.swap_driver = ready.swap_driver
-            start_succeeded(state, replica)
+        replica = _moved(state, ready.replica_id, Cause.READY, at_s=fact.at_s)
+        replica.endpoint = ready.endpoint
+        replica.is_started = True
+        replica.attempt_count = 0
+        replica.swap_driver = ready.swap_driver
+        start_succeeded(state, replica)
 
 
 def fold_draining(state: NodeState, fact: ReplicaDraining) -> None:
-    replica = state.replicas.get(fact.replica_id)
-    if replica is not None and fact.is_release:
-        replica.releasing_bytes = replica.held_bytes
-    if replica is not None:
-        replica.resize_epoch += 1
-        is_parking = replica.giving_back is not None and replica.giving_back.step is GiveBackStep.PARK
-        replica.giving_back = replica.giving_back if is_parking and not fact.is_release else None
-    _move(state, fact.replica_id, Residency.RELEASING if fact.is_release else Residency.DRAINING, fact.at_s)
+    replica = _move(state, fact, Cause.RELEASE_BEGUN if fact.is_release else Cause.PARK_BEGUN)
+    replica.resize_epoch += 1
+    is_parking = replica.giving_back is not None and replica.giving_back.step is GiveBackStep.PARK
+    replica.giving_back = replica.giving_back if is_parking and not fact.is_release else None
 
 
 def fold_abandoned(state: NodeState, fact: ParkAbandoned) -> None:
-    _move(state, fact.replica_id, Residency.RESIDENT, fact.at_s)
+    _move(state, fact, Cause.PARK_ABANDONED)
 
 
 def fold_parked(state: NodeState, fact: ReplicaParked) -> None:
     is_nowhere = fact.tier is ParkTier.NOWHERE
-    replica = _move(state, fact.replica_id, Residency.GRANTED if is_nowhere else Residency.PARKED, fact.at_s)
-    if replica is not None:
-        replica.wake_epoch = fact.wake_epoch
-        replica.settle_at_request()
-        replica.swap_driver = fact.swap_driver
-        if is_nowhere:  # Its next wake is a cold start, as if it had never run.
-            replica.is_started = False
-            replica.lease_epoch += 1
-            replica.endpoint = ""
-            replica.swap_driver = swap_driver_of(state, replica.proposal)
-        replica.residue_bytes = dict(zip(replica.share_bytes, fact.residues(len(replica.share_bytes)), strict=True))
+    replica = _move(state, fact, Cause.PARKED_NOWHERE if is_nowhere else Cause.PARKED)
+    replica.wake_epoch = fact.wake_epoch
+    replica.settle_at_request()
+    replica.swap_driver = fact.swap_driver
+    if is_nowhere:  # Its next wake is a cold start, as if it had never run.
+        replica.is_started = False
+        replica.lease_epoch += 1
+        replica.endpoint = ""
+        replica.swap_driver = swap_driver_of(state, replica.proposal)
+    replica.residue_bytes = dict(zip(replica.share_bytes, fact.residues(len(replica.share_bytes)), strict=True))
 
 
 def fold_waking(state: NodeState, fact: ReplicaWaking) -> None:
-    residency = Residency.WAKING if fact.is_reserved else Residency.WAITING
-    replica = _move(state, fact.replica_id, residency, fact.at_s)
-    if replica is None:
-        return
+    replica = _move(state, fact, Cause.WAKE_BEGUN if fact.is_reserved else Cause.WAKE_ACCEPTED)
     if fact.is_reserved:
         replica.reserved_at_s = fact.at_s
-        replica.victim_ids = ()
     else:
         replica.ordered_at_s = fact.at_s
         replica.victim_ids = fact.victim_ids
 
 
 def fold_resident(state: NodeState, fact: ReplicaResident) -> None:
-    replica = _move(state, fact.replica_id, Residency.RESIDENT, fact.at_s)
-    if replica is not None:
-        replica.endpoint = fact.endpoint
+    _move(state, fact, Cause.RESIDENT).endpoint = fact.endpoint
 
 
 def fold_wake_refused(state: NodeState, fact: WakeRefused) -> None:
     replica = state.replicas.get(fact.replica_id)
-    if replica is not None and replica.residency in (Residency.WAITING, Residency.WAKING):
-        resting = Residency.PARKED if replica.is_started else Residency.GRANTED
-        _move(state, fact.replica_id, resting, fact.at_s)
-        replica.victim_ids = ()
+    is_started = replica is not None and replica.is_started
+    _move(state, fact, Cause.WAKE_REFUSED if is_started else Cause.START_REFUSED)
+
+
+def fold_suspect(state: NodeState, fact: ReplicaSuspect) -> None:
+    """A step of a give-back that it was in has ended with it; what it borrowed it keeps with all else."""
+    replica = _move(state, fact, Cause.SUSPECTED)
+    replica.look_count = fact.look_count
+    replica.giving_back = None
+    replica.resize_epoch += 1
 
 
 def fold_failed(state: NodeState, fact: ReplicaFailed) -> None:
-    residency = Residency.FAILED if fact.is_final else Residency.GRANTED
     failed = state.replicas.get(fact.replica_id)
-    if failed is not None and failed.residency is Residency.STARTING:
+    if failed is not None and Residency.STARTING in (failed.residency, failed.suspect_from):
         start_failed(state, failed, fact.at_s)
-    replica = _move(state, fact.replica_id, residency, fact.at_s)
-    if replica is not None:
-        replica.lease_epoch += 1
-        replica.wake_epoch = fact.wake_epoch
-        replica.attempt_count = fact.attempt_count
-        replica.is_started = False
-        replica.endpoint = ""
-        replica.victim_ids = ()
-        replica.settle_at_request()
-        replica.swap_driver = swap_driver_of(state, replica.proposal)
+    replica = _move(state, fact, Cause.GIVEN_UP if fact.is_final else Cause.FAILED)
+    replica.lease_epoch += 1
+    replica.wake_epoch = fact.wake_epoch
+    replica.attempt_count = fact.attempt_count
+    replica.is_started = False
+    replica.endpoint = ""
+    replica.settle_at_request()
+    replica.swap_driver = swap_driver_of(state, replica.proposal)
 
 
 LADDER = (GiveBackStep.FREEZE, GiveBackStep.SHRINK, GiveBackStep.PARK, GiveBackStep.STOP)

@@ -23,6 +23,7 @@ from schemas.nodes import (
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
     WakeRefused,
 )
@@ -121,6 +122,7 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (LeaseReleased, fold.fold_released),
     (ReplicaStarting, fold.fold_replica_fact),
     (ReplicaDraining, fold.fold_replica_fact),
+    (ReplicaSuspect, fold.fold_replica_fact),
     (ParkAbandoned, fold.fold_replica_fact),
     (ReplicaWaking, fold.fold_replica_fact),
     (ReplicaReady, fold.fold_ready),

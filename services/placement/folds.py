@@ -18,6 +18,7 @@ from schemas.nodes import (
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
     WakeRefused,
 )
@@ -381,6 +382,7 @@ def fold_replica_fact(state: ClusterState, fact: ReplicaFact) -> None:
         ReplicaStarting: "starting",
         ReplicaDraining: "draining",
         ParkAbandoned: "resident",
+        ReplicaSuspect: "suspect",
         ReplicaWaking: "waking",
     }
     replica = _move(state, fact.replica_id, words[type(fact)], fact.at_s)

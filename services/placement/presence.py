@@ -114,7 +114,7 @@ def quarantine_s(state: ClusterState, loss_count: int) -> float:
 
 # --- One too many -----------------------------------------------------------------------------------------------------
 
-_STANDING = ("resident", "waking", "draining", "parked", "starting", "granted", "proposed")
+_STANDING = ("resident", "waking", "draining", "parked", "suspect", "starting", "granted", "proposed")
 """States of a replica, nearest to serving first; one that is not named here comes last."""
 
 

@@ -27,7 +27,7 @@ from services.placement.observed import latest_s
 from services.placement.packing.fleet import PARTS
 from services.placement.state import ClusterState, Deployment, Node, Replica
 
-HOLDS_SHARE = frozenset({"starting", "resident", "draining", "waking"})
+HOLDS_SHARE = frozenset({"starting", "resident", "draining", "waking", "suspect"})
 
 
 @SERVICE.answering(ListDeployments)

@@ -19,6 +19,7 @@ from schemas.nodes import (
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
     WakeRefused,
 )
@@ -66,6 +67,7 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (ReplicaWaking, fold.fold_waking),
     (ReplicaResident, fold.fold_resident),
     (WakeRefused, fold.fold_wake_refused),
+    (ReplicaSuspect, fold.fold_suspect),
     (ReplicaFailed, fold.fold_failed),
     (ParkAsked, fold.fold_park_asked),
     (WakeAsked, fold.fold_wake_asked),

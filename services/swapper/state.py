@@ -18,6 +18,7 @@ from schemas.nodes import (
     ReplicaReady,
     ReplicaResident,
     ReplicaStarting,
+    ReplicaSuspect,
     ReplicaWaking,
     WakeRefused,
 )
@@ -36,6 +37,7 @@ class Tier(StrEnum):
     PARKED = "parked"
     WAITING = "waiting"
     WAKING = "waking"
+    SUSPECT = "suspect"
     FAILED = "failed"
 
 
@@ -61,6 +63,8 @@ class Replica:
     """An operator asked for it; holds until it is resident."""
     is_asked_parked: bool = False
     """An operator asked for it; holds until its next wake begins: training does not return from it by itself."""
+    keeps_share: bool = False
+    """While it is suspect: whether it holds its share, not its residue."""
     refused_at_s: float = 0.0
     not_before_s: float = 0.0
     """Its node tries a failed start again by itself then; asking sooner would spend its attempts at once."""
@@ -69,7 +73,7 @@ class Replica:
 
     def held_on(self, gpu_uuid: str) -> int:
         """What it holds of this GPU now."""
-        if self.tier in HOLDING_SHARE:
+        if self.tier in HOLDING_SHARE or (self.tier is Tier.SUSPECT and self.keeps_share):
             return self.share_bytes.get(gpu_uuid, 0)
         return self.residue_bytes.get(gpu_uuid, 0) if self.is_started else 0
 
@@ -304,6 +308,15 @@ def fold_wake_refused(state: FleetState, fact: WakeRefused) -> None:
             _move(state, fact.replica_id, Tier.PARKED if replica.is_started else Tier.GRANTED, fact.at_s)
         replica.refused_at_s = fact.at_s
     _settle(state, fact.replica_id, is_wake=True)
+
+
+def fold_suspect(state: FleetState, fact: ReplicaSuspect) -> None:
+    """Its node finds out what it is; until then it keeps what it held, and nothing is asked of it."""
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None and replica.tier is not Tier.SUSPECT:
+        replica.keeps_share = replica.tier in HOLDING_SHARE
+        _move(state, fact.replica_id, Tier.SUSPECT, fact.at_s)
+    state.decisions.pop(fact.replica_id, None)
 
 
 def fold_failed(state: FleetState, fact: ReplicaFailed) -> None:

@@ -24,10 +24,19 @@ from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard.making import guard_of
 from services.nodeagent.holder_client import HolderClient
-from services.nodeagent.inputs import AdoptEngine, EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
+from services.nodeagent.inputs import (
+    AdoptEngine,
+    EngineEffect,
+    LookAtEngine,
+    ParkEngine,
+    StartEngine,
+    StopEngine,
+    WakeEngine,
+)
 from services.nodeagent.mover.mover import mover_of
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
+from services.nodeagent.transitions import Residency
 
 DRAIN_S = 20.0
 
@@ -44,6 +53,14 @@ def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect:
             return WakeEngine(**common)
         case "adopt-parked" | "adopt-resident":
             return AdoptEngine(**common, should_be_parked=word == "adopt-parked")
+        case "look resident" | "look parked" | "look and end":
+            return LookAtEngine(
+                **common,
+                was=Residency.PARKED if word == "look parked" else Residency.RESIDENT,
+                granted_bytes=tuple(share.request_bytes for share in replica.shares),
+                neighbours=(),
+                may_end=word == "look and end",
+            )
         case _:
             assert word == "stop", word
             return StopEngine(**common, drain_s=DRAIN_S)

@@ -102,13 +102,12 @@ def test_handling_an_input_twice_equals_handling_it_once(plan: Plan) -> None:
 
 def test_a_handler_that_answers_a_repetition_is_noticed() -> None:
     def handler(state: Any, item: WakeOrdered, ctx: Context) -> Sequence[Outcome]:
-        return [nodeagent_core.starting(state, state.replicas["a"].proposal, wake_epoch=ctx.cause_seq, ctx=ctx)] + [
-            nodeagent_core.released(state, replica, "again", ctx) for replica in list(state.replicas.values())[1:][:1]
-        ]
+        return [nodeagent_core.released(state, replica, "again", ctx) for replica in [*state.replicas.values()][1:2]]
 
     agent = nodes.Agent()
-    for name in NAMES[:3]:
-        agent.resident(name, 10)
+    agent.resident("a", 70)
+    for name in NAMES[1:3]:
+        agent.granted(name, 20)
     order = agent.wake("a")
     planted = changed(NODEAGENT, handlers={**NODEAGENT.handlers, WakeOrdered: handler})
 

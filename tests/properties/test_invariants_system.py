@@ -30,7 +30,8 @@ from schemas.nodes import (
 from schemas.placement import CommandFact, DeploymentAdmitted, DeploymentRetired
 from schemas.swapper import ParkDecided, WakeDecided
 from services.nodeagent.simulated import HostFaults
-from services.nodeagent.state import NodeState, Residency
+from services.nodeagent.state import NodeState
+from services.nodeagent.transitions import Residency
 from services.placement.state import ClusterState
 from services.simulated import SimulatedSystem
 from services.swapper.state import FleetState

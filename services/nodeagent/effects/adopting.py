@@ -6,12 +6,12 @@ from services.nodeagent.effects.ending import watch
 from services.nodeagent.effects.hands import Gone, Hands
 from services.nodeagent.effects.parking import settled
 from services.nodeagent.effects.waking import restored
-from services.nodeagent.inputs import AdoptEngine
+from services.nodeagent.inputs import AdoptEngine, EngineDoubtful
 from services.nodeagent.mover.driver import Broken, Standing, StillParked, StillResident
 
 
 async def adopt(hands: Hands, effect: AdoptEngine, traceparent: str) -> Input | None:
-    """What differs is put right, what is gone is told."""
+    """What differs is put right, what is gone or in doubt is told; nothing is ended here."""
     engine = await hands.running(effect)
     driver, target = hands.mover.by(effect.swap_driver), hands.target(effect, engine)
     try:
@@ -25,8 +25,9 @@ async def adopt(hands: Hands, effect: AdoptEngine, traceparent: str) -> Input | 
             if standing is not Standing.RESIDENT:
                 await restored(hands, effect, engine)
             await hands.holder.open_route(effect.replica.replica_id, hands.endpoint(engine))
-    except (Broken, StillResident, StillParked) as error:
-        raise Gone(str(error)) from error
+    except (Gone, Broken, StillResident, StillParked) as error:
+        replica_id, lease_epoch = effect.replica.replica_id, effect.lease_epoch
+        return EngineDoubtful(replica_id=replica_id, lease_epoch=lease_epoch, reason=str(error))
     watch(hands, effect)
     return None
 

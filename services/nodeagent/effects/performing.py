@@ -9,6 +9,7 @@ from kit.outcomes import Effect, Input
 from services.nodeagent.effects.adopting import adopt
 from services.nodeagent.effects.ending import lost, stop
 from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log
+from services.nodeagent.effects.looking import look
 from services.nodeagent.effects.parking import park
 from services.nodeagent.effects.probing import probe
 from services.nodeagent.effects.starting import start
@@ -18,16 +19,25 @@ from services.nodeagent.gpu_inputs import TryGpu
 from services.nodeagent.inputs import (
     AdoptEngine,
     EngineEffect,
+    GiveGrace,
+    LookAtEngine,
     ParkEngine,
     ProbeNode,
     StartEngine,
     StopEngine,
     WakeEngine,
+    hung,
 )
 from services.nodeagent.runtimes.api import RuntimeProblem
 
 Work = Callable[[Hands, Any, str], Awaitable[Input | None]]
 """Called with the hands, the effect and the trace that it belongs to. May raise `RuntimeProblem`, or `Gone`."""
+
+
+async def _give_grace(hands: Hands, effect: GiveGrace, traceparent: str) -> Input:
+    await anyio.sleep(effect.grace_s)
+    return hung(effect)
+
 
 WORK: Final[Mapping[type[Effect], Work]] = {
     ProbeNode: probe,
@@ -37,6 +47,8 @@ WORK: Final[Mapping[type[Effect], Work]] = {
     StopEngine: stop,
     AdoptEngine: adopt,
     TryGpu: try_gpu,
+    LookAtEngine: look,
+    GiveGrace: _give_grace,
 }
 
 

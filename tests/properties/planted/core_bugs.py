@@ -40,7 +40,8 @@ from services.nodeagent.inputs import (
     StartEngine,
     WakeEngine,
 )
-from services.nodeagent.state import NodeState, Residency
+from services.nodeagent.state import NodeState
+from services.nodeagent.transitions import Residency
 from services.placement.core import SERVICE as PLACEMENT
 from services.placement.gangs import PlaceNext
 from services.swapper import core as swapper_core

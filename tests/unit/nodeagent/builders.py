@@ -7,16 +7,18 @@ from kit.service import Service
 from schemas.catalogue import decode, encode
 from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
 from schemas.messages import Fact
-from schemas.nodes import GpuOffer, LeaseGranted, LeaseRefused, ReplicaReady
+from schemas.nodes import GpuOffer, LeaseGranted, LeaseRefused, ParkTier, ReplicaReady
 from schemas.orders import ParkOrdered, WakeOrdered
 from schemas.placement import PlacementProposed, ReleaseProposed, ReplicaProposal, ShareProposal
 from schemas.units import GiB
 from services.nodeagent import health as _health  # noqa: F401  # Registers its handlers.
 from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
+from services.nodeagent import suspicion as _suspicion  # noqa: F401
 from services.nodeagent.core import SERVICE
 from services.nodeagent.inputs import (
     EngineEffect,
+    EngineFound,
     EngineInput,
     EngineLost,
     EngineNotWoken,
@@ -24,9 +26,11 @@ from services.nodeagent.inputs import (
     EngineStarted,
     EngineStayed,
     EngineStopped,
+    EngineUnexplained,
     EngineWoken,
     NodeProbed,
     StartEngine,
+    StepOverdue,
 )
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState, Replica
@@ -91,10 +95,18 @@ def release(name: str, *, node: str = NODE) -> ReleaseProposed:
 class Agent:
     """One agent whose writer epoch is 1 and whose proposals come with rising sequences."""
 
-    def __init__(self, *gpus: GpuOffer, host_gib: int = 1000, service: Service[NodeState] = SERVICE) -> None:
+    def __init__(
+        self,
+        *gpus: GpuOffer,
+        host_gib: int = 1000,
+        service: Service[NodeState] = SERVICE,
+        start_attempt_count: int = 5,
+    ) -> None:
         """`service`: another one to run in place of the real one; tests plant faults that checks must find."""
         self.service = service
-        settings = NodeAgentSettings(node=NODE, residue_bytes=RESIDUE_GIB * GiB)
+        settings = NodeAgentSettings(
+            node=NODE, residue_bytes=RESIDUE_GIB * GiB, start_attempt_count=start_attempt_count
+        )
         self.state: NodeState = service.new_state(settings)
         self.now_s = 100.0
         self.seq = 0
@@ -188,7 +200,7 @@ class Agent:
     def started(self, name: str) -> EngineStarted:
         return EngineStarted(**self._of(name), endpoint=f"http://{name}", start_s=9.0, enforced_bytes=30 * GiB)
 
-    def has_parked(self, name: str, *, residue_gib: int = RESIDUE_GIB) -> EngineParked:
+    def has_parked(self, name: str, *, residue_gib: int = RESIDUE_GIB, tier: ParkTier = ParkTier.HOST) -> EngineParked:
         return EngineParked(
             **self._of(name),
             residues=(residue_gib * GiB,) * len(self.lease(name).share_bytes),
@@ -197,6 +209,7 @@ class Agent:
             park_s=0.1,
             drain_s=0.2,
             reason="idle",
+            tier=tier,
         )
 
     def stayed(self, name: str) -> EngineStayed:
@@ -213,13 +226,25 @@ class Agent:
     def stopped(self, name: str) -> EngineStopped:
         return EngineStopped(**self._of(name))
 
-    def lost(self, name: str) -> EngineLost:
-        return EngineLost(**self._of(name), reason="it ended with code 137")
+    def lost(self, name: str, *, shaken: tuple[str, ...] = ()) -> EngineLost:
+        return EngineLost(**self._of(name), reason="it ended with code 137", shaken_ids=shaken)
+
+    def found(self, name: str, *, is_parked: bool = False) -> EngineFound:
+        residues = (RESIDUE_GIB * GiB,) * len(self.lease(name).share_bytes) if is_parked else ()
+        return EngineFound(**self._of(name), endpoint=f"http://{name}", is_parked=is_parked, residues=residues)
+
+    def unexplained(self, name: str) -> EngineUnexplained:
+        return EngineUnexplained(**self._of(name), reason="it does not answer")
 
 
 def outline(outcomes: list[Outcome]) -> list[str]:
-    """Kind and replica of each outcome, in order: what was decided, without the numbers."""
-    return [f"{type(outcome).__name__} {_about(outcome)}".strip() for outcome in outcomes]
+    """Kind and replica of each outcome, in order: what was decided, without numbers and steps' deadlines."""
+    return [f"{type(outcome).__name__} {_about(outcome)}".strip() for outcome in without_deadlines(outcomes)]
+
+
+def without_deadlines(outcomes: list[Outcome]) -> list[Outcome]:
+    """All but the timers of steps: every step has one, and `test_suspects` looks at them."""
+    return [o for o in outcomes if not (isinstance(o, Timer) and isinstance(o.input, StepOverdue))]
 
 
 def _about(outcome: Outcome) -> str:

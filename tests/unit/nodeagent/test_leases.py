@@ -127,7 +127,10 @@ def test_a_release_without_a_process_ends_the_lease_at_once() -> None:
 
     (released,) = agent.handle(release("b"))
 
-    assert LeaseReleased(node=NODE, at_s=agent.now_s, replica_id="b", reason="retired") == released
+    assert (
+        LeaseReleased(node=NODE, at_s=agent.now_s, replica_id="b", reason="retired", lease_epoch=agent.seq - 1)
+        == released
+    )
 
 
 @pytest.mark.parametrize("step", ["starting", "resident", "draining", "parked", "waking"])

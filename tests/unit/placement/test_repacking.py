@@ -174,7 +174,7 @@ def test_who_is_about_to_change_or_must_not_be_moved_stays() -> None:
         assert [] == moved(placement.tidy()), wish
         assert 0 == gpus_freed(placement.ask())
     placement = Repacking()
-    names = {"replica_id": placement.small, "deployment_id": placement.id_of("small"), "model": "small"}
+    names: dict[str, Any] = {"replica_id": placement.small, "deployment_id": placement.id_of("small"), "model": "small"}
     placement.handle(ReplicaStarting(node="node-0", at_s=placement.now_s, **names, wake_epoch=1))
     placement.hear()
     assert [] == moved(placement.tidy())
