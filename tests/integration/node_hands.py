@@ -22,6 +22,7 @@ from schemas.placement import ReplicaProposal
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
+from services.nodeagent.gpu_inputs import TryGpu
 from services.nodeagent.guard.making import guard_of
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import (
@@ -41,10 +42,12 @@ from services.nodeagent.transitions import Residency
 DRAIN_S = 20.0
 
 
-def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect:
+def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect | TryGpu:
     common: dict[str, Any] = {"replica": replica, "lease_epoch": 7, "wake_epoch": 1}
     common["swap_driver"] = replica.deployment.engine.swap_driver
     match word:
+        case "try":
+            return TryGpu(gpu_uuid=replica.shares[0].gpu_uuid, fault_count=3)
         case "start":
             return StartEngine(**common)
         case "park":
