@@ -89,7 +89,7 @@ def test_a_stranger_on_a_gpu_is_counted_while_it_is_there(own_stack: RunningStac
     with stranger:
         assert stranger.stdout is not None
         assert b"up\n" == stranger.stdout.readline()
-        eventually(lambda: told(own_stack, GpuObserved), "the stranger was not seen", timeout_s=SEEN_S)
+        eventually(lambda: bool(told(own_stack, GpuObserved)), "the stranger was not seen", timeout_s=SEEN_S)
         (seen,) = told(own_stack, GpuObserved)
         stranger.kill()
 
