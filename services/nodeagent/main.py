@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import msgspec
@@ -28,7 +28,7 @@ from services.nodeagent.effects.probing import offered, our_pids
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard.making import guard_of
 from services.nodeagent.guard.watchdog import Watchdog
-from services.nodeagent.holder_client import HolderClient
+from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.logs import read_tail
 from services.nodeagent.mover.mover import mover_of
 from services.nodeagent.rooms import Rooms
@@ -38,16 +38,19 @@ from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
 from services.nodeagent.watching import GpuWatch
 
+HOLDER_WAIT_S: Final = 60.0
+HOLDER_POLL_S: Final = 0.2
 HANDLERS = (health, leases, residency, suspicion)
 """Modules whose import registers handlers."""
 
 
 async def main() -> None:
-    settings = kit_settings.load(NodeAgentSettings, service="nodeagent")
-    telemetry = service_tracer("nodeagent", node=settings.node)
-    journal = Journal(Path(settings.state_dir) / "journal")
-    machine = Machine(machine_id=kept_machine_id(Path(settings.state_dir)), take_over_from=settings.take_over_from)
-    holder, engines = HolderClient(settings.holder_socket), EngineClient()
+    chosen = kit_settings.load(NodeAgentSettings, service="nodeagent")
+    telemetry = service_tracer("nodeagent", node=chosen.node)
+    journal = Journal(Path(chosen.state_dir) / "journal")
+    machine = Machine(machine_id=kept_machine_id(Path(chosen.state_dir)), take_over_from=chosen.take_over_from)
+    holder, engines = HolderClient(chosen.holder_socket), EngineClient()
+    settings = await with_broker(chosen, holder)
     inventory = await anyio.to_thread.run_sync(NvmlInventory)
     guard, rooms = guard_of(settings, inventory, holder), Rooms(inventory)
     mover = mover_of(settings, engines)
@@ -100,7 +103,7 @@ async def main() -> None:
 
 
 def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> None:
-    """Over engines, whether they keep to their grants, and over GPUs, whether they are well."""
+    """Over engines, whether they keep to their grants, over their accounts, and over GPUs, whether they are well."""
     watchdog = Watchdog(
         hands.settings,
         guard=hands.guard,
@@ -109,6 +112,8 @@ def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> Non
         report=runner.offer,
     )
     hands.watchers.start_soon(watchdog.run)
+    if hands.guard.accounts is not None:
+        hands.watchers.start_soon(hands.guard.accounts.keep)
     watch = GpuWatch(
         inventory,
         every_s=hands.settings.measure_s,
@@ -118,6 +123,29 @@ def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> Non
         report=runner.offer,
     )
     hands.watchers.start_soon(watch.run)
+
+
+async def with_broker(settings: NodeAgentSettings, holder: HolderClient) -> NodeAgentSettings:
+    """With the sockets of the memory broker that this host's holder keeps, unless they are set.
+
+    Waits for the holder, without which an agent can do nothing: raises `HolderProblem` when it stays away.
+    """
+    if settings.broker_socket:
+        return settings
+    give_up_s = anyio.current_time() + HOLDER_WAIT_S
+    while True:
+        try:
+            broker = (await holder.view()).broker
+        except HolderProblem:
+            if anyio.current_time() > give_up_s:
+                raise
+            await anyio.sleep(HOLDER_POLL_S)
+            continue
+        if broker is None:
+            return settings
+        return msgspec.structs.replace(
+            settings, broker_socket=broker.control_socket, broker_engine_socket=broker.engine_socket
+        )
 
 
 def _offered_by(runner: Runner[NodeState]) -> Collection[str] | None:

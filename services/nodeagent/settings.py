@@ -48,7 +48,7 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     mps_pipe_dir: str = ""
     """Where its daemon listens; seen by engines too. Empty: ``mps`` in `state_dir`."""
     broker_socket: str = ""
-    """Private socket of this host's memory broker, the agent's side. Empty: no broker."""
+    """Private socket of this host's memory broker, the agent's side. Empty: the holder is asked for its broker's."""
     broker_engine_socket: str = ""
     """Its other socket, which engines are told."""
     images_dir: str = ""

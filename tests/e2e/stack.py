@@ -127,8 +127,14 @@ class RunningStack:
 
     def engines(self) -> set[int]:
         """Processes of engines: children of the holder but for its memory broker."""
-        children = {pid for pid, parent in parents().items() if parent == self.pids["holder"]}
-        return {pid for pid in children if b"services\0broker" not in Path(f"/proc/{pid}/cmdline").read_bytes()}
+        return self._holders_children() - self.brokers()
+
+    def brokers(self) -> set[int]:
+        """The holder's memory broker; none while it is being started again."""
+        return {pid for pid in self._holders_children() if b"services\0broker" in _command(pid)}
+
+    def _holders_children(self) -> set[int]:
+        return {pid for pid, parent in parents().items() if parent == self.pids["holder"]}
 
     def everybody(self) -> set[ProcessIdentity]:
         """Every process of the stack, engines and the supervisor included."""
@@ -246,3 +252,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
+
+
+def _command(pid: int) -> bytes:
+    """Its arguments, with a zero byte after each; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

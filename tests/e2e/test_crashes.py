@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sublet
+from schemas.deployments import SwapDriver
 from schemas.nodes import LeaseGranted, LeaseReleased, ReplicaFailed, ReplicaParked, ReplicaReady, ReplicaResident
 from tests.e2e.conftest import CHAT, OTHER
 from tests.e2e.stack import Load, RunningStack, answers, chat, eventually, survivors
@@ -35,6 +36,35 @@ def test_a_model_wakes_after_every_part_that_decides_has_died(stack: RunningStac
         stack.kill(part)
 
     assert chat(stack.openai(), OTHER)
+    assert engines == stack.engines()
+
+
+def test_a_park_copies_nothing_and_goes_by_the_memory_broker(stack: RunningStack) -> None:
+    before_count = len(stack.facts())
+    with stack.client() as client:
+        client.park(OTHER)
+    eventually(lambda: stack.state_of(OTHER) == "parked", "not parked")
+    assert chat(stack.openai(), OTHER)
+
+    facts = stack.facts()[before_count:]
+    (parked,) = [fact for fact in facts if isinstance(fact, ReplicaParked)]
+    (back,) = [fact for fact in facts if isinstance(fact, ReplicaResident)]
+    assert (SwapDriver.STORE, 0) == (parked.swap_driver, parked.copied_bytes)
+    assert back.swap_driver is SwapDriver.STORE
+    assert back.copied_bytes > 0
+
+
+def test_models_serve_park_and_wake_over_the_death_of_the_memory_broker(stack: RunningStack) -> None:
+    engines, (broker,) = stack.engines(), stack.brokers()
+    with Load(stack.openai(), CHAT) as load:
+        os.kill(broker, signal.SIGKILL)
+        eventually(lambda: stack.brokers() - {broker} != set(), "the broker was not started again")
+        with stack.client() as client:
+            client.park(OTHER)
+        eventually(lambda: stack.state_of(OTHER) == "parked", "not parked", timeout_s=20)
+        assert chat(stack.openai(), OTHER)
+
+    assert [] == load.problems
     assert engines == stack.engines()
 
 
