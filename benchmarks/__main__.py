@@ -11,6 +11,7 @@ BENCHMARKS: Final = {
     "engine-model": "the engine model, in virtual time, against published figures that it was not fitted on",
     "serve": "a trace of many models through the whole stack on few GPUs, also with a service killed on the way",
     "placement": "how much of a cluster each policy allocates on the openb lists, and what a decision costs",
+    "guard": "isolation on the software GPU: greedy processes against each grade, and memory given back",
     "planted": "faults planted in services and shells: how many seeds the checks need to notice each",
     "power-cut": "the power goes again and again while facts are written: what was acknowledged must be there",
     "scale": "placement on 500 nodes with 4,000 GPUs over a real server, beside KAI's published figures",

@@ -13,6 +13,10 @@ from services.nodeagent.state import NodeState
 SLACK_BYTES: Final = 64 * MiB
 """Between the driver's account of a process and the limits that it enforces: rounding to its pieces of memory."""
 
+STOPPED_ON: Final = frozenset({IsolationGrade.WATCHED, IsolationGrade.BROKER})
+"""Where the watch itself ends overuse. `broker`: what is not lent can only have come out of the reserve, which every
+context of the GPU needs. The other grades have a limit or a budget, and overuse there is for people to look at."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowed:
@@ -80,7 +84,7 @@ class Judge:
     """Remembers who is beyond its grant since when."""
 
     grace_s: float
-    """An engine that only this watch holds is stopped when it is beyond its grant for so long."""
+    """An engine that nothing else holds is stopped when it is beyond its grant for so long."""
     since_s: dict[tuple[str, int, str], float] = field(default_factory=dict)
     stopped: set[tuple[str, int]] = field(default_factory=set)
     """(replica, lease epoch): asked for once."""
@@ -107,7 +111,7 @@ class Judge:
             is_new = allowed.key not in self.since_s
             since_s = self.since_s.setdefault(allowed.key, now_s)
             engine = (allowed.replica_id, allowed.lease_epoch)
-            is_over = allowed.grade is IsolationGrade.WATCHED and now_s - since_s >= self.grace_s
+            is_over = allowed.grade in STOPPED_ON and now_s - since_s >= self.grace_s
             is_stopped = is_over and engine not in self.stopped
             if is_stopped:
                 self.stopped.add(engine)

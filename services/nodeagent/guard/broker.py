@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Final
 
+import anyio
 import anyio.to_thread
 
 from devices.api import GpuDescription, Inventory
@@ -13,6 +14,9 @@ from services.nodeagent.guard.proof import Attempt, Proof
 
 BEYOND_BYTES: Final = 64 * MiB
 """More than the reserve by this much must not be had by a direct allocation."""
+
+FILL_LOOK_S: Final = 0.5
+"""Between two looks at a pool that fills; a broker makes tens of GiB in this time."""
 
 
 class BrokerQuota:
@@ -36,7 +40,7 @@ class BrokerQuota:
         pool = next((pool for pool in view.gpus if pool.gpu_uuid == gpu.uuid), None) if view is not None else None
         if pool is None:
             return Verdict(is_proven=False, reason="the memory broker does not have this GPU")
-        free_bytes = (await anyio.to_thread.run_sync(self._inventory.memory, gpu.uuid)).free_bytes
+        free_bytes = await self._settled_bytes(gpu)
         if free_bytes > self._reserve_bytes:
             beyond_bytes = free_bytes - self._reserve_bytes
             reason = f"the memory broker does not hold the whole GPU: {beyond_bytes} bytes beyond the reserve are free"
@@ -46,6 +50,17 @@ class BrokerQuota:
         # Not kept: what it proves is how the GPU is filled now.
         tried = await self._proof.attempt(gpu, within_bytes=0, beyond_bytes=self._reserve_bytes + BEYOND_BYTES)
         return verdict_of(tried)
+
+    async def _settled_bytes(self, gpu: GpuDescription) -> int:
+        """What is free there, once the broker takes no more of it: its pool is filled in the first seconds."""
+        free_bytes = (await anyio.to_thread.run_sync(self._inventory.memory, gpu.uuid)).free_bytes
+        while free_bytes > self._reserve_bytes:
+            await anyio.sleep(FILL_LOOK_S)
+            before_bytes = free_bytes
+            free_bytes = (await anyio.to_thread.run_sync(self._inventory.memory, gpu.uuid)).free_bytes
+            if free_bytes > before_bytes - BEYOND_BYTES:
+                break
+        return free_bytes
 
     async def enforce(self, share: Share) -> int:
         """What the account allows, as the broker tells it. Raises `NotEnforced` when it knows no such account."""

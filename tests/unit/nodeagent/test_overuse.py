@@ -10,7 +10,7 @@ from schemas.deployments import IsolationGrade
 from schemas.holders import EngineView
 from schemas.units import GiB
 from services.nodeagent.guard.owners import owners_of
-from services.nodeagent.overuse import SLACK_BYTES, Allowed, Judge, Measured, allowed_in, larger_of
+from services.nodeagent.overuse import SLACK_BYTES, STOPPED_ON, Allowed, Judge, Measured, allowed_in, larger_of
 from tests.unit.nodeagent.builders import Agent, gpu
 
 GRANT = 10 * GiB
@@ -24,15 +24,16 @@ def seen(used_bytes: int | None, **values: object) -> Measured:
     return Measured(allowed=allowed(**values), used_bytes=used_bytes)  # type: ignore[arg-type]
 
 
-def test_overuse_is_told_once_and_its_engine_is_stopped_after_the_grace() -> None:
+@pytest.mark.parametrize("grade", [IsolationGrade.WATCHED, IsolationGrade.BROKER])
+def test_overuse_is_told_once_and_its_engine_is_stopped_after_the_grace(grade: IsolationGrade) -> None:
     judge = Judge(grace_s=2.0)
-    told = [judge.judge([seen(11 * GiB)], now_s=now_s) for now_s in (0.0, 1.0, 2.0, 3.0)]
+    told = [judge.judge([seen(11 * GiB, grade=grade)], now_s=now_s) for now_s in (0.0, 1.0, 2.0, 3.0)]
 
     assert [[False], [], [True], []] == [[report.is_stopped for report in one.reports] for one in told]
     assert [0, 0, 1, 0] == [len(one.stops) for one in told]
 
 
-@pytest.mark.parametrize("grade", [grade for grade in IsolationGrade if grade is not IsolationGrade.WATCHED])
+@pytest.mark.parametrize("grade", [grade for grade in IsolationGrade if grade not in STOPPED_ON])
 def test_on_every_other_grade_overuse_is_told_and_nobody_is_stopped(grade: IsolationGrade) -> None:
     judge = Judge(grace_s=2.0)
 
