@@ -285,8 +285,11 @@ class HostMemory:
             self._changed = anyio.Event()
             try:
                 await self._pin_ahead()
-                while (slab := self._nameless()) is not None:
-                    await self._name(slab)
+                while self._nameless() is not None:
+                    async with self._moving:  # a slab that is being read is not demoted, and somebody may want room
+                        slab = self._nameless()
+                        if slab is not None:
+                            await self._name(slab)
             except Refused as refused:
                 log.warning("host memory is not made ready", extra={"why": refused.sentence})
                 await anyio.sleep(1.0)

@@ -34,6 +34,7 @@ from schemas.brokers import (
     ImageSeal,
     MemoryAsk,
     MemoryReturn,
+    Prefetch,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -115,6 +116,9 @@ class Agent(Peer):
 
     def forget(self, deployment: str) -> None:
         self.ask(ImageForget(deployment_id=deployment))
+
+    def prefetch(self, replica_id: str) -> None:
+        self.ask(Prefetch(replica_id=replica_id))
 
     def view(self) -> BrokerView:
         return msgspec.convert(self.ask(BrokerLook()), BrokerView)
