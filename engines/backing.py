@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # knows its content even there, is copied by a copy of its own.
 FIRST_PAGE_BYTES = 4096
 BULK_BYTES = 128 * KiB
+# The broker keeps an image until a newer one of its name is sealed, also beyond the engine's end. The next start of the
+# replica begins anew with generation 1, and must not be taken for an older one: its lease epoch goes in front.
+GENERATION_BITS = 20
 
 T = TypeVar("T")
 
@@ -127,6 +130,7 @@ class BrokerBacking:
     def __init__(self, device: Device, settings: StoreSettings) -> None:
         self.device = device
         self._replica_id = settings.replica_id
+        self._first_generation = settings.lease_epoch << GENERATION_BITS
         self._store = GpuStore(device, settings)
 
     @property
@@ -147,13 +151,18 @@ class BrokerBacking:
 
     def seal(self, region: Region, name: str, *, generation: int, content_id: str) -> int:
         sealed = self._store.seal(
-            self._range(name), image_id=self._image(name), generation=generation, content_id=content_id
+            self._range(name),
+            image_id=self._image(name),
+            generation=self._first_generation + generation,
+            content_id=content_id,
         )
         return sealed.copied_bytes
 
     def restore(self, region: Region, name: str, *, generation: int) -> Restored:
         try:
-            restored = self._store.restore(region, self._range(name), image_id=self._image(name), generation=generation)
+            restored = self._store.restore(
+                region, self._range(name), image_id=self._image(name), generation=self._first_generation + generation
+            )
         except StoreError as error:
             raise _as_out_of_memory(error, region) from error
         return Restored(

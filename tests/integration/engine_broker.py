@@ -91,12 +91,14 @@ class BrokerProcess:
     def account(self, replica_id: str) -> AccountView:
         return next(account for account in self.look().accounts if account.replica_id == replica_id)
 
-    def admit(self, replica_id: str, *, granted_bytes: int, tenant: str = "acme") -> dict[str, str]:
+    def admit(
+        self, replica_id: str, *, granted_bytes: int, tenant: str = "acme", lease_epoch: int = LEASE_EPOCH
+    ) -> dict[str, str]:
         """Open an account on every GPU of the host; the environment of its engine."""
         self._ask(
             AccountOpen(
                 replica_id=replica_id,
-                lease_epoch=LEASE_EPOCH,
+                lease_epoch=lease_epoch,
                 tenant=tenant,
                 key=f"key of {replica_id}",
                 granted_bytes=dict.fromkeys(self._host.uuids(), granted_bytes),
@@ -108,7 +110,7 @@ class BrokerProcess:
             "SUBLET_BROKER_SOCKET": str(self._state_dir / "engines.sock"),
             "SUBLET_BROKER_KEY": f"key of {replica_id}",
             "SUBLET_REPLICA_ID": replica_id,
-            "SUBLET_LEASE_EPOCH": str(LEASE_EPOCH),
+            "SUBLET_LEASE_EPOCH": str(lease_epoch),
         }
 
     def close_account(self, replica_id: str) -> None:

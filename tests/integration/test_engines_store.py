@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import softgpu
-from tests.integration.engine_broker import BrokerProcess, process_bytes
+from tests.integration.engine_broker import LEASE_EPOCH, BrokerProcess, process_bytes
 from tests.unit.engines.running import (
     SMALL_CONTEXT_BYTES,
     Engine,
@@ -30,8 +30,12 @@ class World:
     memory_bytes: int
     gpu_count: int = 1
 
-    def engine(self, replica_id: str = "r/0", *, granted_bytes: int | None = None) -> Engine:
-        environment = self.broker.admit(replica_id, granted_bytes=granted_bytes or self.memory_bytes)
+    def engine(
+        self, replica_id: str = "r/0", *, granted_bytes: int | None = None, lease_epoch: int = LEASE_EPOCH
+    ) -> Engine:
+        environment = self.broker.admit(
+            replica_id, granted_bytes=granted_bytes or self.memory_bytes, lease_epoch=lease_epoch
+        )
         return simulated(
             self.host,
             model="small-model",
@@ -238,6 +242,22 @@ def test_an_engine_that_is_killed_leaves_nothing_with_the_broker(small: World) -
         small.broker.close_account("r/0")
 
         assert all(pool.lent_bytes == 0 for pool in small.broker.look().gpus)
+
+
+def test_the_next_start_of_a_replica_seals_over_what_the_last_one_left(small: World) -> None:
+    with small.engine().ready() as engine:
+        engine.post("/sublet/weights")
+        engine.post("/sleep")
+        engine.kill()
+        small.broker.close_account("r/0")
+    once_bytes = sum(pool.used_bytes for pool in small.broker.look().host)
+
+    with small.engine(lease_epoch=LEASE_EPOCH + 1).ready() as again:
+        digest = again.get("/sublet/weights").json["digest"]
+        again.post("/sleep")
+        assert again.post("/wake_up").status == 200
+        assert again.get("/sublet/weights").json == {"weights_generation": 1, "digest": digest}
+        assert sum(pool.used_bytes for pool in small.broker.look().host) == once_bytes
 
 
 def test_where_the_broker_holds_the_whole_gpu_an_engine_needs_nothing_beyond_it(tmp_path: Path) -> None:
