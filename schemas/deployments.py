@@ -249,4 +249,6 @@ def problems_of(spec: DeploymentSpec) -> list[str]:
         problems.append(f"priority: '{spec.priority}' is unknown; use one of {', '.join(PRIORITIES)}.")
     if spec.kind is WorkloadKind.TRAINING and spec.engine.kind is not EngineKind.TRAINING:
         problems.append("engine: a training deployment needs engine kind 'training'.")
-    return problems
+    from schemas.engine_wishes import engine_problems  # Late: it stands on this module.
+
+    return problems + engine_problems(spec)

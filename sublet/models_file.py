@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from sublet import _contract as contract
 from sublet.errors import InvalidInput
+from sublet.models_file_engines import Finding, Path_, engine_findings
 from sublet.positions import Document, Mark, Problem, read_yaml, suggestion
 from sublet.quantities import DURATION, SIZE, bytes_of, seconds_of
 
@@ -23,8 +23,6 @@ SUFFIXES: Final = (".yaml", ".yml")
 PORTION_MAX: Final = 1
 # The largest fleet file that people write is some hundred kilobytes.
 FILE_BYTES_MAX: Final = 4 * 1024**2
-
-Path_ = tuple[str | int, ...]
 
 
 class InvalidFiles(InvalidInput):
@@ -42,17 +40,6 @@ class InvalidFiles(InvalidInput):
 
     def as_json(self) -> dict[str, Any]:
         return {**super().as_json(), "problems": [problem.as_json() for problem in self.problems]}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """A mistake by its path in the settings, before anybody looked up where that is."""
-
-    path: Path_
-    message: str
-    hint: str = ""
-    key: str = ""
-    """Set: the mistake is this key below `path`; else it is the value at `path`."""
 
 
 @cache
@@ -191,14 +178,15 @@ def _findings_of(error: Any, path: Path_) -> Iterator[Finding]:
             hint = suggestion(str(value), error.validator_value)
             choices = ", ".join(error.validator_value)
             yield Finding(path=path, message=f"unknown {setting} '{_shown(value)}'; use one of {choices}", hint=hint)
-        case "maximum" if error.validator_value == PORTION_MAX:
+        case "maximum" if error.validator_value == PORTION_MAX and path[-1] != "compute":
             message = f"{setting} {_shown(value)} is more than one GPU"
             hint = "for a size add its unit, for example 20GiB; for two GPUs write `gpus: 2` and the share of each"
             yield Finding(path=path, message=message, hint=hint)
         case "minProperties" if path == ("models",):
             yield Finding(path=path, message=f"{setting} must not be empty", hint="add a model below it")
         case "pattern" if "x-name" in error.schema:
-            yield Finding(path=path, key=str(value), message=f"'{_shown(value)}' is no model name; {expects}")
+            noun = error.schema.get("x-noun", "model name")
+            yield Finding(path=path, key=str(value), message=f"'{_shown(value)}' is no {noun}; {expects}")
         case _:
             yield Finding(path=path, message=f"{setting} must be {expects}; found {_described(value)}")
 
@@ -251,6 +239,7 @@ def _semantic_findings(settings: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(path=("engine",), message="a training job needs engine training", hint="leave `engine` out")
     if kind == "inference" and engine == "training":
         yield Finding(path=("kind",), message="engine training serves no requests", hint="write `kind: training`")
+    yield from engine_findings(settings, schema()["properties"]["models"]["additionalProperties"]["properties"])
 
 
 def _oversized(settings: Mapping[str, Any]) -> Iterator[Finding]:
@@ -313,6 +302,13 @@ def _translate(name: str, settings: Mapping[str, Any]) -> contract.DeploymentSpe
             weights_bytes=weights_bytes,
             cold_start_s=seconds.get("cold_start"),
             arguments={key: _argument(value) for key, value in settings.get("arguments", {}).items()},
+            image=settings.get("image", ""),
+            command=tuple(settings.get("command", ())),
+            environment={key: _argument(value) for key, value in settings.get("environment", {}).items()},
+            secrets=tuple(settings.get("secrets", ())),
+            runtime=settings.get("runtime"),
+            swap_driver=settings.get("swap"),
+            is_elastic=settings.get("elastic"),
         ),
         share=_share(settings),
         priority=settings.get("priority"),
@@ -370,4 +366,6 @@ def _share(settings: Mapping[str, Any]) -> contract.ShareSpec:
         limit_bytes=limit if isinstance(limit, int) else None,
         minimum_grade=settings.get("minimum_grade"),
         gpu_count=settings.get("gpus", 1),
+        burst_weight=settings.get("burst_weight", 1),
+        compute_portion=settings.get("compute"),
     )

@@ -7,14 +7,25 @@ from typing import Any, Final
 
 import msgspec
 
+from schemas.abilities import ABILITIES
 from schemas.deployments import (
     DEFAULT_PRIORITY,
     PRIORITIES,
     AntiAffinity,
     EngineKind,
     IsolationGrade,
+    Runtime,
     Strategy,
+    SwapDriver,
     WorkloadKind,
+)
+from schemas.engine_wishes import (
+    CONTAINERS_ONLY,
+    HAVE_USUAL_IMAGES,
+    OWN_OPTIONS,
+    RESERVED_VARIABLE,
+    SECRET_NAME,
+    VARIABLE_NAME,
 )
 from schemas.units import ModelName
 
@@ -58,7 +69,7 @@ def _model() -> dict[str, Any]:
         "x-expects": "a mapping of settings",
         "required": ["weights", "share"],
         "additionalProperties": False,
-        "properties": {**_what(), **_room(), **_where(), **_swap()},
+        "properties": {**_what(), **_engine(), **_room(), **_where(), **_swap()},
     }
 
 
@@ -66,21 +77,16 @@ def _what() -> dict[str, Any]:
     """What runs."""
     defaults = ", ".join(f"{priority} for {kind}" for kind, priority in DEFAULT_PRIORITY.items())
     return {
-        "engine": _choice(EngineKind, "The program that serves the model. Default: simulated; for training: training."),
+        "engine": {
+            **_choice(EngineKind, "The program that serves the model. Default: simulated; for training: training."),
+            "x-containers-only": sorted(CONTAINERS_ONLY),
+            "x-usual-images": sorted(HAVE_USUAL_IMAGES),
+        },
         "model": {
             "description": "The engine's own name for the model. Default: the name above.",
             "type": "string",
             "maxLength": 256,
             "x-expects": "a text of at most 256 characters",
-        },
-        "arguments": {
-            "description": "More command-line options for the engine, without the leading dashes.",
-            "type": "object",
-            "x-expects": "a mapping from options to values",
-            "additionalProperties": {
-                "type": ["string", "number", "boolean"],
-                "x-expects": "a text, a number, true or false",
-            },
         },
         "weights": _size("Bytes of the model's weights; host memory keeps as many while it is parked.", "14.5GB"),
         "kind": _choice(WorkloadKind, "Inference answers requests; training yields to it. Default: inference."),
@@ -93,6 +99,71 @@ def _what() -> dict[str, Any]:
         "cold_start": _duration(
             "Simulated engines only: how long a cold start takes before weights are loaded.", "10s"
         ),
+    }
+
+
+def _engine() -> dict[str, Any]:
+    """How the program that runs is started."""
+    return {
+        "image": {
+            "description": "Image of the engine's container. Default: the engine's usual one, where it runs in one.",
+            "examples": ["nvcr.io/nim/meta/llama-3.1-8b-instruct:2.1.6"],
+            "type": "string",
+            "maxLength": 256,
+            "pattern": r"^\S+$",
+            "x-expects": "the name of an image such as vllm/vllm-openai:v0.33.0",
+        },
+        "command": {
+            "description": "Instead of the engine's usual program; {port}, {model} and {memory_bytes} are filled in.",
+            "examples": [["my-server", "--port", "{port}"]],
+            "type": "array",
+            "minItems": 1,
+            "x-expects": "a list of words such as [my-server, --port, '{port}']",
+            "items": {"type": "string", "minLength": 1, "x-expects": "a text; put it in quotes"},
+        },
+        "runtime": _choice(Runtime, "What runs the engine's program. Default: docker with an image, else process."),
+        "environment": {
+            "description": "More variables for the engine. No secrets: they would be in every log of the fleet.",
+            "examples": [{"VLLM_LOGGING_LEVEL": "DEBUG"}],
+            "type": "object",
+            "x-expects": "a mapping from variables to values",
+            "propertyNames": {
+                "pattern": VARIABLE_NAME,
+                "x-name": True,
+                "x-noun": "name of a variable",
+                "x-expects": "use letters, digits and _",
+            },
+            "x-reserved": RESERVED_VARIABLE,
+            "x-secret": SECRET_NAME,
+            "additionalProperties": {
+                "type": ["string", "number", "boolean"],
+                "x-expects": "a text, a number, true or false",
+            },
+        },
+        "secrets": {
+            "description": "Names of secrets of the node; the engine gets each as the variable of that name.",
+            "examples": [["HF_TOKEN"]],
+            "type": "array",
+            "uniqueItems": True,
+            "x-expects": "a list of different names of secrets such as [HF_TOKEN]",
+            "items": {
+                "type": "string",
+                "pattern": VARIABLE_NAME,
+                "x-reserved": RESERVED_VARIABLE,
+                "x-expects": "the name of a variable such as HF_TOKEN",
+            },
+        },
+        "arguments": {
+            "description": "More command-line options for the engine, without the leading dashes.",
+            "x-own": sorted(OWN_OPTIONS),
+            "x-secret": SECRET_NAME,
+            "type": "object",
+            "x-expects": "a mapping from options to values",
+            "additionalProperties": {
+                "type": ["string", "number", "boolean"],
+                "x-expects": "a text, a number, true or false",
+            },
+        },
     }
 
 
@@ -113,6 +184,18 @@ def _room() -> dict[str, Any]:
         },
         "limit": limit,
         "minimum_grade": _choice(IsolationGrade, "Only nodes that enforce the share at least this strongly."),
+        "burst_weight": _count(
+            "Among those that want more than their share: free bytes go by weight. Default: 1.", 2, 1000
+        ),
+        "elastic": _yes("Its cache can grow and shrink while it serves. Default: as its kind of engine usually can."),
+        "compute": {
+            "description": "The most of a GPU's processors that it may use; needs a GPU that is shared by MPS.",
+            "examples": [0.5],
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": 1,
+            "x-expects": "a part of a GPU's processors such as 0.5, at most 1",
+        },
     }
 
 
@@ -182,6 +265,10 @@ def _count(description: str, example: int, most: int) -> dict[str, Any]:
 def _swap() -> dict[str, Any]:
     """How it leaves the GPU and comes back."""
     return {
+        "swap": {
+            **_choice(SwapDriver, "How it leaves the GPU and returns. Default: the quickest that engine and node can."),
+            "x-by-engine": {str(kind): list(able.swap_drivers) for kind, able in ABILITIES.items()},
+        },
         "parkable": {
             "description": "May it leave the GPU while idle; it then returns by a deadline. Default: true.",
             "type": "boolean",

@@ -1,7 +1,9 @@
 """The client restates the public messages; here the two statements are compared, so that neither drifts."""
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from schemas.generators.message_schema import ANSWER_OF, STAND_INS
 from schemas.messages import answer_subject, command_subject, query_subject, tag_of
 from sublet import _contract as contract
 from sublet.client import Client
+from sublet.errors import InvalidInput
 from tests.unit.sublet.fakes import FakeControlPlane
 
 # What the client leaves out on purpose: bounds and enumerations (an older client reads newer answers), and words.
@@ -165,6 +168,57 @@ def test_what_the_models_file_accepts_is_admitted(words: dict[str, Any]) -> None
     spec = msgspec.json.decode(body, type=deployments.DeploymentSpec)
 
     assert deployments.problems_of(spec) == []
+
+
+ENGINE_WORDS: list[dict[str, Any]] = [
+    *(
+        {name: value for name, value in zip(("engine", "image", "command", "runtime"), values, strict=True) if value}
+        for values in itertools.product(
+            deployments.EngineKind, (None, "an/image:1"), (None, ["serve", "{port}"]), (None, *deployments.Runtime)
+        )
+    ),
+    *(
+        {"engine": kind, "swap": swap, "image": "an/image:1"}
+        for kind, swap in itertools.product(deployments.EngineKind, deployments.SwapDriver)
+    ),
+    *(
+        {"engine": kind, "image": "an/image:1", where: {name: "x"}}
+        for kind, where, name in itertools.product(
+            deployments.EngineKind,
+            ("environment", "arguments"),
+            ("HF_TOKEN", "PASSWORD", "MAX_TOKENS", "SUBLET_X", "port", "a-key", "monkey"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("words", ENGINE_WORDS, ids=str)
+def test_the_client_and_the_admission_agree_on_what_can_be_started(words: dict[str, Any]) -> None:
+    """What is refused there must be told here first, with its place in the file; what is told here, refused there."""
+    words = {name: str(value) if isinstance(value, StrEnum) else value for name, value in words.items()}
+    words |= {"kind": "training"} if words["engine"] == "training" else {}
+    plain = deployments.DeploymentSpec(
+        name="chat",
+        kind=deployments.WorkloadKind(words.get("kind", "inference")),
+        engine=deployments.EngineSpec(
+            kind=deployments.EngineKind(words["engine"]),
+            weights_bytes=1,
+            image=words.get("image", ""),
+            command=tuple(words.get("command", ())),
+            runtime=deployments.Runtime(words["runtime"]) if "runtime" in words else None,
+            swap_driver=deployments.SwapDriver(words["swap"]) if "swap" in words else None,
+            environment=words.get("environment", {}),
+            arguments=words.get("arguments", {}),
+        ),
+        share=deployments.ShareSpec(request_portion=0.3),
+    )
+    is_told = False
+    try:
+        sublet.deployment("chat", weights="1GB", share=0.3, **words)
+    except InvalidInput:
+        is_told = True
+
+    assert bool(deployments.problems_of(plain)) == is_told
 
 
 def test_a_refusal_is_told_from_every_view() -> None:
