@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pynvml
 
+from devices import mig
 from devices.api import (
     DeviceError,
     DeviceLost,
@@ -84,23 +85,31 @@ class NvmlInventory:
         self._is_closed = False
         self._lock = threading.Lock()  # guards opening, use and closing of the event set
         self._events: Any = None
-        self._event_uuids: dict[int | None, str] = {}  # {NVML's device pointer: uuid}
+        self._event_parts: dict[int | None, list[mig.Part]] = {}  # {NVML's device pointer: what is offered of it}
         self._driver_version = str(call("nvmlSystemGetDriverVersion"))
 
     def gpus(self) -> tuple[GpuDescription, ...]:
+        """A GPU that is cut into MIG instances is left out for them; they are numbered after all GPUs."""
         self._check_open()
-        found = []
-        for index in range(int(call("nvmlDeviceGetCount"))):
+        found: list[GpuDescription] = []
+        gpu_count = instance_count = int(call("nvmlDeviceGetCount"))
+        for index in range(gpu_count):
             try:
-                found.append(self._describe(index))
+                gpu = call("nvmlDeviceGetHandleByIndex", index)
+                instances = mig.instances_of(call, gpu)
+                if instances is None:
+                    found.append(self._describe(gpu, gpu, index))
+                for instance in instances or ():
+                    found.append(self._describe(instance, gpu, instance_count))
+                    instance_count += 1
             except DeviceLost:
                 continue
-        return tuple(found)
+        return tuple(sorted(found, key=lambda each: each.index))
 
-    def _describe(self, index: int) -> GpuDescription:
-        handle = call("nvmlDeviceGetHandleByIndex", index)
+    def _describe(self, handle: Any, gpu: Any, index: int) -> GpuDescription:
+        """`gpu`: itself, or the one that the instance is a part of."""
         memory = call("nvmlDeviceGetMemoryInfo", handle, version=pynvml.nvmlMemory_v2)
-        bus_id = _text(call("nvmlDeviceGetPciInfo", handle).busId)
+        bus_id = _text(call("nvmlDeviceGetPciInfo", gpu).busId)
         return GpuDescription(
             uuid=str(call("nvmlDeviceGetUUID", handle)),
             index=index,
@@ -108,8 +117,8 @@ class NvmlInventory:
             capacity_bytes=int(memory.total),
             reserved_bytes=int(memory.reserved),
             pci_bus_id=bus_id,
-            link_generation=_optional("nvmlDeviceGetMaxPcieLinkGeneration", handle),
-            link_width_count=_optional("nvmlDeviceGetMaxPcieLinkWidth", handle),
+            link_generation=_optional("nvmlDeviceGetMaxPcieLinkGeneration", gpu),
+            link_width_count=_optional("nvmlDeviceGetMaxPcieLinkWidth", gpu),
             is_software=_SOFTWARE_DRIVER_MARK in self._driver_version,
             driver_version=self._driver_version,
             numa_index=numa_index(bus_id),
@@ -139,7 +148,7 @@ class NvmlInventory:
             return None
 
     def condition(self, gpu_uuid: str) -> GpuCondition:
-        handle = self._handle(gpu_uuid)
+        handle = mig.gpu_of(call, self._handle(gpu_uuid))  # What an instance's chip feels, it feels.
         reasons = _optional("nvmlDeviceGetCurrentClocksEventReasons", handle)
         if reasons is None:  # Drivers before R535 know it under its older name.
             reasons = _optional("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
@@ -203,9 +212,10 @@ class NvmlInventory:
                     event = call("nvmlEventSetWait_v2", self._events, wait_ms)
                 except NotReady:
                     break
-                uuid = self._event_uuids.get(_pointer(event.device))
-                if uuid is not None and event.eventType == pynvml.nvmlEventTypeXidCriticalError:
-                    found.append(GpuFault(gpu_uuid=uuid, xid=int(event.eventData)))
+                parts = self._event_parts.get(_pointer(event.device), [])
+                if event.eventType == pynvml.nvmlEventTypeXidCriticalError:
+                    struck = mig.struck(parts, instance_id=int(event.gpuInstanceId))
+                    found += [GpuFault(gpu_uuid=uuid, xid=int(event.eventData)) for uuid in struck]
                 wait_ms = 0
         return tuple(found)
 
@@ -213,13 +223,13 @@ class NvmlInventory:
         if self._events is not None:
             return
         events = call("nvmlEventSetCreate")
-        for gpu in self.gpus():
-            handle = self._handle(gpu.uuid)
+        for index in range(int(call("nvmlDeviceGetCount"))):
             try:
+                handle = call("nvmlDeviceGetHandleByIndex", index)
                 call("nvmlDeviceRegisterEvents", handle, pynvml.nvmlEventTypeXidCriticalError, events)
-            except NotSupported:
+                self._event_parts[_pointer(handle)] = mig.parts_of(call, handle)
+            except (NotSupported, DeviceLost):
                 continue
-            self._event_uuids[_pointer(handle)] = gpu.uuid
         self._events = events
 
     def close(self) -> None:

@@ -57,6 +57,14 @@ def delay(text: str) -> float:
     return float(match[1]) / (1000 if match[2] == "ms" else 1)
 
 
+def mig(text: str) -> tuple[int, tuple[str, ...]]:
+    """A GPU and the profiles of its instances: `0=1g.10gb,2g.20gb`."""
+    gpu, _, names = text.partition("=")
+    if not gpu.isdigit() or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} is no GPU with MIG profiles; write 0=1g.10gb,2g.20gb")
+    return int(gpu), tuple(names.split(","))
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, and where the help is."""
 
@@ -75,6 +83,10 @@ def parser() -> Parser:
     create.add_argument("--phantom", action="store_true", help="time and account big copies, move no bytes")
     create.add_argument("--mps", action="store_true", help="one MPS server behind all clients: it evicts")
     create.add_argument("--clean", action="store_true", help="new device memory reads as zero")
+    create.add_argument(
+        "--mig", type=mig, action="append", default=[], metavar="GPU=PROFILE,...",
+        help="cut a GPU into MIG instances: 0=1g.10gb,2g.20gb",
+    )  # fmt: skip
     create.set_defaults(run=run_create)
 
     commands.add_parser("status", help="devices, processes, limits, faults").set_defaults(run=run_status)
@@ -184,6 +196,7 @@ def run_create(options: argparse.Namespace) -> None:
         phantom=options.phantom,
         mps=options.mps,
         clean=options.clean,
+        mig=dict(options.mig),
     ).create()
     tell(options, status_text(host.status()))
 

@@ -5,9 +5,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict, cast
@@ -23,6 +24,8 @@ DRIVER_TEXT = "615.00.00-softgpu"
 DEFAULT_DIRECTORY = Path("/dev/shm/softgpu")  # noqa: S108  (not a temporary file: every process must find it)
 CHECK_FAILED = 3  # exit status of `softgpu-control check` that found something
 _CONTROL_TIMEOUT_S = 30.0
+MIG_SLICES = 7  # of the processors
+MIG_EIGHTHS = 8  # of the memory
 
 # What a faulty call does besides returning a code, and on which functions softgpu knows how.
 _COPIES = tuple(f"cuMemcpy{way}{form}" for way in ("", "HtoD", "DtoH", "DtoD") for form in ("", "Async"))
@@ -71,6 +74,8 @@ class DeviceStatus(TypedDict):
     temperature_c: int
     ecc_error_count: int  # that could not be corrected
     is_hot: bool  # slowed down because of its temperature
+    is_mig: bool  # cut into instances, which follow as devices of their own
+    mig_parent: int | None  # of an instance: the index of its GPU
     is_lost: bool
     processes: list[ProcessStatus]
 
@@ -157,8 +162,16 @@ class Host:
     utilization_gpu_percent: int = 0
     utilization_memory_percent: int = 0
     driver_version: int = field(default=DRIVER_VERSION)
+    mig: Mapping[int, Sequence[str]] | None = None  # {GPU: profiles of its instances}, "1g.10gb"
 
     def __post_init__(self) -> None:
+        instances = [(gpu, name) for gpu, names in (self.mig or {}).items() for name in names]
+        if self.gpus + len(instances) > GPUS_MAX:
+            raise HostError(f"a host has at most {GPUS_MAX} GPUs and MIG instances together")
+        for gpu, names in (self.mig or {}).items():
+            parts = [mig_parts(name) for name in names]
+            if gpu >= self.gpus or sum(s for s, _ in parts) > MIG_SLICES or sum(m for _, m in parts) > MIG_EIGHTHS:
+                raise HostError(f"GPU {gpu} cannot be cut into {', '.join(names)}")
         if not 0 <= self.gpus <= GPUS_MAX:
             raise HostError(f"a host has 0 to {GPUS_MAX} GPUs, not {self.gpus}")
         if len(str(self.state_dir.absolute())) > 200:
@@ -168,6 +181,28 @@ class Host:
     def uuids(self) -> tuple[str, ...]:
         """The UUIDs of the GPUs: the same for the same seed and index, whatever the profile."""
         return tuple(_dashed(self._uuid_hex(index)) for index in range(self.gpus))
+
+    def mig_uuids(self) -> tuple[str, ...]:
+        """The UUIDs of the MIG instances, in the order of their GPUs and profiles."""
+        return tuple(
+            _dashed(self._uuid_hex(index)).replace("GPU-", "MIG-")
+            for index in range(self.gpus, self.gpus + len(self._mig_lines(profile_named(self.profile))))
+        )
+
+    def _mig_lines(self, profile: Profile) -> list[str]:
+        """For each instance its GPU, its number, its sevenths, its bytes, its UUID in hexadecimal and its name."""
+        lines: list[str] = []
+        usable_bytes = _either(self.total_bytes, profile.total_bytes) - _either(
+            self.reserved_bytes, profile.reserved_bytes
+        )
+        title = profile.name if self.name is None else self.name
+        for gpu, names in sorted((self.mig or {}).items()):
+            for number, name in enumerate(names):
+                slices, eighths = mig_parts(name)
+                size_bytes = usable_bytes * eighths // MIG_EIGHTHS >> 20 << 20
+                uuid = self._uuid_hex(self.gpus + len(lines))
+                lines.append(f"{gpu} {number + 1} {slices} {size_bytes} {uuid} {title} MIG {name}")
+        return lines
 
     def environment(self, *, group: str | None = None) -> dict[str, str]:
         """What a process needs to use this host; add it to the environment. `group` declares its group of limits."""
@@ -327,6 +362,7 @@ class Host:
         lines = [f"{key} {value}" for key, value in self._values(profile).items()]
         lines += [f"cost {call} {cost.call_ns} {cost.gib_ns}" for call, cost in sorted(costs.items())]
         lines += [f"uuid {index} {self._uuid_hex(index)}" for index in range(self.gpus)]
+        lines += [f"mig {line}" for line in self._mig_lines(profile)]
         return "\n".join(lines) + "\n"
 
     def _values(self, profile: Profile) -> dict[str, int | str]:
@@ -357,6 +393,15 @@ class Host:
             "d2h_bytes_per_s": _either(self.d2h_bytes_per_s, profile.d2h_bytes_per_s),
             "pageable_bytes_per_s": _either(self.pageable_bytes_per_s, profile.pageable_bytes_per_s),
         }
+
+
+def mig_parts(name: str) -> tuple[int, int]:
+    """(sevenths of the processors, eighths of the memory) of a MIG profile, by NVIDIA's names for A100 and H100."""
+    slices = re.fullmatch(r"([12347])g\.\d+gb", name)
+    if slices is None:
+        raise HostError(f"there is no MIG profile {name!r}; write for example 1g.10gb, 2g.20gb, 3g.40gb, 7g.80gb")
+    count = int(slices[1])
+    return count, {1: 1, 2: 2, 3: 4, 4: 4, 7: 8}[count]
 
 
 def _is_modelled(function: str) -> bool:

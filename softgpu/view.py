@@ -49,6 +49,8 @@ def _device(device: DeviceStatus) -> list[str]:
         f"{_speed(device['pageable_bytes_per_s'])} pageable",
     ]
     lost = "  LOST" if device["is_lost"] else ""
+    if device["is_mig"]:
+        lost += "  cut into MIG instances"
     lines = [
         f"GPU {device['index']}  {device['name']}  {device['uuid']}{lost}",
         f"  {_bar(used_fraction)} {gib(used_bytes)} of {gib(device['total_bytes'])} used, {gib(free_bytes)} free",

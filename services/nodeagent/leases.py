@@ -102,6 +102,8 @@ def _refusal_of(state: NodeState, ledger: Ledger, replica: ReplicaProposal) -> t
         gpu = state.gpus.get(share.gpu_uuid)
         if gpu is None:
             return RefusalReason.UNKNOWN_GPU, f"no GPU {share.gpu_uuid} on this node", 0
+        if gpu.is_mig and len(replica.shares) > 1:
+            return RefusalReason.NO_ROOM, "a process can use one MIG instance only", 0
         if gpu.is_mig and any(share.gpu_uuid in r.share_bytes for r in state.replicas.values()):
             return RefusalReason.NO_ROOM, "a MIG instance takes one replica, and has one", 0
         if gpu.quarantine_reason:

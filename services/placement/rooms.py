@@ -251,10 +251,14 @@ class Rooms:
         return self._asks[demand]
 
     def _ask_of(self, demand: Demand) -> Ask | None:
-        if not demand.gpu_models:
+        # A process can use one MIG instance, so one that spans several GPUs can use none.
+        without = {gpu.name for offers in self._offers.values() for gpu in offers if gpu.is_mig}
+        without = without if demand.gpu_count > 1 else set()
+        if not demand.gpu_models and not without:
             return demand.ask(frozenset())
-        there = {gpu.model for room in self.fleet for gpu in room.shape.gpus}
-        fitting = frozenset(model for model in there if any(part in model.lower() for part in demand.gpu_models))
+        there = {gpu.model for room in self.fleet for gpu in room.shape.gpus} - without
+        wanted = demand.gpu_models or ("",)
+        fitting = frozenset(model for model in there if any(part in model.lower() for part in wanted))
         return demand.ask(fitting) if fitting else None
 
     def packer(self, *, spreads_nodes: bool) -> Packer:

@@ -214,7 +214,7 @@ def _against_gpu(
     offer = state.nodes[room.name].gpus[rooms.gpu_uuids[room.name][gpu]]
     if offer.quarantine_reason:
         return ReasonCode.GPU_QUARANTINED, f"it is quarantined: {offer.quarantine_reason}", 0
-    if ask is None or (demand.gpu_models and shape.model not in ask.gpu_models):
+    if ask is None or (ask.gpu_models and shape.model not in ask.gpu_models):
         return ReasonCode.GPU_MODEL, f"it is a {shape.model}", 0
     minimum = demand.minimum_grade
     if minimum is not None and shape.grade_rank > GRADE_RANKS[minimum]:

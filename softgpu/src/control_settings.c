@@ -96,6 +96,35 @@ static int set_uuid(host_state *fresh, const char *value) {
     return 0;
 }
 
+/* "PARENT ID SLICES TOTAL_BYTES UUIDHEX NAME": one instance; these lines come last, so that it is like its GPU
+ * in all else. */
+static int set_mig(host_state *fresh, const char *value) {
+    unsigned parent, id, slices;
+    unsigned long long total_bytes;
+    char hex[33], name[96];
+    if (sscanf(value, "%u %u %u %llu %32[0-9a-f] %95[^\n]", &parent, &id, &slices, &total_bytes, hex, name) != 6)
+        return -1;
+    uint32_t index = fresh->device_count;
+    if (parent >= DEVICE_MAX || index >= DEVICE_MAX || strlen(hex) != 32)
+        return -1;
+    char uuid[64];
+    snprintf(uuid, sizeof uuid, "%u %s", index, hex);
+    if (set_uuid(fresh, uuid))
+        return -1;
+    device *instance = &fresh->devices[index];
+    memcpy(instance->uuid, "MIG", 3);
+    snprintf(instance->name, sizeof instance->name, "%s", name);
+    instance->total_bytes = total_bytes;
+    instance->reserved_bytes = 0;
+    instance->multiprocessor_count = instance->multiprocessor_count * slices / 7;
+    instance->mig_parent = parent + 1;
+    instance->mig_id = id;
+    instance->mig_slices = slices;
+    fresh->devices[parent].is_mig = 1;
+    fresh->device_count++;
+    return 0;
+}
+
 /* Which of the fields was seen, so that a missing one is told. */
 typedef struct {
     int host_seen[HOST_FIELD_COUNT], device_seen[DEVICE_FIELD_COUNT];
@@ -106,6 +135,8 @@ static int apply(host_state *fresh, const char *key, const char *value, progress
         return set_cost(fresh, value);
     if (!strcmp(key, "uuid"))
         return set_uuid(fresh, value);
+    if (!strcmp(key, "mig"))
+        return set_mig(fresh, value);
     for (int i = 0; i < HOST_FIELD_COUNT; i++) {
         if (strcmp(host_fields[i].key, key))
             continue;
@@ -167,8 +198,11 @@ static int read_settings(host_state *fresh) {
 static int fill_state(host_state *fresh) {
     if (read_settings(fresh))
         return -1;
-    for (uint32_t i = 0; i < DEVICE_MAX; i++)
-        fresh->devices[i].pci_bus = 0x10 + i;
+    for (uint32_t i = 0; i < DEVICE_MAX; i++) {
+        uint32_t parent = fresh->devices[i].mig_parent;
+        fresh->devices[i].pci_bus = 0x10 + (parent ? parent - 1 : i);
+        fresh->gpu_count += i < fresh->device_count && !parent;
+    }
     host_prepare_mutex(fresh);
     fresh->bytes = sizeof *fresh;
     fresh->magic = HOST_MAGIC;

@@ -67,6 +67,11 @@ static void one_device(int index) {
     number("temperature_c", gpu->temperature_c);
     number("ecc_error_count", gpu->ecc_error_count);
     printf("\"is_hot\": %s, ", gpu->is_hot ? "true" : "false");
+    printf("\"is_mig\": %s, \"mig_parent\": ", gpu->is_mig ? "true" : "false");
+    if (gpu->mig_parent)
+        printf("%u, ", gpu->mig_parent - 1);
+    else
+        printf("null, ");
     printf("\"is_lost\": %s, ", gpu->is_lost ? "true" : "false");
     processes_of(index);
     printf("}");

@@ -55,7 +55,7 @@ static uint64_t total_bytes(const process_record *process) {
 static int uses_lost_device(const process_record *process, const uint8_t *device_map) {
     for (uint32_t ordinal = 0; ordinal < host->device_count; ordinal++)
         if (process->context_bytes[ordinal] + process->charged_bytes[ordinal] &&
-            host->devices[device_map[ordinal]].is_lost)
+            device_is_lost(device_map[ordinal]))
             return 1;
     return 0;
 }

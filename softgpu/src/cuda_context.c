@@ -23,7 +23,7 @@ CUcontext context_primary(int device) { return primaries[device].references > 0 
 
 /* With the driver lock held. */
 static CUresult charge(int index) {
-    if (host->devices[driver_device(index)].is_lost)
+    if (device_is_lost(driver_device(index)) || host->devices[driver_device(index)].is_mig)
         return CUDA_ERROR_DEVICE_UNAVAILABLE;
     if (context_counts[index]++)
         return CUDA_SUCCESS;

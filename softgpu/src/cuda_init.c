@@ -93,7 +93,7 @@ void driver_leave(const driver_call *call) {
 
 CUresult driver_condition(void) {
     CUcontext context = context_current();
-    if (context && host->devices[driver_device(context->device)].is_lost)
+    if (context && device_is_lost(driver_device(context->device)))
         return CUDA_ERROR_UNKNOWN;
     uint32_t poison =
         context ? __atomic_load_n(&driver_process()->poison[context->device], __ATOMIC_ACQUIRE) : 0;

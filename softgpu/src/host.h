@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOST_MAGIC 0x3655504754464f53ull /* raise the digit when the layout of host_state changes */
+#define HOST_MAGIC 0x3755504754464f53ull /* raise the digit when the layout of host_state changes */
 
 enum {
     DEVICE_MAX = 16,
@@ -89,6 +89,9 @@ typedef struct {
     uint64_t pageable_bytes_per_s;
     copy_engine engines[DIRECTION_COUNT];
     uint32_t is_lost;
+    uint32_t is_mig;                 /* it is cut into instances, and takes no context itself */
+    uint32_t mig_parent;             /* of an instance: the GPU that it is a part of, plus one; 0: a whole GPU */
+    uint32_t mig_id, mig_slices;     /* of an instance: its number, and its part of the processors in sevenths */
 } device;
 
 /* CUprocessState: where a process stands in the checkpoint protocol. */
@@ -194,7 +197,8 @@ typedef struct {
     uint64_t magic;
     uint64_t bytes; /* of this structure: libraries of another build must not touch it */
     pthread_mutex_t mutex;
-    uint32_t device_count, driver_version;
+    uint32_t device_count, driver_version; /* devices: GPUs first, then instances of those that are cut */
+    uint32_t gpu_count;
     uint32_t is_phantom; /* big copies take their time and move no bytes */
     uint32_t is_mps;     /* all clients go through one MPS server; see host_mps.c */
     uint32_t is_clean;   /* new memory reads as zero instead of as another's leavings */
@@ -254,6 +258,10 @@ void checkpoint_fail(process_record *process);       /* the driver gives it up: 
 void checkpoint_settle(process_record *process);     /* whoever was in the midst of a step with it is gone */
 void checkpoint_end_client(process_record *process); /* for good: its memory counts nowhere any more */
 int checkpoint_is_shared(int process_index);         /* does it share memory with others? */
+
+/* host_mig.c */
+int mig_parent(int device_index); /* the GPU that an instance is a part of; of a GPU itself */
+int device_is_lost(int device_index);
 
 /* host_chunk.c (with the lock held) */
 int chunk_create(int ordinal, uint64_t bytes, int owner, int *descriptor); /* row, or a chunk_failure */

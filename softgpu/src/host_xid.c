@@ -40,10 +40,17 @@ static void poison(process_record *process, int device_index, CUresult result) {
                          __ATOMIC_RELEASE);
 }
 
-/* Clients of one MPS server share a fate: a fatal error of one ends all of that device. */
+/* Clients of one MPS server share a fate: a fatal error of one ends all of that device. What strikes a GPU
+ * strikes its instances. */
+static void poison_with_instances(process_record *process, int device_index, CUresult result) {
+    for (int d = 0; d < (int)host->device_count; d++)
+        if (d == device_index || mig_parent(d) == device_index)
+            poison(process, d, result);
+}
+
 static void poison_all(int device_index, CUresult result) {
     for (int i = 0; i < PROCESS_MAX; i++)
-        poison(&host->processes[i], device_index, result);
+        poison_with_instances(&host->processes[i], device_index, result);
 }
 
 /* Memory errors that cannot be corrected are counted as well. */
@@ -58,7 +65,7 @@ int xid_strike(int device_index, uint64_t number, int process) {
         if (effects[i].suffers == WHOLE_DEVICE || host->is_mps)
             poison_all(device_index, effects[i].result);
         else if (process >= 0)
-            poison(&host->processes[process], device_index, effects[i].result);
+            poison_with_instances(&host->processes[process], device_index, effects[i].result);
         else
             return -1;
         host->devices[device_index].ecc_error_count += (uint64_t)is_memory_error(number);

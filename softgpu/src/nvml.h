@@ -52,6 +52,11 @@ typedef struct {
     unsigned gpuInstanceId, computeInstanceId;
 } nvmlEventData;
 typedef struct {
+    unsigned multiprocessorCount, sharedCopyEngineCount, sharedDecoderCount, sharedEncoderCount, sharedJpegCount,
+        sharedOfaCount, gpuInstanceSliceCount, computeInstanceSliceCount;
+    unsigned long long memorySizeMB;
+} nvmlDeviceAttributes;
+typedef struct {
     const char *nameSpace;
     unsigned long long softLimit, hardLimit;
 } nvmlSetMemoryLimits;
@@ -69,6 +74,7 @@ nvmlReturn nvml_enter(const char *function); /* initialised? must it fail? */
 nvmlReturn nvml_enter_device(const char *function,
                              nvmlDevice gpu); /* and is that a device that still answers? */
 int nvml_index(nvmlDevice gpu);
+nvmlReturn nvml_enter_gpu(const char *function, nvmlDevice gpu); /* and not only a MIG instance of one? */
 
 #define NVML_ENTER()                               \
     do {                                           \
@@ -82,6 +88,13 @@ int nvml_index(nvmlDevice gpu);
         nvmlReturn entered = nvml_enter_device(__func__, gpu); \
         if (entered != NVML_SUCCESS)                           \
             return entered;                                    \
+    } while (0)
+
+#define NVML_ENTER_GPU(gpu)                                 \
+    do {                                                    \
+        nvmlReturn entered = nvml_enter_gpu(__func__, gpu); \
+        if (entered != NVML_SUCCESS)                        \
+            return entered;                                 \
     } while (0)
 
 #endif

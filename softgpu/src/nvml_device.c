@@ -6,13 +6,13 @@
 
 NVML_EXPORT nvmlReturn nvmlDeviceGetCount_v2(unsigned *count) {
     NVML_ENTER();
-    *count = host->device_count;
+    *count = host->gpu_count;
     return NVML_SUCCESS;
 }
 
 NVML_EXPORT nvmlReturn nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice *gpu) {
     NVML_ENTER();
-    if (index >= host->device_count)
+    if (index >= host->gpu_count)
         return NVML_ERROR_INVALID_ARGUMENT;
     *gpu = &host->devices[index];
     return NVML_SUCCESS;
@@ -34,7 +34,7 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetHandleByPciBusId_v2(const char *text, nvmlDe
     unsigned domain, bus, slot;
     if (sscanf(text, "%x:%x:%x", &domain, &bus, &slot) != 3)
         return NVML_ERROR_INVALID_ARGUMENT;
-    for (uint32_t i = 0; i < host->device_count; i++) {
+    for (uint32_t i = 0; i < host->gpu_count; i++) {
         if (host->devices[i].pci_bus != bus)
             continue;
         *gpu = &host->devices[i];
@@ -56,7 +56,7 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetUUID(nvmlDevice gpu, char *text, unsigned si
 }
 
 NVML_EXPORT nvmlReturn nvmlDeviceGetPciInfo_v3(nvmlDevice gpu, nvmlPciInfo *pci) {
-    NVML_ENTER_DEVICE(gpu);
+    NVML_ENTER_GPU(gpu);
     memset(pci, 0, sizeof *pci);
     pci->bus = gpu->pci_bus;
     pci->pciDeviceId = gpu->pci_device_id;
@@ -94,7 +94,7 @@ DEVICE_QUESTION(nvmlDeviceGetMaxPcieLinkWidth, gpu->pcie_width)
 DEVICE_QUESTION(nvmlDeviceGetCurrPcieLinkWidth, gpu->pcie_width)
 
 NVML_EXPORT nvmlReturn nvmlDeviceGetTemperature(nvmlDevice gpu, unsigned sensor, unsigned *value) {
-    NVML_ENTER_DEVICE(gpu);
+    NVML_ENTER_GPU(gpu);
     if (sensor)
         return NVML_ERROR_INVALID_ARGUMENT;
     *value = gpu->temperature_c;
@@ -102,14 +102,14 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetTemperature(nvmlDevice gpu, unsigned sensor,
 }
 
 NVML_EXPORT nvmlReturn nvmlDeviceGetUtilizationRates(nvmlDevice gpu, nvmlUtilization *rates) {
-    NVML_ENTER_DEVICE(gpu);
+    NVML_ENTER_GPU(gpu);
     *rates = (nvmlUtilization){gpu->utilization_gpu_percent, gpu->utilization_memory_percent};
     return NVML_SUCCESS;
 }
 
 /* Of the reasons for a slower clock only heat is modelled: the driver's own throttle, and the hardware's. */
 NVML_EXPORT nvmlReturn nvmlDeviceGetCurrentClocksEventReasons(nvmlDevice gpu, unsigned long long *reasons) {
-    NVML_ENTER_DEVICE(gpu);
+    NVML_ENTER_GPU(gpu);
     *reasons = gpu->is_hot ? SW_THERMAL_SLOWDOWN | HW_THERMAL_SLOWDOWN : 0;
     return NVML_SUCCESS;
 }
@@ -122,17 +122,11 @@ NVML_EXPORT nvmlReturn nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice gpu,
 /* Errors that were corrected are none; what could not be corrected stays counted for good. */
 NVML_EXPORT nvmlReturn nvmlDeviceGetTotalEccErrors(nvmlDevice gpu, unsigned type, unsigned counter,
                                                    unsigned long long *count) {
-    NVML_ENTER_DEVICE(gpu);
+    NVML_ENTER_GPU(gpu);
     if (type > 1 || counter > 1)
         return NVML_ERROR_INVALID_ARGUMENT;
     *count = type == ECC_UNCORRECTED ? gpu->ecc_error_count : 0;
     return NVML_SUCCESS;
-}
-
-NVML_EXPORT nvmlReturn nvmlDeviceGetMigMode(nvmlDevice gpu, unsigned *current, unsigned *pending) {
-    NVML_ENTER_DEVICE(gpu);
-    (void)current, (void)pending;
-    return NVML_ERROR_NOT_SUPPORTED;
 }
 
 /* ---- memory ---- */
@@ -144,7 +138,9 @@ static nvmlMemoryV2 memory_now(const char *function, device *gpu) {
         return (nvmlMemoryV2){0};
     host_lock();
     host_reap();
-    memory.used = gpu->used_bytes;
+    for (int d = 0; d < (int)host->device_count; d++) /* a GPU that is cut: what its instances use */
+        if (d == nvml_index(gpu) || mig_parent(d) == nvml_index(gpu))
+            memory.used += host->devices[d].used_bytes;
     host_unlock();
     if (fault_strikes(function, FAULT_STALE, &struck))
         memory.used = struck.used_bytes[nvml_index(gpu)];

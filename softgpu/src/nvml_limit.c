@@ -19,7 +19,9 @@ static nvmlReturn check(const char *name_space) {
 }
 
 NVML_EXPORT nvmlReturn nvmlDeviceSetMemoryLimits_v1(nvmlDevice gpu, const nvmlSetMemoryLimits *limits) {
-    NVML_ENTER_DEVICE(gpu);
+    NVML_ENTER_GPU(gpu);
+    if (gpu->is_mig)
+        return NVML_ERROR_NOT_SUPPORTED; /* limits and MIG exclude each other */
     if (!limits || limits->softLimit > limits->hardLimit)
         return NVML_ERROR_INVALID_ARGUMENT;
     nvmlReturn checked = check(limits->nameSpace);
@@ -38,7 +40,9 @@ NVML_EXPORT nvmlReturn nvmlDeviceSetMemoryLimits_v1(nvmlDevice gpu, const nvmlSe
 }
 
 NVML_EXPORT nvmlReturn nvmlDeviceGetMemoryLimits_v1(nvmlDevice gpu, nvmlGetMemoryLimits *limits) {
-    NVML_ENTER_DEVICE(gpu);
+    NVML_ENTER_GPU(gpu);
+    if (gpu->is_mig)
+        return NVML_ERROR_NOT_SUPPORTED;
     if (!limits)
         return NVML_ERROR_INVALID_ARGUMENT;
     nvmlReturn checked = check(limits->nameSpace);

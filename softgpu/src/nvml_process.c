@@ -4,8 +4,8 @@
 #define NOT_AVAILABLE (~0ull) /* NVML_VALUE_NOT_AVAILABLE */
 
 /* The bytes of a process are its contexts and the chunks it created, shared or not. */
-static unsigned list_processes(int index, nvmlProcessInfo *list, unsigned room) {
-    unsigned count = 0;
+static unsigned list_on(int index, nvmlProcessInfo *list, unsigned room, unsigned count) {
+    unsigned instance = host->devices[index].mig_parent ? host->devices[index].mig_id : NO_INSTANCE;
     for (int i = 0; i < PROCESS_MAX; i++) {
         const process_record *process = &host->processes[i];
         uint64_t used_bytes = process_bytes(process, index);
@@ -15,9 +15,18 @@ static unsigned list_processes(int index, nvmlProcessInfo *list, unsigned room) 
         if (pid <= 0) /* outside the asker's pid namespace: NVML cannot name it either */
             continue;
         if (count < room)
-            list[count] = (nvmlProcessInfo){(unsigned)pid, used_bytes, NO_INSTANCE, NO_INSTANCE};
+            list[count] = (nvmlProcessInfo){(unsigned)pid, used_bytes, instance, instance == NO_INSTANCE ? NO_INSTANCE : 0};
         count++;
     }
+    return count;
+}
+
+/* On a GPU that is cut: those on all its instances. */
+static unsigned list_processes(int index, nvmlProcessInfo *list, unsigned room) {
+    unsigned count = 0;
+    for (int d = 0; d < (int)host->device_count; d++)
+        if (d == index || mig_parent(d) == index)
+            count = list_on(d, list, room, count);
     return count;
 }
 

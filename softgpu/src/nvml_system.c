@@ -18,7 +18,12 @@ nvmlReturn nvml_enter_device(const char *function, nvmlDevice gpu) {
         return entered;
     if (gpu < host->devices || gpu >= host->devices + host->device_count)
         return NVML_ERROR_INVALID_ARGUMENT;
-    return gpu->is_lost ? NVML_ERROR_GPU_IS_LOST : NVML_SUCCESS;
+    return device_is_lost(nvml_index(gpu)) ? NVML_ERROR_GPU_IS_LOST : NVML_SUCCESS;
+}
+
+nvmlReturn nvml_enter_gpu(const char *function, nvmlDevice gpu) {
+    nvmlReturn entered = nvml_enter_device(function, gpu);
+    return entered == NVML_SUCCESS && gpu->mig_parent ? NVML_ERROR_NOT_SUPPORTED : entered;
 }
 
 int nvml_index(nvmlDevice gpu) { return (int)(gpu - host->devices); }

@@ -219,3 +219,14 @@ def test_several_replicas_in_one_input_get_a_mig_instance_each() -> None:
     assert 2 == len(proposed)
     assert 1 == len([t for t in told if isinstance(t, PlacementFailed)])
     assert is_kept(placement)
+
+
+def test_a_replica_over_several_gpus_goes_to_no_mig_instances() -> None:
+    """A process can use one of them."""
+    placement = Placement()
+    placement.join(mig("MIG-1"), mig("MIG-2"), gpu("gpu-3"))
+
+    assert ReasonCode.GPU_MODEL in failure(placement.deploy(spec("a", 5, gpu_count=2))).codes
+
+    placement.join(gpu("gpu-4"), gpu("gpu-5"), node="node-1")
+    assert ["node-1"] == [replica.node for replica in placement.state.replicas.values()]

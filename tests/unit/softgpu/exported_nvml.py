@@ -101,7 +101,21 @@ def plain_questions(gpu: int) -> None:
     call("nvmlDeviceGetTotalEccErrors", gpu, 1, 0, c.byref(errors))
     assert errors.value == 0
     call("nvmlDeviceGetTotalEccErrors", gpu, 2, 0, c.byref(errors), gives=NVML_INVALID)
+    no_instances(gpu)
+
+
+def no_instances(gpu: int) -> None:
+    """Of a GPU that is not cut; one that is cut: `test_mig.py`."""
     call("nvmlDeviceGetMigMode", gpu, c.byref(c.c_uint()), c.byref(c.c_uint()), gives=NVML_NOT_SUPPORTED)
+    assert ask("nvmlDeviceGetMaxMigDeviceCount", c.c_uint, gpu, first=False) == 0
+    assert ask("nvmlDeviceIsMigDeviceHandle", c.c_uint, gpu, first=False) == 0
+    found = c.c_void_p()
+    call("nvmlDeviceGetMigDeviceHandleByIndex", gpu, 0, c.byref(found), gives=NVML_NOT_FOUND)
+    call("nvmlDeviceGetMigDeviceHandleByIndex", gpu, 7, c.byref(found), gives=NVML_INVALID)
+    for name in ("nvmlDeviceGetGpuInstanceId", "nvmlDeviceGetComputeInstanceId"):
+        call(name, gpu, c.byref(c.c_uint()), gives=NVML_INVALID)
+    call("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", gpu, c.byref(found), gives=NVML_INVALID)
+    call("nvmlDeviceGetAttributes_v2", gpu, (c.c_ulonglong * 8)(), gives=NVML_INVALID)
 
 
 def usage(gpu: int) -> None:
