@@ -30,24 +30,29 @@ def weakest(*grades: IsolationGrade) -> IsolationGrade:
     return max(grades, key=GRADE_ORDER.index)
 
 
-def grade_for(gpu: GpuOffer, engine: EngineSpec) -> IsolationGrade | None:
-    """How a share of this engine on this GPU is enforced; None: the engine cannot run there at all."""
-    if gpu.grade is IsolationGrade.BROKER:
+def grade_for(gpu_grade: IsolationGrade, engine: EngineSpec) -> IsolationGrade | None:
+    """How a share of this engine on such a GPU is enforced; None: the engine cannot run there at all."""
+    if gpu_grade is IsolationGrade.BROKER:
         return IsolationGrade.BROKER if engine.kind in ASKS_BROKER else None
-    if gpu.grade is IsolationGrade.COOPERATIVE and engine.kind not in KEEPS_BUDGET:
+    if gpu_grade is IsolationGrade.COOPERATIVE and engine.kind not in KEEPS_BUDGET:
         return IsolationGrade.WATCHED
-    return gpu.grade
+    return gpu_grade
+
+
+def is_weaker(grade: IsolationGrade, minimum: IsolationGrade | None) -> bool:
+    """Whether the grade is not enough for a share that asks for this minimum."""
+    return minimum is not None and GRADE_ORDER.index(grade) > GRADE_ORDER.index(minimum)
 
 
 def why_not_enforced(gpu: GpuOffer, deployment: DeploymentSpec) -> tuple[RefusalReason, str] | None:
     """Why this GPU cannot hold such a share as it is asked for, or None."""
     share, kind = deployment.share, deployment.engine.kind
-    grade = grade_for(gpu, deployment.engine)
+    grade = grade_for(gpu.grade, deployment.engine)
     if grade is None:
         message = f"the memory broker holds all of this GPU, and engine '{kind}' does not ask it for memory"
         return RefusalReason.GRADE_NOT_AVAILABLE, message
     minimum = share.minimum_grade
-    if minimum is not None and GRADE_ORDER.index(grade) > GRADE_ORDER.index(minimum):
+    if is_weaker(grade, minimum):
         whose = "this GPU gives" if grade is gpu.grade else f"this GPU gives engine '{kind}'"
         return RefusalReason.GRADE_NOT_AVAILABLE, f"{whose} '{grade}', not '{minimum}': {gpu.grade_reason}"
     if share.compute_portion is not None and gpu.compute_sharing is not ComputeSharing.MPS:

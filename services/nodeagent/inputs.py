@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 
 from kit.outcomes import Effect, Input
-from schemas.deployments import SwapDriver
+from schemas.deployments import IsolationGrade, SwapDriver
 from schemas.nodes import GpuOffer, ParkTier, ResizeReason
 from schemas.placement import ReplicaProposal
 from services.nodeagent.transitions import Residency
@@ -138,6 +138,8 @@ class EngineStarted(EngineInput):
     start_s: float
     enforced_bytes: int
     swap_driver: SwapDriver | None = None
+    grade: IsolationGrade | None = None
+    """How its share is enforced; the weakest of its GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

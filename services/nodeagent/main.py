@@ -108,6 +108,7 @@ def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> Non
         hands.settings,
         guard=hands.guard,
         holder=hands.holder,
+        containers=hands.containers,
         state=lambda: runner.processor.state if runner.processor is not None else None,
         report=runner.offer,
     )

@@ -60,7 +60,7 @@ def allowed_in(state: NodeState) -> dict[tuple[str, int, str], Allowed]:
             gpu = state.gpus.get(gpu_uuid)
             if gpu is None:
                 continue
-            grade = grade_for(gpu, replica.proposal.deployment.engine) or IsolationGrade.WATCHED
+            grade = replica.grade or grade_for(gpu.grade, replica.proposal.deployment.engine) or IsolationGrade.WATCHED
             allowed = Allowed(
                 replica_id=replica.proposal.replica_id,
                 lease_epoch=replica.lease_epoch,

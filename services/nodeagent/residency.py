@@ -55,6 +55,7 @@ def engine_started(state: NodeState, started: EngineStarted, ctx: Context) -> Se
         start_s=started.start_s,
         enforced_bytes=started.enforced_bytes,
         swap_driver=started.swap_driver or replica.swap_driver,
+        grade=started.grade,
     )
     return [ReplicaReady(node=state.settings.node, at_s=ctx.now_s, replicas=(ready,))]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from schemas.abilities import NoSwapDriver, image_bytes, swap_driver_for
-from schemas.deployments import DeploymentSpec, EngineKind, SwapDriver
+from schemas.deployments import DeploymentSpec, EngineKind, IsolationGrade, SwapDriver
 from schemas.nodes import (
     GaveBack,
     GiveBackAsked,
@@ -83,6 +83,8 @@ class Replica:
     endpoint: str = ""
     is_started: bool = False
     """Its engine is a process that can be parked and woken; a wake of one that is not started is a cold start."""
+    grade: IsolationGrade | None = None
+    """How its share is enforced since its engine was started; None: as its GPUs and its engine promise."""
     attempt_count: int = 0
     """Failed starts in a row."""
     victim_ids: tuple[str, ...] = ()
@@ -308,6 +310,7 @@ def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
         replica.is_started = True
         replica.attempt_count = 0
         replica.swap_driver = ready.swap_driver
+        replica.grade = ready.grade
         start_succeeded(state, replica)
 
 

@@ -14,6 +14,7 @@ from schemas.holders import EngineView
 from services.nodeagent.effects.ending import end_of, end_older, watch
 from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log, requests
 from services.nodeagent.engine_client import EngineProblem
+from services.nodeagent.grades import is_weaker
 from services.nodeagent.guard import NotEnforced
 from services.nodeagent.inputs import EngineEffect, EngineStarted, StartEngine
 from services.nodeagent.launch import container_job, container_start, engine_start, process_job
@@ -34,6 +35,9 @@ async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
         enforced_bytes = await hands.limit(replica, engine, requests(replica))
     except (NotEnforced, DeviceError) as error:
         raise Gone(f"its share cannot be enforced: {error}") from error
+    grade, minimum = await hands.guard.grade_of(replica, engine), replica.deployment.share.minimum_grade
+    if is_weaker(grade, minimum):
+        raise Gone(f"its share is held as '{grade}', not '{minimum}': its container has no cgroup v2 leaf to limit")
     if engine.is_gated:
         await hands.runtime(replica).open_gate(replica.replica_id, lease_epoch=effect.lease_epoch)
     endpoint = hands.endpoint(engine)
@@ -55,6 +59,7 @@ async def start(hands: Hands, effect: StartEngine, traceparent: str) -> Input:
         start_s=time.monotonic() - began_s,
         enforced_bytes=enforced_bytes,
         swap_driver=effect.swap_driver,
+        grade=grade,
     )
 
 

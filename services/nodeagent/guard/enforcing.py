@@ -15,7 +15,7 @@ from schemas.nodes import GpuOffer
 from schemas.placement import ReplicaProposal
 from schemas.units import GB, MiB
 from services.nodeagent.broker_client import BrokerProblem
-from services.nodeagent.grades import brokered_bytes, is_brokered
+from services.nodeagent.grades import brokered_bytes, grade_for, is_brokered, weakest
 from services.nodeagent.guard.accounts import Accounts
 from services.nodeagent.guard.api import Backend, NotEnforced, Share, Verdict
 from services.nodeagent.guard.broker import BrokerQuota
@@ -154,14 +154,14 @@ class Guard:
                 )
             except BrokerProblem as problem:
                 raise NotEnforced(str(problem)) from problem
-        return sum([await (await self._backend(share.gpu_uuid)).enforce(share) for share in shares])
+        return sum([await (await self._holding(share)).enforce(share) for share in shares])
 
     async def verify(self, replica: ReplicaProposal, engine: EngineView) -> None:
         """When it is ready: it is under its limits. Raises `NotEnforced`, `DeviceError`."""
         await self.compute.verify(await anyio.to_thread.run_sync(tree_of, engine.pid))
         for index, proposed in enumerate(replica.shares):
             share = await self._share(replica, index, engine, proposed.request_bytes)
-            await (await self._backend(share.gpu_uuid)).verify(share)
+            await (await self._holding(share)).verify(share)
 
     async def drain(self, engine: EngineView) -> None:
         """Before its processes get any signal."""
@@ -172,9 +172,26 @@ class Guard:
         """Its process is gone, its cgroup goes next. Idempotent."""
         for index in range(len(replica.shares)):
             share = await self._share(replica, index, engine, 0)
-            await (await self._backend(share.gpu_uuid)).lift(share)
+            await (await self._holding(share)).lift(share)
         if self.accounts is not None and is_brokered(replica.deployment.engine):
             await self.accounts.close(replica.replica_id, lease_epoch=engine.lease_epoch)
+
+    async def grade_of(self, replica: ReplicaProposal, engine: EngineView) -> IsolationGrade:
+        """How its share is enforced, as it was started: the weakest over its GPUs."""
+        shares = [await self._share(replica, index, engine, 0) for index in range(len(replica.shares))]
+        found = [(await self._holding(share)).grade for share in shares]
+        return weakest(*(grade_for(grade, replica.deployment.engine) or IsolationGrade.WATCHED for grade in found))
+
+    async def _holding(self, share: Share) -> Backend:
+        """What holds this very engine. The driver cannot hold one that has no cgroup of its own to set a limit on.
+
+        So it is for containers on a host with cgroup v1, alone or beside v2: Docker puts them into v1's.
+        """
+        backend = await self._backend(share.gpu_uuid)
+        if backend.grade is not IsolationGrade.DRIVER or share.namespace:
+            return backend
+        weaker = IsolationGrade.COOPERATIVE if self._settings.is_trusting_engines else IsolationGrade.WATCHED
+        return next(other for other in self._backends if other.grade is weaker)
 
     async def _share(self, replica: ReplicaProposal, index: int, engine: EngineView, granted_bytes: int) -> Share:
         proposed = replica.shares[index]
@@ -209,7 +226,7 @@ class Guard:
 
     def _used_bytes(self, gpu_uuid: str, namespace: str, pid: int, grade: IsolationGrade) -> int | None:
         try:
-            if grade is IsolationGrade.DRIVER:
+            if grade is IsolationGrade.DRIVER and namespace:
                 return self.inventory.limit(gpu_uuid, namespace).used_bytes
             return self._listed_bytes(gpu_uuid, pid)
         except NotSupported:

@@ -12,8 +12,10 @@ from kit.outcomes import Input
 from schemas.holders import EngineView
 from services.nodeagent.guard.enforcing import Guard
 from services.nodeagent.guard.owners import owners_of
-from services.nodeagent.holder_client import HolderClient, HolderProblem
+from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.overuse import Allowed, Judge, Measured, allowed_in, larger_of
+from services.nodeagent.runtimes.api import Runtime, RuntimeProblem
+from services.nodeagent.runtimes.docker import Containers
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.state import NodeState
 
@@ -29,6 +31,7 @@ class Watchdog:
         *,
         guard: Guard,
         holder: HolderClient,
+        containers: Containers | None = None,
         state: Callable[[], NodeState | None],
         report: Callable[[Input], None],
     ) -> None:
@@ -37,6 +40,8 @@ class Watchdog:
         self._inventory = guard.inventory
         self._accounts = guard.accounts
         self._holder = holder
+        self._containers = containers
+        self._runtimes: dict[str, Runtime] = {}
         self._state = state
         self._report = report
         self._judge = Judge(grace_s=settings.overuse_grace_s)
@@ -52,20 +57,20 @@ class Watchdog:
                     for allowed in await self.look():
                         stops.start_soon(self.stop, allowed)
                     self._is_away = False
-                except (HolderProblem, DeviceError) as problem:
+                except (RuntimeProblem, DeviceError) as problem:
                     if not self._is_away:
                         log.warning("nothing is watched", extra={"reason": str(problem)})
                     self._is_away = True
 
     async def look(self) -> tuple[Allowed, ...]:
-        """Measure once, tell what is beyond; whom to stop. Raises `HolderProblem`, `DeviceError`: nothing was seen."""
+        """Measure once, tell what is beyond; whom to stop. Raises `RuntimeProblem`, `DeviceError`: nothing was seen."""
         state = self._state()
         if state is None:
             return ()
         before = allowed_in(state)
         if not before:
             return ()
-        engines = {engine.replica_id: engine for engine in (await self._holder.view()).engines}
+        engines = await self._running(before)
         lent = await self._lent()
         gpu_uuids = sorted({allowed.gpu_uuid for allowed in before.values()})
         used = await anyio.to_thread.run_sync(self._used, gpu_uuids, engines)
@@ -88,6 +93,19 @@ class Watchdog:
             self._report(report)
         self._tell_blind(judgement.blind)
         return judgement.stops
+
+    async def _running(self, allowed: Mapping[tuple[str, int, str], Allowed]) -> dict[str, EngineView]:
+        """The holder's engines, and containers where the holder does not have them all."""
+        self._runtimes = {}
+        engines = {}
+        for engine in (await self._holder.view()).engines:
+            engines[engine.replica_id] = engine
+            self._runtimes[engine.replica_id] = self._holder
+        if self._containers is not None and any(one.replica_id not in engines for one in allowed.values()):
+            for engine in await self._containers.views():
+                engines.setdefault(engine.replica_id, engine)
+                self._runtimes.setdefault(engine.replica_id, self._containers)
+        return engines
 
     def _used(self, gpu_uuids: list[str], engines: Mapping[str, EngineView]) -> dict[str, dict[str, int | None]]:
         """{gpu: {replica: bytes}}; a replica without a listed process is left out, one without a number is None."""
@@ -122,13 +140,14 @@ class Watchdog:
     async def stop(self, offender: Allowed) -> None:
         """Its end is noticed, told and followed up by whoever waits for it."""
         try:
-            engine = await self._holder.engine(offender.replica_id)
+            runtime = self._runtimes.get(offender.replica_id, self._holder)
+            engine = await runtime.engine(offender.replica_id)
             if engine is not None and engine.lease_epoch == offender.lease_epoch:
                 await self._guard.drain(engine)
-            await self._holder.stop(
+            await runtime.stop(
                 offender.replica_id, lease_epoch=offender.lease_epoch, grace_s=self._settings.stop_grace_s
             )
-        except HolderProblem as problem:
+        except RuntimeProblem as problem:
             log.warning("offender not stopped", extra={"replica": offender.replica_id, "reason": str(problem)})
 
 

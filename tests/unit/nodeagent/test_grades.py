@@ -56,10 +56,10 @@ def test_a_minimum_grade_is_granted_exactly_where_the_gpu_has_it(
 def test_a_budget_counts_for_an_engine_that_keeps_one_only(kind: EngineKind) -> None:
     is_watched = kind in {EngineKind.NIM, EngineKind.LLAMA_SERVER, EngineKind.OPENAI}
 
-    assert (grade_for(gpu(grade=IsolationGrade.COOPERATIVE), wish(kind).engine) is IsolationGrade.WATCHED) == is_watched
+    assert (grade_for(IsolationGrade.COOPERATIVE, wish(kind).engine) is IsolationGrade.WATCHED) == is_watched
     refused = why_not_enforced(gpu(grade=IsolationGrade.COOPERATIVE), wish(kind, minimum=IsolationGrade.COOPERATIVE))
     assert (refused is not None) == is_watched
-    assert grade_for(gpu(grade=IsolationGrade.DRIVER), wish(kind).engine) is IsolationGrade.DRIVER
+    assert grade_for(IsolationGrade.DRIVER, wish(kind).engine) is IsolationGrade.DRIVER
 
 
 @pytest.mark.parametrize("kind", EngineKind)
