@@ -83,15 +83,25 @@ class EngineClient:
 
     async def _found_out(self, endpoint: str, adapter: Adapter) -> EngineState:
         """Loading, resident or asleep. An engine that cannot be asked whether it sleeps is called resident."""
-        try:
-            await self._call("GET", endpoint + adapter.ready_route, timeout_s=STATE_S)
-        except EngineProblem as problem:
-            if problem.status:
-                return EngineState(state="loading", in_flight=None)
-            raise
+        if not await self._is_ready(endpoint, adapter.ready_routes):
+            return EngineState(state="loading", in_flight=None)
         is_asleep = bool(adapter.sleeping_route) and await self._is_sleeping(endpoint + adapter.sleeping_route)
         in_flight = 0 if is_asleep else await self._in_flight(endpoint, adapter.gauges)
         return EngineState(state="asleep" if is_asleep else "resident", in_flight=in_flight)
+
+    async def _is_ready(self, endpoint: str, routes: tuple[str, ...]) -> bool:
+        """As the first of these routes that it has says; not when it has none."""
+        for route in routes:
+            try:
+                await self._call("GET", endpoint + route, timeout_s=STATE_S)
+            except EngineProblem as problem:
+                if not problem.status:
+                    raise
+                if problem.status not in _NO_SUCH_ROUTE:
+                    return False
+            else:
+                return True
+        return False
 
     async def _is_sleeping(self, url: str) -> bool:
         """An engine that was started without its sleep mode has no such route."""

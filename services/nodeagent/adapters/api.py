@@ -98,8 +98,8 @@ class Adapter(ABC):
     usual_runtime: ClassVar[Runtime] = Runtime.PROCESS
     usual_image: ClassVar[str] = ""
     """For its container where the deployment names none; empty: it must."""
-    ready_route: ClassVar[str] = "/health"
-    """GET gives 200 as soon as it takes requests, and while it could."""
+    ready_routes: ClassVar[tuple[str, ...]] = ("/health",)
+    """GET gives 200 as soon as it takes requests, and while it could; of several the first that it has counts."""
     sleeping_route: ClassVar[str] = ""
     """GET gives ``{"is_sleeping": …}``; empty: it cannot be asked."""
     gauges: ClassVar[Gauges | None] = None

@@ -24,7 +24,7 @@ class Nim(Adapter):
 
     kind: ClassVar[EngineKind] = EngineKind.NIM
     usual_runtime: ClassVar[Runtime] = Runtime.DOCKER
-    ready_route: ClassVar[str] = "/v1/health/ready"
+    ready_routes: ClassVar[tuple[str, ...]] = ("/v1/health/ready",)
     gauges: ClassVar[Gauges | None] = NIM_GAUGES
 
     def command(self, job: Job) -> Command:

@@ -8,14 +8,14 @@ from services.nodeagent.adapters.nim import NIM_GAUGES
 
 
 class OpenAi(Adapter):
-    """Nothing is known of it but its routes: it counts as ready when it lists its models.
+    """Nothing is known of it but its routes: it is ready when it says so, or else when it lists its models.
 
     It is told its port, its address and its memory by variables too. If it shows one of the well-known gauges, it can
     be drained; without, nobody knows whether it is idle, so it is never parked while it might be busy.
     """
 
     kind: ClassVar[EngineKind] = EngineKind.OPENAI
-    ready_route: ClassVar[str] = "/v1/models"
+    ready_routes: ClassVar[tuple[str, ...]] = ("/health", "/v1/models")
     gauges: ClassVar[Gauges | None] = Gauges(
         running=(*NIM_GAUGES.running, "llamacpp:requests_processing"),
         waiting=(*NIM_GAUGES.waiting, "llamacpp:requests_deferred"),

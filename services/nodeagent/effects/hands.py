@@ -11,11 +11,9 @@ from anyio.abc import TaskGroup
 
 from kit.outcomes import Input
 from kit.telemetry import Tracer
-from schemas.deployments import Runtime as RuntimeKind
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal
-from services.nodeagent.adapters.api import runtime_of
-from services.nodeagent.adapters.registry import ADAPTERS
+from services.nodeagent.adapters.registry import is_container
 from services.nodeagent.engine_client import EngineClient, EngineProblem
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
@@ -63,8 +61,7 @@ class Hands:
 
     def runtime(self, replica: ReplicaProposal) -> Runtime:
         """What runs it."""
-        engine = replica.deployment.engine
-        if runtime_of(replica.deployment, ADAPTERS[engine.kind]) is RuntimeKind.PROCESS:
+        if not is_container(replica.deployment):
             return self.holder
         assert self.containers is not None, "a replica in a container came to hands without Docker"
         return self.containers

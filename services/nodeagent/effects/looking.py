@@ -94,7 +94,7 @@ async def _ended(hands: Hands, effect: LookAtEngine, reason: str) -> EngineLost:
 
 async def _is_well(hands: Hands, neighbour: ReplicaProposal, *, gpu_uuids: set[str]) -> bool:
     """The driver shows its memory on every GPU that both use, and it answers. No word of the driver is no doubt."""
-    engine = await hands.holder.engine(neighbour.replica_id)
+    engine = await hands.runtime(neighbour).engine(neighbour.replica_id)
     if engine is None or not engine.is_alive:
         return True  # Its end is told by who waits for it.
     for gpu_uuid in gpu_uuids & set(engine.gpu_uuids):

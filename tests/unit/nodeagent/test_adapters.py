@@ -108,7 +108,7 @@ def test_every_route_and_gauge_is_one_that_the_engine_documents(kind: EngineKind
     assert adapter.gauges is not None
     names = (*adapter.gauges.running, *adapter.gauges.waiting, *adapter.gauges.kv_used_fraction)
     assert set(names) <= set(documented["metrics"])
-    routes = {adapter.ready_route, adapter.sleeping_route, adapter.gauges.route} - {""}
+    routes = {*adapter.ready_routes, adapter.sleeping_route, adapter.gauges.route} - {""}
     assert routes <= set(documented["routes"])
 
 

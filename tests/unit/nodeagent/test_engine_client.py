@@ -128,6 +128,15 @@ async def test_one_that_loads_is_waited_for(kind: EngineKind) -> None:
             answers |= ready(kind)
 
 
+async def test_one_that_says_whether_it_is_healthy_is_not_asked_for_its_models() -> None:
+    """Some list their models long before they can answer for one."""
+    answers = ready(EngineKind.OPENAI) | {"/health": (503, "")}
+    async with asking(answers) as (client, endpoint):
+        assert "loading" == (await client.state(endpoint, EngineKind.OPENAI)).state
+        answers["/health"] = (200, "")
+        assert "resident" == (await client.state(endpoint, EngineKind.OPENAI)).state
+
+
 @pytest.mark.parametrize("kind", REAL)
 async def test_one_that_nobody_can_reach_is_not_taken_for_idle(kind: EngineKind) -> None:
     client = EngineClient()
