@@ -24,7 +24,6 @@ NODE_LABEL: Final = "sublet.node"
 REPLICA_LABEL: Final = "sublet.replica_id"
 EPOCH_LABEL: Final = "sublet.lease_epoch"
 GPUS_LABEL: Final = "sublet.gpu_uuids"
-NAMESPACE_LABEL: Final = "sublet.namespace"
 
 ENGINE_PORT: Final = 8000
 """Inside of the container, on its own network; outside it is a port of the host that Docker chooses, on loopback."""
@@ -57,8 +56,6 @@ class ContainerStart:
     publish_host: str = "127.0.0.1"
     """The address of this host where its one port is; Docker chooses the number."""
     log_bytes_max: int = 16 * 1024 * 1024
-    declared_namespace: str = ""
-    """Of the software GPU, where there is no cgroup of one's own."""
 
 
 def container_name(node: str, replica_id: str) -> str:
@@ -98,7 +95,6 @@ def configuration(start: ContainerStart, *, image: Mapping[str, Any]) -> dict[st
             REPLICA_LABEL: start.replica_id,
             EPOCH_LABEL: str(start.lease_epoch),
             GPUS_LABEL: ",".join(start.gpu_uuids),
-            NAMESPACE_LABEL: start.declared_namespace,
         },
         "OpenStdin": True,
         "StdinOnce": False,

@@ -23,7 +23,6 @@ from kit.process import identity_of
 from schemas.holders import EngineView
 from services.nodeagent.runtimes.api import RuntimeProblem, StartRefused
 from services.nodeagent.runtimes.container import (
-    NAMESPACE_LABEL,
     NODE_LABEL,
     REPLICA_LABEL,
     ContainerStart,
@@ -314,7 +313,7 @@ class Containers:
             shown = await container.show()
             is_gated = await self._is_gated(container, shown)
         pid, labels = shown["State"]["Pid"], shown["Config"]["Labels"]
-        leaf = await anyio.to_thread.run_sync(leaf_of, pid) if pid else ""
+        leaf = await anyio.to_thread.run_sync(lambda: leaf_of(pid, container_id=container.id)) if pid else ""
         identity = identity_of(pid) if pid else None
         words = self._log_file(labels[REPLICA_LABEL])
         if shown["State"]["Status"] != "created" and container.id not in self._copied | self._copying.keys():
@@ -323,7 +322,7 @@ class Containers:
         return view_of(
             shown,
             is_gated=is_gated,
-            namespace=leaf or labels[NAMESPACE_LABEL],
+            namespace=leaf,
             started_ticks=identity.started_ticks if identity else 0,
             log_path=str(words.path),
         )
@@ -389,7 +388,7 @@ class Containers:
             is_alive=True,
             exit_code=None,
             gpu_uuids=wish.gpu_uuids,
-            namespace=wish.declared_namespace,
+            namespace="",
             log_path=str(self._log_file(wish.replica_id).path),
         )
 

@@ -127,6 +127,9 @@ async def test_an_engine_runs_only_when_its_gate_is_opened(node: str, image: str
         assert (True, True, None) == (view.is_alive, view.is_gated, view.exit_code)
         assert view.pid > 0
         assert ("GPU-0",) == view.gpu_uuids
+        # On cgroup v2 a leaf of its own, else none: never one that it shares.
+        container_id = docker("ps", "-q", "--no-trunc", "--filter", f"label=sublet.node={node}").strip()
+        assert not view.namespace or container_id in view.namespace
         with pytest.raises(aiohttp.ClientError):  # Docker listens on the port; nobody answers behind it.
             async with aiohttp.ClientSession() as session:
                 await session.get(f"http://127.0.0.1:{view.port}/v1/models")

@@ -140,16 +140,24 @@ def test_a_gate_is_known_by_its_words_and_a_signal_by_its_number() -> None:
 
 def test_a_leaf_is_where_the_kernel_says_and_none_where_it_cannot_be_seen(tmp_path: Path) -> None:
     proc, mount = tmp_path / "proc", tmp_path / "cgroup"
-    for pid, lines in ((1, "0::/docker/abc\n"), (2, "4:memory:/docker/abc\n"), (3, "0::/\n"), (4, "0::/../abc\n")):
+    for pid, lines in (
+        (1, "0::/docker/abc\n"),
+        (2, "4:memory:/docker/abc\n"),
+        (3, "0::/\n"),
+        (4, "0::/../abc\n"),
+        (6, "0::/system.slice/docker.service\n"),
+    ):
         (proc / str(pid)).mkdir(parents=True)
         (proc / str(pid) / "cgroup").write_text(lines)
     (mount / "docker" / "abc").mkdir(parents=True)
     (mount / "cgroup.controllers").touch()
+    (mount / "system.slice" / "docker.service").mkdir(parents=True)
+    (mount / "system.slice" / "docker.service" / "cgroup.procs").touch()  # Of all containers.
     (mount / "docker" / "abc" / "cgroup.procs").touch()
 
-    found = [leaf_of(pid, proc=proc, mounts=(mount,)) for pid in (1, 2, 3, 4, 5)]
-    assert [f"{mount}/docker/abc", "", "", "", ""] == found
-    assert not leaf_of(1, proc=proc, mounts=(tmp_path,))  # cgroup v1: no controllers of v2 there.
+    found = [leaf_of(pid, container_id="abc", proc=proc, mounts=(mount,)) for pid in (1, 2, 3, 4, 5, 6)]
+    assert [f"{mount}/docker/abc", "", "", "", "", ""] == found
+    assert not leaf_of(1, container_id="abc", proc=proc, mounts=(tmp_path,))  # cgroup v1: no controllers of v2 there.
 
 
 def test_secrets_are_read_from_files_and_a_refusal_tells_names_only(tmp_path: Path) -> None:
