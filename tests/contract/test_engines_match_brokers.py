@@ -5,8 +5,10 @@ import inspect
 import msgspec
 import pytest
 
+from engines import vllm_plugin
 from engines.store import connection, messages
 from schemas import brokers
+from services.nodeagent.adapters.vllm import STORE_BACKEND
 
 # What only the node agent says, only it hears, or what is a part of what it hears.
 AGENT_ONLY = {
@@ -91,3 +93,7 @@ def test_the_numbers_of_the_wire_are_the_same() -> None:
 
     assert brokers.DESCRIPTORS_MAX == messages.DESCRIPTORS_MAX
     assert brokers.PAGE_BYTES == backing.FIRST_PAGE_BYTES
+
+
+def test_vllm_is_told_the_name_that_our_plugin_has_there() -> None:
+    assert vllm_plugin.BACKEND_NAME == STORE_BACKEND

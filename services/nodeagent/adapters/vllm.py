@@ -21,6 +21,9 @@ VLLM_GAUGES = Gauges(
     kv_used_fraction=("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
 )
 
+STORE_BACKEND = "sublet-store"
+"""Of our plugin, which has to be installed beside vLLM (`integrations/vllm_store`)."""
+
 
 class Vllm(Adapter):
     """Sizes its KV cache by what is left of a part of the *total* that the driver tells it, so its budget is a part.
@@ -47,6 +50,8 @@ class Vllm(Adapter):
             options["tensor-parallel-size"] = str(len(job.rooms))
         if may_sleep(job, SwapDriver.STORE, SwapDriver.HTTP_SLEEP, SwapDriver.SLEEP_CHECKPOINT):
             options["enable-sleep-mode"] = None
+            if job.deployment.engine.swap_driver is SwapDriver.STORE:
+                options["sleep-mode-backend"] = STORE_BACKEND
             environment["VLLM_SERVER_DEV_MODE"] = "1"
         if job.weight_cache:
             environment["HF_HOME"] = job.weight_cache

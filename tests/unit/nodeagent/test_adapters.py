@@ -178,6 +178,14 @@ def test_the_development_mode_of_vllm_is_on_only_where_its_sleep_is_needed() -> 
         assert "--enable-sleep-mode" not in started.options
 
 
+def test_vllm_keeps_its_weights_in_our_store_only_where_that_is_asked_for() -> None:
+    """The plugin has to be installed there, which nobody can see from outside."""
+    asked = options_of(command(EngineKind.VLLM, swap_driver=SwapDriver.STORE).options)
+
+    assert "sublet-store" == asked["sleep-mode-backend"]
+    assert "sleep-mode-backend" not in options_of(command(EngineKind.VLLM).options)
+
+
 def test_own_arguments_win_and_true_is_an_option_that_stands_alone() -> None:
     own = {"gpu-memory-utilization": "0.3", "enable-prefix-caching": "true", "enforce-eager": "false"}
     started = command(EngineKind.VLLM, arguments=own)
