@@ -114,7 +114,7 @@ def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> Non
     )
     hands.watchers.start_soon(watchdog.run)
     if hands.guard.accounts is not None:
-        hands.watchers.start_soon(hands.guard.accounts.keep)
+        hands.watchers.start_soon(hands.guard.accounts.keep, lambda: _deployments_of(runner))
     watch = GpuWatch(
         inventory,
         every_s=hands.settings.measure_s,
@@ -147,6 +147,14 @@ async def with_broker(settings: NodeAgentSettings, holder: HolderClient) -> Node
         return msgspec.structs.replace(
             settings, broker_socket=broker.control_socket, broker_engine_socket=broker.engine_socket
         )
+
+
+def _deployments_of(runner: Runner[NodeState]) -> Collection[str] | None:
+    """Ids of the deployments that have replicas here; None before this node has joined."""
+    state = runner.processor.state if runner.processor is not None else None
+    if state is None or state.joined is None:
+        return None
+    return {replica.proposal.deployment_id for replica in state.replicas.values()}
 
 
 def _offered_by(runner: Runner[NodeState]) -> Collection[str] | None:

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,13 @@ KEEP_EVERY_S: Final = 0.5
 """A restarted broker holds up its engines' parks and wakes for so long at most."""
 
 
+class _Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """The file: accounts that are open, without keys, and deployments that may have images."""
+
+    accounts: list[AccountOpen] = []
+    deployment_ids: list[str] = []
+
+
 class Accounts:
     """The agent's side. The key of an account follows from a secret of this host, so a restarted agent knows it too."""
 
@@ -32,7 +39,9 @@ class Accounts:
         self._engine_socket = engine_socket
         self._secret = _kept_secret(secret_path)
         self._path = secret_path.with_name("broker-accounts.json")
-        self._open = _read(self._path)
+        kept = _read(self._path)
+        self._open = {(account.replica_id, account.lease_epoch): account for account in kept.accounts}
+        self._deployment_ids = set(kept.deployment_ids)
 
     def environment(self, replica_id: str, *, lease_epoch: int) -> dict[str, str]:
         """What the engine needs to ask the broker."""
@@ -57,6 +66,7 @@ class Accounts:
         )
         # Before it is asked: a broker that is away now learns of it when it is back.
         self._open[replica_id, lease_epoch] = account
+        self._deployment_ids.add(deployment_id)
         self._write()
         await self._client.open(account)
 
@@ -69,8 +79,11 @@ class Accounts:
         except BrokerProblem as problem:
             log.warning("account not closed", extra={"replica": replica_id, "reason": str(problem)})
 
-    async def keep(self) -> None:
-        """Open them again at a broker that was restarted; for ever."""
+    async def keep(self, deployment_ids: Callable[[], Collection[str] | None]) -> None:
+        """Open them again at a broker that was restarted, and let it forget images that nobody needs; for ever.
+
+        `deployment_ids` are those that this node has replicas of; None while that is not known.
+        """
         broker_id = ""
         while True:
             try:
@@ -81,9 +94,20 @@ class Accounts:
                         if key not in known:
                             await self._client.open(msgspec.structs.replace(account, key=self._key(*key)))
                     broker_id = view.broker_id
+                await self._forget_all_but(deployment_ids())
             except BrokerProblem as problem:
                 log.debug("accounts wait for the broker", extra={"reason": str(problem)})
             await anyio.sleep(KEEP_EVERY_S)
+
+    async def _forget_all_but(self, deployment_ids: Collection[str] | None) -> None:
+        """The images of deployments that have no replica here any more, nor an engine that is about to end."""
+        if deployment_ids is None:
+            return
+        needed = {*deployment_ids, *(account.deployment_id for account in self._open.values())}
+        for deployment_id in sorted(self._deployment_ids - needed):
+            await self._client.forget(deployment_id)
+            self._deployment_ids.discard(deployment_id)
+            self._write()
 
     async def look(self) -> BrokerView | None:
         """None when the broker does not answer."""
@@ -97,20 +121,20 @@ class Accounts:
         """In one step, so that a killed agent leaves the old list or the new one."""
         accounts = [msgspec.structs.replace(account, key="") for _, account in sorted(self._open.items())]
         draft = self._path.with_suffix(".new")
-        draft.write_bytes(msgspec.json.encode(accounts))
+        kept = _Kept(accounts=accounts, deployment_ids=sorted(self._deployment_ids))
+        draft.write_bytes(msgspec.json.encode(kept))
         draft.replace(self._path)
 
     def _key(self, replica_id: str, lease_epoch: int) -> str:
         return hmac.new(self._secret, f"{replica_id} {lease_epoch}".encode(), hashlib.sha256).hexdigest()
 
 
-def _read(path: Path) -> dict[tuple[str, int], AccountOpen]:
-    """What a former agent had opened; none where nothing can be read."""
+def _read(path: Path) -> _Kept:
+    """What a former agent wrote down; nothing where that cannot be read."""
     try:
-        accounts = msgspec.json.decode(path.read_bytes(), type=list[AccountOpen])
+        return msgspec.json.decode(path.read_bytes(), type=_Kept)
     except (OSError, msgspec.MsgspecError):
-        return {}
-    return {(account.replica_id, account.lease_epoch): account for account in accounts}
+        return _Kept()
 
 
 def _kept_secret(path: Path) -> bytes:

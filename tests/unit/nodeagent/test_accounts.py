@@ -21,6 +21,8 @@ class PlayedBroker:
         self.life = 1
         self.is_away = False
         self.opened: list[AccountOpen] = []
+        self.forgotten: list[str] = []
+        self.looks = 0
 
     def restart(self) -> None:
         self.life += 1
@@ -28,6 +30,7 @@ class PlayedBroker:
 
     async def look(self) -> BrokerView:
         self._answer()
+        self.looks += 1
         views = tuple(
             AccountView(
                 replica_id=account.replica_id, lease_epoch=account.lease_epoch, is_connected=False,
@@ -46,6 +49,10 @@ class PlayedBroker:
     async def close(self, account: AccountClose) -> None:
         self._answer()
 
+    async def forget(self, deployment_id: str) -> None:
+        self._answer()
+        self.forgotten.append(deployment_id)
+
     def _answer(self) -> None:
         if self.is_away:
             raise BrokerProblem("it does not answer")
@@ -63,9 +70,20 @@ async def allow(subject: Accounts, replica_id: str, *, granted_bytes: int) -> No
 
 async def until_opened(subject: Accounts, broker: PlayedBroker, *, count: int) -> None:
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(subject.keep)
+        tasks.start_soon(subject.keep, lambda: None)
         with anyio.fail_after(10):
             while len(broker.opened) < count:
+                await anyio.sleep(0.001)
+        tasks.cancel_scope.cancel()
+
+
+async def kept_for_a_while(subject: Accounts, broker: PlayedBroker, deployment_ids: list[str] | None) -> None:
+    """Several looks long."""
+    end = broker.looks + 4
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(subject.keep, lambda: deployment_ids)
+        with anyio.fail_after(10):
+            while broker.looks < end:
                 await anyio.sleep(0.001)
         tasks.cancel_scope.cancel()
 
@@ -120,3 +138,18 @@ async def test_a_list_that_cannot_be_read_is_no_list(tmp_path: Path) -> None:
     (tmp_path / "broker-accounts.json").write_text("[{")
 
     await allow(kept(PlayedBroker(), tmp_path), "a", granted_bytes=5)
+
+
+async def test_images_are_forgotten_once_their_deployment_has_no_replica_and_no_engine_here(tmp_path: Path) -> None:
+    broker = PlayedBroker()
+    subject = kept(broker, tmp_path)
+    await allow(subject, "a", granted_bytes=5)
+    await kept_for_a_while(subject, broker, [])  # its engine still runs
+    await subject.close("a", lease_epoch=1)
+    await kept_for_a_while(subject, broker, None)  # not known yet
+    await kept_for_a_while(subject, broker, ["d"])  # a replica that starts again
+    assert [] == broker.forgotten
+
+    await kept_for_a_while(kept(broker, tmp_path), broker, ["other"])  # by the next agent
+
+    assert ["d"] == broker.forgotten
