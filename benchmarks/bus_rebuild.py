@@ -32,7 +32,7 @@ from kit.telemetry import Tracer
 from schemas.catalogue import decode
 from services.autoscaler.core import SERVICE as AUTOSCALER
 from services.autoscaler.settings import AutoscalerSettings
-from services.nodeagent import health, leases, residency, suspicion
+from services.nodeagent import health, leases, residency, shares, suspicion
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings
 from services.placement import commands
@@ -41,7 +41,7 @@ from services.placement.settings import PlacementSettings
 from services.swapper.core import SERVICE as SWAPPER
 from services.swapper.settings import SwapperSettings
 
-HANDLERS: Final = (health, leases, residency, suspicion, commands)
+HANDLERS: Final = (health, leases, residency, shares, suspicion, commands)
 """Modules whose import registers handlers."""
 REPLICA_COUNT: Final = 20_000
 CYCLE_COUNT: Final = 5_000

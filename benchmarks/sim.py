@@ -21,7 +21,7 @@ from kit.simulation import Simulation
 from kit.simulation_faults import Faults
 from schemas.gateways import LoadSampled, ModelLoad
 from schemas.history import Progressed
-from services.nodeagent.simulated import HostFaults
+from services.nodeagent.simulated_resizing import HostFaults
 from services.swarm.plan import FAULTS, TRAFFIC, Plan, draw_plan
 from services.swarm.run import Outcome as RunOutcome
 from services.swarm.run import Run, carry_out

@@ -330,8 +330,8 @@ class GiveBackStep(StrEnum):
 class GiveBackAsked(ReplicaFact, frozen=True, tag="nodes.give_back_asked.v1"):
     """A borrower must give bytes: the ladder begins. Each of its steps ends with `GaveBack`."""
 
-    for_replica_id: Identifier
-    """Who wants its bytes; the first of several."""
+    for_replica_id: str
+    """Who wants its bytes; the first of several. Empty: nobody of ours, but strangers left the GPU too little."""
     asked_bytes: Bytes
     """What is missing on the GPU that lacks most, of all its borrowers together."""
     is_owed: bool = True
@@ -343,8 +343,8 @@ class GaveBack(ReplicaFact, frozen=True, tag="nodes.gave_back.v1"):
     """One step of a borrower towards what it owes, with what it brought."""
 
     step: GiveBackStep
-    for_replica_id: Identifier
-    """Who wants its bytes; the first of several."""
+    for_replica_id: str
+    """Who wants its bytes; the first of several. Empty: nobody of ours, but strangers left the GPU too little."""
     asked_bytes: Bytes
     freed_bytes: Bytes
     step_s: Seconds

@@ -35,12 +35,15 @@ from services.holder.simulated import SimulatedRoutes
 from services.nodeagent import health as _health  # noqa: F401  # Registers its handlers.
 from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
+from services.nodeagent import shares as _shares  # noqa: F401
 from services.nodeagent import suspicion as _suspicion  # noqa: F401
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings
-from services.nodeagent.simulated import HostFaults, SimulatedHost
-from services.nodeagent.simulated_engine import Caller
+from services.nodeagent.simulated import SimulatedHost
+from services.nodeagent.simulated_engine import Caller, Engine
 from services.nodeagent.simulated_gpus import h100
+from services.nodeagent.simulated_resizing import HostFaults
+from services.nodeagent.state import NodeState
 from services.placement import commands as _commands  # noqa: F401
 from services.placement.core import SERVICE as PLACEMENT
 from services.placement.settings import PlacementSettings
@@ -201,6 +204,8 @@ class Shape:
     alive_s: float = 0.0
     """How often node agents say that they are there. 0: never, so that no node is lost by its silence; each time is a
     delivery more for each placement."""
+    burst_tick_s: float = 0.0
+    """How often node agents share out what no lease claims. 0: never, so that every grant is its request."""
     placement: PlacementSettings = field(default_factory=PlacementSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     swapper: SwapperSettings = field(default_factory=SwapperSettings)
@@ -299,11 +304,19 @@ class SimulatedSystem:
         self.hosts[node] = host
         self.nodes[node] = _Node(host, routes)
         writer = f"node.{node}"
-        settings = NodeAgentSettings(node=node, alive_s=self.shape.alive_s)
+        settings = NodeAgentSettings(node=node, alive_s=self.shape.alive_s, burst_tick_s=self.shape.burst_tick_s)
         member = simulation.add(agent, settings, writer=writer, world=host, is_journaled=True)
         host.agent_life = lambda: member.life
         host.eyes.report = lambda seen: simulation.tell(writer, seen)
         host.eyes.offered = lambda: _offered_by(member)
+
+        def held_by(engine: Engine) -> Mapping[str, int] | None:
+            state = member.processor.state if member.is_active and member.processor is not None else None
+            replica = state.replicas.get(engine.replica.replica_id) if isinstance(state, NodeState) else None
+            is_same = replica is not None and replica.lease_epoch == engine.lease_epoch
+            return replica.held_bytes if replica is not None and is_same else None
+
+        host.held_by = held_by
 
     def command(self, command: Command, *, tenant: str = TENANT) -> None:
         self.simulation.command(tenant, command)

@@ -35,7 +35,7 @@ from schemas.placement import (
     ReleaseProposed,
     ReplicaProposal,
 )
-from services.nodeagent import quarantines
+from services.nodeagent import bursting, quarantines
 from services.nodeagent import state as fold
 from services.nodeagent.inputs import (
     AdoptEngine,
@@ -70,7 +70,7 @@ def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
     """Look at the node before anything is taken up; what is begun meanwhile is not begun a second time."""
     state.observed.left = {replica_id: replica.step for replica_id, replica in state.replicas.items()}
     timers = (*hold_timers(state), *_step_timers(state, ctx), *quarantines.timers(state, ctx))
-    return [ProbeNode(), *timers, *_alive_later(state, ctx, after_s=0.0)]
+    return [ProbeNode(), *timers, *bursting.first_look(state, ctx), *_alive_later(state, ctx, after_s=0.0)]
 
 
 def check_invariants(state: NodeState) -> None:
@@ -80,6 +80,9 @@ def check_invariants(state: NodeState) -> None:
     for replica in state.replicas.values():
         is_leaving = Residency.RELEASING in (replica.residency, replica.suspect_from)
         assert replica.share_bytes.keys() <= state.gpus.keys() or is_leaving, replica.share_bytes
+        for share in replica.proposal.shares:
+            granted_bytes = replica.share_bytes[share.gpu_uuid]
+            assert share.request_bytes <= granted_bytes <= max(share.request_bytes, share.limit_bytes), share
         if replica.held_for:
             assert not replica.has_process, f"{replica.proposal.replica_id} runs before its gang is committed"
         if replica.residency in (Residency.PARKED, Residency.WAKING):
@@ -185,7 +188,13 @@ def resume(state: NodeState, gpu_uuids: Collection[str]) -> Iterator[Outcome]:
             case Residency.SUSPECT:
                 yield look(state, replica, may_end=False)
             case Residency.RESIDENT | Residency.PARKED:
-                yield effect(AdoptEngine, replica, should_be_parked=replica.residency is Residency.PARKED)
+                yield effect(
+                    AdoptEngine,
+                    replica,
+                    should_be_parked=replica.residency is Residency.PARKED,
+                    granted_bytes=replica.granted_bytes if replica.residency is Residency.RESIDENT else (),
+                    resize_epoch=replica.resize_epoch,
+                )
             case _:
                 continue
 

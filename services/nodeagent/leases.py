@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kit.outcomes import Context, Outcome, Timer
 from schemas.abilities import NoSwapDriver, swap_driver_for
-from schemas.nodes import Lease, LeaseGranted, LeaseRefused, LeaseReleased, RefusalReason
+from schemas.nodes import Lease, LeaseGranted, LeaseRefused, LeaseReleased, RefusalReason, ReplicaWaking
 from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed, ReleaseProposed, ReplicaProposal
+from services.nodeagent import giving_back
 from services.nodeagent.core import SERVICE, current, released, starts, stopping
 from services.nodeagent.grades import why_not_enforced
 from services.nodeagent.inputs import EngineStopped, GangHoldOver
@@ -44,13 +45,29 @@ def placement_proposed(state: NodeState, proposed: PlacementProposed, ctx: Conte
 
 
 def _first_starts(state: NodeState, leased: Iterable[tuple[ReplicaProposal, int]], ctx: Context) -> Iterator[Outcome]:
-    """Of those, with their lease epochs, that have room without anybody giving way; the others wait for a wake."""
+    """Of those, with their lease epochs, that have room without anybody giving way; the others wait for a wake.
+
+    Where the room is lent to those who have more than their request, they are asked for it and the start waits.
+    """
     ledger = Ledger(state)
+    waits_for = ""
     for replica, lease_epoch in leased:
         wanted = {share.gpu_uuid: share.request_bytes for share in replica.shares}
         if ledger.has_unclaimed(wanted):
             ledger.hold(wanted)
             yield from starts(state, replica, lease_epoch=lease_epoch, wake_epoch=1, ctx=ctx)
+        elif ledger.is_lent(wanted):
+            ledger.claim(wanted)
+            waits_for = waits_for or replica.replica_id
+            yield ReplicaWaking(
+                node=state.settings.node,
+                at_s=ctx.now_s,
+                replica_id=replica.replica_id,
+                deployment_id=replica.deployment_id,
+                model=replica.deployment.name,
+                wake_epoch=1,
+            )
+    yield from giving_back.pursue(state, ledger, ctx, for_replica_id=waits_for) if waits_for else ()
 
 
 def _leases(state: NodeState, replica: ReplicaProposal, ctx: Context) -> list[Lease]:

@@ -64,6 +64,10 @@ class Ledger:
         """A waiting wake was begun or refused."""
         _add(self._claimed, {gpu_uuid: -size for gpu_uuid, size in claimed.items()})
 
+    def is_lent(self, wanted: Mapping[str, int]) -> bool:
+        """Whether every GPU has what is wanted there once all that is borrowed is given back, without any park."""
+        return all(self.unclaimed_bytes(uuid) + self._borrowed[uuid] >= size for uuid, size in wanted.items())
+
     def claim(self, wanted: Mapping[str, int]) -> None:
         """A wake was accepted that waits for these."""
         _add(self._claimed, wanted)

@@ -20,7 +20,7 @@ from kit.runner import Runner
 from kit.serving import connected, new_instance, serve, service_tracer, shell_settings
 from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
-from services.nodeagent import health, leases, residency, suspicion
+from services.nodeagent import health, leases, residency, shares, suspicion
 from services.nodeagent.core import SERVICE
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
@@ -40,7 +40,7 @@ from services.nodeagent.watching import GpuWatch
 
 HOLDER_WAIT_S: Final = 60.0
 HOLDER_POLL_S: Final = 0.2
-HANDLERS = (health, leases, residency, suspicion)
+HANDLERS = (health, leases, residency, shares, suspicion)
 """Modules whose import registers handlers."""
 
 

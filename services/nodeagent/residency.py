@@ -17,6 +17,7 @@ from schemas.nodes import (
     ReplicaWaking,
 )
 from schemas.orders import ParkOrdered, WakeOrdered
+from services.nodeagent import giving_back
 from services.nodeagent.core import SERVICE, current, effect, look, names, overdue, released, starts, step, wake_refused
 from services.nodeagent.inputs import (
     EngineLost,
@@ -89,7 +90,8 @@ def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Ou
     for neighbour in shaken:
         if neighbour is not replica and neighbour.residency in (Residency.RESIDENT, Residency.PARKED):
             outcomes += suspected(state, neighbour, f"not well since {replica.proposal.replica_id} was ended", ctx)
-    return [*outcomes, *next_wakes(state, ctx, freed=replica)]
+    brought = giving_back.ended(state, replica, replica.held_bytes, ctx, problem=lost.reason)
+    return [*brought, *outcomes, *next_wakes(state, ctx, freed=replica)]
 
 
 @SERVICE.on(RestartDue)
@@ -100,9 +102,14 @@ def restart_due(state: NodeState, due: RestartDue, ctx: Context) -> Sequence[Out
         return []
     if why := barred(state, replica.share_bytes):
         return [released(state, replica, why, ctx)]
-    if not Ledger(state).has_unclaimed(replica.wanted_bytes):
+    ledger = Ledger(state)
+    if ledger.has_unclaimed(replica.wanted_bytes):
+        return list(_start(state, replica, ctx))
+    if not ledger.is_lent(replica.wanted_bytes):
         return []
-    return list(_start(state, replica, ctx))
+    waits = ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch)
+    ledger.claim(replica.wanted_bytes)
+    return [waits, *giving_back.pursue(state, ledger, ctx, for_replica_id=due.replica_id)]
 
 
 # --- Parking ----------------------------------------------------------------------------------------------------------
@@ -143,7 +150,9 @@ def engine_parked(state: NodeState, parked: EngineParked, ctx: Context) -> Seque
         tier=parked.tier,
     )
     residues = dict(zip(replica.share_bytes, parked.residues, strict=True))
-    return [fact, *next_wakes(state, ctx, freed=replica, residues=residues)]
+    freed = {uuid: size - residues[uuid] for uuid, size in replica.held_bytes.items()}
+    brought = giving_back.ended(state, replica, freed, ctx)
+    return [*brought, fact, *next_wakes(state, ctx, freed=replica, residues=residues)]
 
 
 @SERVICE.on(EngineStayed)
@@ -154,8 +163,11 @@ def engine_stayed(state: NodeState, stayed: EngineStayed, ctx: Context) -> Seque
         return []
     stays = ParkAbandoned(**names(state, replica, ctx), wake_epoch=replica.wake_epoch, reason=stayed.reason)
     ledger = Ledger(state, settled=replica)
+    ledger.lend(replica.borrowed_bytes)
     reason = f"{replica.proposal.deployment.name} did not park: {stayed.reason}"
-    return [stays, *refuse_uncovered(state, ledger, waiting(state), reason, ctx)]
+    refused = refuse_uncovered(state, ledger, waiting(state), reason, ctx)
+    onward = giving_back.after_stay(state, replica, ledger, stayed.reason, ctx)
+    return [stays, *refused, *onward]
 
 
 # --- Doubts -----------------------------------------------------------------------------------------------------------
@@ -193,8 +205,9 @@ def _patience_count(state: NodeState, replica: Replica) -> int:
 def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence[Outcome]:
     """Accept a wake whose bytes are free or will be freed by the named victims; else refuse with what is missing.
 
-    On all of its GPUs: a victim on any of them may be named, and one that spans several gives on all of these. A repeat
-    finds the replica on its way already and changes nothing: the standing plan goes on.
+    What others borrow counts as good as free: they are asked to give it back. On all of its GPUs: a victim on any of
+    them may be named, and one that spans several gives on all of these. A repeat finds the replica on its way already
+    and changes nothing: the standing plan goes on.
     """
     replica = state.replicas.get(order.replica_id)
     if replica is None:
@@ -217,7 +230,7 @@ def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence
         and victim.proposal.deployment.swap.is_parkable
     ]
     parkable = [victim for victim in victims if victim.residency is Residency.RESIDENT]
-    yields = {uuid: sum(victim.yielding_bytes.get(uuid, 0) for victim in parkable) for uuid in wanted}
+    yields = {uuid: sum(victim.guaranteed_yield_bytes.get(uuid, 0) for victim in parkable) for uuid in wanted}
     short_bytes = ledger.short_of({uuid: size - yields[uuid] for uuid, size in wanted.items()}).short_bytes
     if short_bytes > 0:
         return [wake_refused(state, replica, "the named victims do not free enough", short_bytes, ctx)]
@@ -230,7 +243,11 @@ def wake_ordered(state: NodeState, order: WakeOrdered, ctx: Context) -> Sequence
     outcomes: list[Outcome] = [waking]
     for victim in parkable:
         outcomes += _park(state, victim, f"room for {replica.proposal.deployment.name}", ctx)
-    return outcomes
+        ledger.drain(victim)
+    ledger.claim(wanted)
+    sent_away = {victim.proposal.replica_id for victim in parkable}
+    asked = giving_back.pursue(state, ledger, ctx, for_replica_id=order.replica_id, without=sent_away)
+    return [*outcomes, *asked]
 
 
 def _begin(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
@@ -263,12 +280,22 @@ def next_wakes(
     ledger.hold({uuid: kept.get(uuid, 0) - size for uuid, size in freed.held_bytes.items()})
     if freed.residency is Residency.WAITING:
         ledger.drop_claim(freed.wanted_bytes)
+    return wakes_from(state, ledger, ctx, without=freed)
+
+
+def wakes_from(
+    state: NodeState, ledger: Ledger, ctx: Context, *, without: Replica | None = None, changed: Replica | None = None
+) -> list[Outcome]:
+    """Begin, refuse and pursue as `next_wakes` says, with what this account has.
+
+    `without`: it has ended; `changed`: a borrower as it is after this decision.
+    """
     outcomes: list[Outcome] = []
     queue: list[Replica] = []
     ahead: Counter[str] = Counter()
     for replica in waiting(state):
         wanted = replica.wanted_bytes
-        if replica is freed:
+        if replica is without:
             continue
         if all(ledger.free_bytes(uuid) - ahead[uuid] >= size for uuid, size in wanted.items()):
             ledger.hold(wanted)
@@ -277,7 +304,9 @@ def next_wakes(
         else:
             queue.append(replica)
             ahead.update(wanted)
-    return [*outcomes, *refuse_uncovered(state, ledger, queue, "its victims freed too little", ctx)]
+    outcomes += refuse_uncovered(state, ledger, queue, "its victims freed too little", ctx)
+    gone = {without.proposal.replica_id} if without is not None else set()
+    return [*outcomes, *giving_back.pursue(state, ledger, ctx, without=gone, changed=changed)]
 
 
 def refuse_uncovered(

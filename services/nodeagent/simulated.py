@@ -5,8 +5,8 @@ put to sleep with a request in flight.
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from msgspec.structs import replace
@@ -24,34 +24,27 @@ from services.nodeagent.inputs import (
     EngineStayed,
     EngineStopped,
     EngineWoken,
+    EvictEngine,
     GiveGrace,
     LookAtEngine,
     NodeProbed,
     ParkEngine,
     ProbeNode,
+    ResizeEngine,
     StartEngine,
     StopEngine,
     WakeEngine,
     hung,
 )
 from services.nodeagent.simulated_engine import Caller, Clock, Done, Engine, Phase, Routes
-from services.nodeagent.simulated_gpus import LINK_BYTES_PER_S, SimulatedEyes
+from services.nodeagent.simulated_gpus import SimulatedEyes, copy_s
 from services.nodeagent.simulated_look import ANSWER_S, look, silent
+from services.nodeagent.simulated_resizing import HostFaults, adopt, beyond, evict, resize
 
 NO_ANSWER_S: Final = 30.0
 """An engine that does not answer so long is given up (`NodeAgentSettings.wake_deadline_s`)."""
 UNPROVEN_S: Final = 5.0
 """How long an agent waits for proof that a parked engine's bytes are free."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostFaults:
-    """Chances per effect."""
-
-    start_fails_fraction: float = 0.0
-    park_stays_fraction: float = 0.0
-    wake_fails_fraction: float = 0.0
-    step_hangs_fraction: float = 0.0
 
 
 class SimulatedHost:
@@ -83,7 +76,7 @@ class SimulatedHost:
         self.started_count = 0
         self.hung_step_count = 0
         self.agent_life: Callable[[], int] = lambda: 0
-        """Changes when the agent dies: what it would have done after a step of an engine is then not done."""
+        """Changes when the agent dies: what it would have done next is then not done."""
         self.is_up = True
         self.silent_until_s = 0.0
         """Until then NVML says nothing."""
@@ -91,6 +84,8 @@ class SimulatedHost:
         """Until then there is no host memory for weights."""
         self.foreign_bytes: dict[str, int] = {}
         self.eyes = SimulatedEyes(self, clock, seed=seed)
+        self.held_by: Callable[[Engine], Mapping[str, int] | None] = lambda _: None
+        """By GPU, what the agent's account holds for this engine's lease now; None where it knows none."""
 
     def perform(self, effect: Effect, done: Callable[[float, Input], None]) -> None:
         if not self.is_up:
@@ -109,14 +104,17 @@ class SimulatedHost:
             done(effect.grace_s, hung(effect))
             return
         assert isinstance(effect, EngineEffect), effect
-        {
+        work: dict[type[Effect], Callable[[EngineEffect, Done], None]] = {
             StartEngine: self._start,
             ParkEngine: self._park,
             WakeEngine: self._wake,
             StopEngine: self._stop,
             AdoptEngine: self._adopt,
+            ResizeEngine: partial(resize, self),
+            EvictEngine: partial(evict, self),
             LookAtEngine: self._look,
-        }[type(effect)](effect, self._maybe_hung(effect, done))
+        }
+        work[type(effect)](effect, self._maybe_hung(effect, done))
 
     def _maybe_hung(self, effect: Effect, done: Done) -> Done:
         """What was begun goes on, and its agent never hears of it: a step that hangs."""
@@ -214,10 +212,12 @@ class SimulatedHost:
         self.foreign_bytes.clear()
 
     def check(self) -> None:
-        """Engines never use more of a GPU than it offers."""
+        """Engines never use more of a GPU than it offers, and none more than its limit or its lease."""
         for gpu in self._all_gpus:
             used_bytes = sum(engine.used_on(gpu.gpu_uuid) for engine in self.engines.values())
             assert used_bytes <= gpu.allocatable_bytes, f"{self.node}/{gpu.gpu_uuid} oversubscribed: {used_bytes}"
+        wrong = [told for engine in self.engines.values() if (told := beyond(engine, self.held_by(engine)))]
+        assert not wrong, wrong[0]
 
     # --- Effects ------------------------------------------------------------------------------------------------------
 
@@ -251,16 +251,13 @@ class SimulatedHost:
             self.kill_engine(effect.replica.replica_id)
         return EngineLost(replica_id=effect.replica.replica_id, lease_epoch=effect.lease_epoch, reason=reason)
 
-    def _copy_s(self, effect: EngineEffect) -> float:
-        return effect.replica.deployment.engine.weights_bytes / LINK_BYTES_PER_S
-
     def _later(self, engine: Engine, takes_s: float, action: Callable[[], None]) -> None:
         """When the engine has finished what it is at, and this too."""
         begin_s = max(self.clock.now_s, engine.busy_until_s)
         engine.busy_until_s = begin_s + takes_s
         self.clock.after(engine.busy_until_s - self.clock.now_s, action)
 
-    def _has_room(self, engine: Engine) -> bool:
+    def has_room(self, engine: Engine) -> bool:
         """Whether the bytes that it wants now are there, on each of its GPUs, whatever the leases say."""
         offered = {gpu.gpu_uuid: gpu.allocatable_bytes for gpu in self.gpus}
         for gpu_uuid, share_bytes in engine.share_bytes.items():
@@ -294,9 +291,9 @@ class SimulatedHost:
         if engine is None:
             assert replica_id not in self.engines, f"{replica_id} started beside an engine of an older lease"
             cold_s = effect.replica.deployment.engine.cold_start_s
-            takes_s = (self._cold_start_s if cold_s is None else cold_s) + self._copy_s(effect)
+            takes_s = (self._cold_start_s if cold_s is None else cold_s) + copy_s(effect)
             engine = Engine(effect.replica, effect.lease_epoch, Phase.LOADING, self.clock.now_s)
-            if not self._has_room(engine) and self._is_harmed(engine):
+            if not self.has_room(engine) and self._is_harmed(engine):
                 done(0.01, EngineLost(replica_id=replica_id, lease_epoch=effect.lease_epoch, reason="out of memory"))
                 return
             self.engines[replica_id] = engine
@@ -430,7 +427,9 @@ class SimulatedHost:
             return
         if self._answers_not(engine, effect, done):
             return
-        is_short = engine.phase is Phase.ASLEEP and not self._has_room(engine) and self._is_harmed(engine)
+        if engine.phase is Phase.ASLEEP:
+            engine.settle_at_request()
+        is_short = engine.phase is Phase.ASLEEP and not self.has_room(engine) and self._is_harmed(engine)
         fails = engine.phase is Phase.ASLEEP and self.random.random() < self.faults.wake_fails_fraction
         if not fails and not is_short:
             engine.phase = Phase.LOADING if engine.phase is Phase.ASLEEP else engine.phase
@@ -455,13 +454,13 @@ class SimulatedHost:
                 lease_epoch=effect.lease_epoch,
                 endpoint=self.endpoint(effect),
                 copied_bytes=effect.replica.deployment.engine.weights_bytes,
-                restore_s=self._copy_s(effect),
+                restore_s=copy_s(effect),
                 verify_s=0.02,
             )
             self.open_route(effect, engine, done.is_alive)
             done(0.0, woken)
 
-        self._later(engine, self._copy_s(effect) + 0.05, finish)
+        self._later(engine, copy_s(effect) + 0.05, finish)
 
     def _stop(self, effect: EngineEffect, done: Done) -> None:
         assert isinstance(effect, StopEngine), effect
@@ -497,4 +496,5 @@ class SimulatedHost:
         expected = Phase.ASLEEP if effect.should_be_parked else Phase.RESIDENT
         assert engine.phase is expected, f"{effect.replica.replica_id} is {engine.phase}, its lease says {expected}"
         if not effect.should_be_parked:
+            adopt(self, effect, engine)
             self.open_route(effect, engine, done.is_alive)

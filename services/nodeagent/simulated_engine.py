@@ -1,6 +1,6 @@
 """Engines of a GPU host in virtual time: what each holds, and the requests that it serves; for the simulator only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
@@ -92,11 +92,29 @@ class Engine:
     in_flight: dict[Caller, bool] = field(default_factory=dict)
     """{caller: whether its answer has begun}"""
     on_idle: list[Callable[[], None]] = field(default_factory=list)
+    share_bytes: dict[str, int] = field(default_factory=dict)
+    """By GPU: what its shard there uses while it is awake."""
+    limit_bytes: dict[str, int] = field(default_factory=dict)
+    """By GPU: what the driver lets it have."""
+    resize_epoch: int = -1
+    """Of the last resize that it was told."""
 
-    @property
-    def share_bytes(self) -> dict[str, int]:
-        """By GPU: what its shard there uses while it is awake."""
-        return {share.gpu_uuid: share.request_bytes for share in self.replica.shares}
+    def __post_init__(self) -> None:
+        self.settle_at_request()
+
+    def settle_at_request(self) -> None:
+        """It is started or woken with its request; what it was told before is over."""
+        self.resize_epoch += 1
+        self.share_bytes = {share.gpu_uuid: share.request_bytes for share in self.replica.shares}
+        self.limit_bytes = dict(self.share_bytes)
+
+    def live_in(self, sizes: Sequence[int]) -> None:
+        """Use so much, by shard."""
+        self.share_bytes = dict(zip(self.share_bytes, sizes, strict=True))
+
+    def limit_to(self, sizes: Sequence[int]) -> None:
+        """The driver's limit, by shard."""
+        self.limit_bytes = dict(zip(self.limit_bytes, sizes, strict=True))
 
     def used_on(self, gpu_uuid: str) -> int:
         """What it uses of this GPU now; asleep, a context on each of its GPUs."""

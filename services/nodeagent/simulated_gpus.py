@@ -13,6 +13,7 @@ from schemas.deployments import IsolationGrade
 from schemas.nodes import GpuOffer
 from schemas.units import GB, MiB
 from services.nodeagent.gpu_inputs import GpuBack, GpuFaultSeen, GpuGone, GpuMeasured, GpuTried, TryGpu
+from services.nodeagent.inputs import EngineEffect
 from services.nodeagent.simulated_engine import Clock
 from services.nodeagent.xids import LOST_XID, Blame, xid_of
 
@@ -25,6 +26,11 @@ LOOK_S: Final = 2.0
 TRIAL_S: Final = 1.0
 NO_NEWS_BYTES: Final = 256 * MiB
 """A smaller change of foreign memory is none to the agent (`NodeAgentSettings.foreign_step_bytes`)."""
+
+
+def copy_s(effect: EngineEffect) -> float:
+    """How long its weights are on the link."""
+    return effect.replica.deployment.engine.weights_bytes / LINK_BYTES_PER_S
 
 
 class SimulatedEyes:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from msgspec import structs
 
-from schemas.abilities import NoSwapDriver, image_bytes, swap_driver_for
-from schemas.deployments import DeploymentSpec, EngineKind, IsolationGrade, SwapDriver
+from schemas.abilities import ABILITIES, NoSwapDriver, image_bytes, swap_driver_for
+from schemas.deployments import DeploymentSpec, IsolationGrade, SwapDriver
 from schemas.nodes import (
     GaveBack,
     GiveBackAsked,
@@ -34,14 +34,11 @@ from services.nodeagent.quarantines import GpuHealth, Watched, start_failed, sta
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.transitions import STATES, Cause, Holding, Residency, target_of
 
-ELASTIC = frozenset({EngineKind.SIMULATED})
-"""Engines whose cache grows and shrinks while they serve, unless their deployment says otherwise."""
-
 
 def is_elastic(spec: DeploymentSpec) -> bool:
-    """Whether its engine can live in another grant without a restart."""
+    """Whether its engine can live in another grant without a restart: as it says, else as its kind usually is."""
     said = spec.engine.is_elastic
-    return spec.engine.kind in ELASTIC if said is None else said
+    return ABILITIES[spec.engine.kind].is_elastic if said is None else said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +155,11 @@ class Replica:
     def yielding_bytes(self) -> dict[str, int]:
         """By GPU: what its park gives there."""
         return {gpu_uuid: size - self.residue_bytes[gpu_uuid] for gpu_uuid, size in self.share_bytes.items()}
+
+    @property
+    def guaranteed_yield_bytes(self) -> dict[str, int]:
+        """By GPU: what its park gives there of its request alone."""
+        return {gpu_uuid: size - self.residue_bytes[gpu_uuid] for gpu_uuid, size in self.request_bytes.items()}
 
     def settle_at_request(self) -> None:
         """What it borrowed has ended."""

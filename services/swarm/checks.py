@@ -17,6 +17,7 @@ from schemas.nodes import (
     GpuOffer,
     LeaseGranted,
     LeaseReleased,
+    LeaseResized,
     NodeJoined,
     ParkAbandoned,
     ReplicaFailed,
@@ -25,6 +26,7 @@ from schemas.nodes import (
     ReplicaResident,
     ReplicaStarting,
     ReplicaWaking,
+    ResizeReason,
     WakeRefused,
 )
 from schemas.placement import CommandFact, DeploymentAdmitted, DeploymentRetired
@@ -48,7 +50,9 @@ class Books:
 
     gpus: dict[str, GpuOffer] = field(default_factory=dict)
     share: dict[str, Amounts] = field(default_factory=dict)
-    """{replica_id: what it holds on each of its GPUs while it is resident}, by shard; so for the next two."""
+    """{replica_id: what it holds on each of its GPUs while it is resident}, by shard; so for the next ones."""
+    request: dict[str, Amounts] = field(default_factory=dict)
+    limit: dict[str, Amounts] = field(default_factory=dict)
     residue: dict[str, Amounts] = field(default_factory=dict)
     held: dict[str, Amounts] = field(default_factory=dict)
     sums: dict[str, int] = field(default_factory=dict)
@@ -63,18 +67,38 @@ class Books:
                     name = replica.replica_id
                     leases = [lease for lease in fact.leases if lease.replica_id == name]
                     self.share[name] = {lease.gpu_uuid: lease.granted_bytes for lease in leases}
+                    self.request[name] = {lease.gpu_uuid: lease.request_bytes for lease in leases}
+                    self.limit[name] = {lease.gpu_uuid: lease.limit_bytes for lease in leases}
+                    assert self.share[name] == self.request[name], f"it begins with more than its request: {fact}"
                     self.residue[name] = {lease.gpu_uuid: lease.residue_bytes for lease in leases}
                     self._hold(name, {}, fact)
+            case LeaseResized():
+                self._resize(fact)
             case ReplicaStarting() | ReplicaResident() | ParkAbandoned() | ReplicaWaking(is_reserved=True):
                 self._hold(fact.replica_id, self.share[fact.replica_id], fact)
             case ReplicaParked():
+                self.share[fact.replica_id] = self.request[fact.replica_id]
                 gpu_uuids = list(self.share[fact.replica_id])
                 self.residue[fact.replica_id] = dict(zip(gpu_uuids, fact.residues(len(gpu_uuids)), strict=True))
                 self._hold(fact.replica_id, self.residue[fact.replica_id], fact)
             case WakeRefused() if self.held[fact.replica_id]:
                 self._hold(fact.replica_id, self.residue[fact.replica_id], fact)
             case ReplicaFailed() | LeaseReleased():
+                self.share[fact.replica_id] = self.request[fact.replica_id]
                 self._hold(fact.replica_id, {}, fact)
+
+    def _resize(self, fact: LeaseResized) -> None:
+        """Between its request and its limit, and only what is resident changes its size."""
+        name = fact.replica_id
+        granted = dict(zip(self.share[name], fact.granted_bytes, strict=True))
+        for gpu_uuid, size in granted.items():
+            least_bytes, most_bytes = self.request[name][gpu_uuid], self.limit[name][gpu_uuid]
+            assert least_bytes <= size <= max(least_bytes, most_bytes), f"{name} is not between its bounds: {fact}"
+            grows = size > self.share[name][gpu_uuid]
+            assert grows == (fact.reason is ResizeReason.BURST), f"{name} has {self.share[name]} before {fact}"
+        assert self.held[name] == self.share[name], f"{name} is resized while it is not resident: {fact}"
+        self.share[name] = granted
+        self._hold(name, granted, fact)
 
     def _hold(self, name: str, amounts: Amounts, fact: Fact) -> None:
         before = self.held.get(name, {})

@@ -8,6 +8,8 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from msgspec.structs import replace as changed
+
 from kit.simulation_faults import Faults, Point
 from schemas.deployments import (
     DeploymentSpec,
@@ -19,7 +21,7 @@ from schemas.deployments import (
     WorkloadKind,
 )
 from schemas.units import GB
-from services.nodeagent.simulated import HostFaults
+from services.nodeagent.simulated_resizing import HostFaults
 
 FAULTS: Final[dict[str, tuple[float, float]]] = {
     "crash": (0.05, 5.0),
@@ -108,10 +110,15 @@ class Plan:
             f"chances: {chances or 'none'}",
         ]
         lines += [
-            f"model {spec.name}: {spec.kind}, portion {spec.share.request_portion}{_spread(spec)}"
+            f"model {spec.name}: {spec.kind}, portion {spec.share.request_portion}{_up_to(spec)}{_spread(spec)}"
             for spec in self.models
         ]
         return "\n".join([*lines, *(str(step) for step in self.steps)])
+
+
+def _up_to(spec: DeploymentSpec) -> str:
+    """Empty for one that never has more than its request."""
+    return f" up to {spec.share.limit_portion:g}" if spec.share.limit_portion else ""
 
 
 def _spread(spec: DeploymentSpec) -> str:
@@ -165,7 +172,8 @@ def draw_plan(seed: int, *, lasts_s: float = 3600.0, faults_min: int = 10) -> Pl
     """Everything that happens in this seed's run. Equal arguments give equal plans, in every process."""
     draw = random.Random(f"{seed}/plan")  # Reproducible by design.
     gateway_count = draw.choice([1, 2, 2, 3])
-    models = tuple(_model(draw, number) for number in range(draw.randint(3, 8)))
+    bursts = random.Random(f"{seed}/bursts")  # Apart, so that what was drawn before bursts were is drawn still.
+    models = tuple(_bursting(bursts, _model(draw, number)) for number in range(draw.randint(3, 8)))
     return Plan(
         seed=seed,
         lasts_s=lasts_s,
@@ -180,6 +188,9 @@ def draw_plan(seed: int, *, lasts_s: float = 3600.0, faults_min: int = 10) -> Pl
             start_fails_fraction=draw.choice([0, 0, 0.1]),
             park_stays_fraction=draw.choice([0, 0, 0.1]),
             wake_fails_fraction=draw.choice([0, 0, 0.1]),
+            grow_fails_fraction=bursts.choice([0, 0, 0.1]),
+            gives_slowly_fraction=bursts.choice([0, 0, 0.1]),
+            gives_nothing_fraction=bursts.choice([0, 0, 0.1]),
         ),
         steps=_steps(draw, models, lasts_s=lasts_s, faults_min=faults_min),
     )
@@ -214,6 +225,14 @@ def _model(draw: random.Random, number: int) -> DeploymentSpec:
         is_parkable=draw.random() > 0.1,
     )
     return inference(name, weights_gb=portion * 60, portion=portion, swap=swap, spread=spread)
+
+
+def _bursting(draw: random.Random, spec: DeploymentSpec) -> DeploymentSpec:
+    """The same, and about half of those that serve may have more than their request."""
+    request = spec.share.request_portion or 0.0
+    limit = draw.choice([request, request, min(1.0, request + 0.3), 1.0])
+    share = changed(spec.share, limit_portion=max(limit, request), burst_weight=draw.choice([1, 1, 1, 3]))
+    return spec if spec.kind is WorkloadKind.TRAINING or limit <= request else changed(spec, share=share)
 
 
 def _steps(

@@ -21,7 +21,7 @@ from schemas.units import GiB
 from services.autoscaler.settings import AutoscalerSettings
 from services.gateway.settings import GatewaySettings
 from services.gateway.simulated import ANSWERED
-from services.nodeagent.simulated import HostFaults
+from services.nodeagent.simulated_resizing import HostFaults
 from services.placement.settings import PlacementSettings
 from services.simulated import Shape, SimulatedSystem
 from services.swapper.settings import SwapperSettings
@@ -77,12 +77,13 @@ class Outcome:
 
 def shape_of(plan: Plan) -> Shape:
     if plan.is_at_real_pace:
-        return Shape(gateway_count=plan.gateway_count, has_standbys=plan.has_standbys, alive_s=2.0)
+        return Shape(gateway_count=plan.gateway_count, has_standbys=plan.has_standbys, alive_s=2.0, burst_tick_s=1.0)
     return Shape(
         gateway_count=plan.gateway_count,
         has_standbys=plan.has_standbys,
         route_term_s=10.0,
         alive_s=5.0,
+        burst_tick_s=3.0,
         placement=PlacementSettings(presence_tick_s=4.0, load_fresh_s=6.0, gateway_gone_s=20.0),
         gateway=GatewaySettings(lease_wait_s=4.0, sample_every_s=2.0),
         swapper=SwapperSettings(tick_s=1.0, load_fresh_s=6.0, gateway_gone_s=20.0),

@@ -31,6 +31,7 @@ from services.autoscaler.settings import AutoscalerSettings
 from services.nodeagent import health as _health  # noqa: F401  # Registers its handlers.
 from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
+from services.nodeagent import shares as _shares  # noqa: F401
 from services.nodeagent import suspicion as _suspicion  # noqa: F401
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.inputs import AdoptEngine, EngineEffect, StartEngine, WakeEngine

@@ -27,7 +27,7 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.signals import Signals
 from services.gateway.snapshots import newest
 from services.gateway.view import FILTERS, ChainedTable, HistoryView
-from services.nodeagent import health, leases, residency, suspicion
+from services.nodeagent import health, leases, residency, shares, suspicion
 from services.nodeagent.core import SERVICE as NODEAGENT
 from services.nodeagent.settings import NodeAgentSettings
 from services.placement import commands
@@ -41,7 +41,7 @@ from services.swapper.settings import SwapperSettings
 from tests.fixtures.nats import binary
 
 pytestmark = [pytest.mark.nats, pytest.mark.anyio]
-HANDLERS = (health, leases, residency, suspicion, commands)
+HANDLERS = (health, leases, residency, shares, suspicion, commands)
 SERVICES: dict[str, tuple[Service[Any], Any]] = {
     "placement": (PLACEMENT, PlacementSettings()),
     "swapper": (SWAPPER, SwapperSettings()),

@@ -29,7 +29,7 @@ from schemas.nodes import (
 )
 from schemas.placement import CommandFact, DeploymentAdmitted, DeploymentRetired
 from schemas.swapper import ParkDecided, WakeDecided
-from services.nodeagent.simulated import HostFaults
+from services.nodeagent.simulated_resizing import HostFaults
 from services.nodeagent.state import NodeState
 from services.nodeagent.transitions import Residency
 from services.placement.state import ClusterState

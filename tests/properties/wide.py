@@ -13,7 +13,7 @@ from schemas.catalogue import decode, encode
 from schemas.messages import Fact
 from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed
 from services.nodeagent.core import SERVICE
-from services.nodeagent.inputs import AliveDue, EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
+from services.nodeagent.inputs import AliveDue, BurstDue, EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
 from services.swarm.checks import Books
 from services.swarm.gangs import Gangs
 from tests.unit.nodeagent import builders as nodes
@@ -94,6 +94,7 @@ class Alone:
                 self._choose(SIZES_GIB),
                 gpu_uuids=self._choose(PLACES),
                 is_parkable=self._choose((True, True, True, False)),
+                limit_gib=self._limit_gib(),
             )
             for part in range(self._choose((1, 1, 2)))
         )
@@ -110,6 +111,10 @@ class Alone:
         )
         self.gangs.hear(proposed)
         self._handle(proposed)
+
+    def _limit_gib(self) -> int:
+        """Nobody has more than its request."""
+        return 0
 
     def _settle_gang(self, gang_id: str, *, is_commit: bool) -> None:
         """As placement does: a commit only for a gang that was granted, of which it knows no end."""
@@ -173,6 +178,6 @@ class Alone:
             elif isinstance(outcome, EngineEffect):
                 self.effects.append(outcome)
             elif isinstance(outcome, Timer):
-                self.timers += [] if isinstance(outcome.input, AliveDue) else [outcome]
+                self.timers += [] if isinstance(outcome.input, AliveDue | BurstDue) else [outcome]
             else:
                 assert isinstance(outcome, Effect), outcome

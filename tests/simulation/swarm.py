@@ -7,7 +7,7 @@ from functools import partial
 from kit.simulation import STREAM_EPOCH_S, Faults
 from schemas.deployments import SwapSpec
 from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
-from services.nodeagent.simulated import HostFaults
+from services.nodeagent.simulated_resizing import HostFaults
 from services.placement.state import ClusterState
 from services.simulated import Request, SimulatedSystem
 from services.swarm.plan import Spread, inference, training

@@ -5,6 +5,7 @@ from schemas.holders import EngineView
 from services.nodeagent.effects.ending import watch
 from services.nodeagent.effects.hands import Gone, Hands
 from services.nodeagent.effects.parking import settled
+from services.nodeagent.effects.resizing import live_as_leased
 from services.nodeagent.effects.waking import restored
 from services.nodeagent.inputs import AdoptEngine, EngineDoubtful
 from services.nodeagent.mover.driver import Broken, Standing, StillParked, StillResident
@@ -24,6 +25,7 @@ async def adopt(hands: Hands, effect: AdoptEngine, traceparent: str) -> Input | 
         elif not effect.should_be_parked:
             if standing is not Standing.RESIDENT:
                 await restored(hands, effect, engine)
+            await live_as_leased(hands, effect, engine)
             await hands.holder.open_route(effect.replica.replica_id, hands.endpoint(engine))
     except (Gone, Broken, StillResident, StillParked) as error:
         replica_id, lease_epoch = effect.replica.replica_id, effect.lease_epoch

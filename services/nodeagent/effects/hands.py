@@ -14,6 +14,7 @@ from kit.telemetry import Tracer
 from schemas.holders import EngineView
 from schemas.placement import ReplicaProposal
 from services.nodeagent.adapters.registry import is_container
+from services.nodeagent.effects.lanes import Lanes
 from services.nodeagent.engine_client import EngineClient, EngineProblem
 from services.nodeagent.guard import Guard
 from services.nodeagent.holder_client import HolderClient
@@ -56,6 +57,8 @@ class Hands:
     """What engines see on this host's GPUs; None where none is ever started."""
     proofs: dict[tuple[str, int], Proof] = field(default_factory=dict)
     """{(replica_id, lease_epoch): what its weights showed before its last park}; lost with the agent."""
+    lanes: Lanes = field(default_factory=Lanes)
+    """Changes of engines' sizes that are under way."""
     watched: set[tuple[str, int]] = field(default_factory=set)
     """{(replica_id, lease_epoch)} of the engines whose end somebody waits for."""
 

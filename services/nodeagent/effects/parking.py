@@ -12,6 +12,7 @@ from schemas.nodes import ParkTier
 from schemas.units import MiB
 from services.nodeagent.effects.ending import end, unwatch
 from services.nodeagent.effects.hands import Gone, Hands
+from services.nodeagent.effects.resizing import live_in_request
 from services.nodeagent.engine_client import EngineProblem
 from services.nodeagent.inputs import EngineEffect, EngineParked, EngineStayed, ParkEngine
 from services.nodeagent.mover.driver import Broken, Parked, StillResident
@@ -37,6 +38,7 @@ async def park(hands: Hands, effect: ParkEngine, traceparent: str) -> Input:
     driver = hands.mover.by(effect.swap_driver)
     if driver.name is not SwapDriver.RESTART:
         await hands.note_proof(effect, endpoint)
+    await live_in_request(hands, effect, engine)
     with hands.tracer.span(f"park by {driver.name}", parent=traceparent):
         try:
             parked = await driver.park(hands.target(effect, engine))

@@ -12,6 +12,7 @@ from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log
 from services.nodeagent.effects.looking import look
 from services.nodeagent.effects.parking import park
 from services.nodeagent.effects.probing import probe
+from services.nodeagent.effects.resizing import evict, resize
 from services.nodeagent.effects.starting import start
 from services.nodeagent.effects.trying import try_gpu
 from services.nodeagent.effects.waking import wake
@@ -19,10 +20,12 @@ from services.nodeagent.gpu_inputs import TryGpu
 from services.nodeagent.inputs import (
     AdoptEngine,
     EngineEffect,
+    EvictEngine,
     GiveGrace,
     LookAtEngine,
     ParkEngine,
     ProbeNode,
+    ResizeEngine,
     StartEngine,
     StopEngine,
     WakeEngine,
@@ -49,6 +52,8 @@ WORK: Final[Mapping[type[Effect], Work]] = {
     TryGpu: try_gpu,
     LookAtEngine: look,
     GiveGrace: _give_grace,
+    ResizeEngine: resize,
+    EvictEngine: evict,
 }
 
 
@@ -60,6 +65,8 @@ class NodeEffects:
 
     async def perform(self, effect: Effect, traceparent: str) -> Input | None:
         """The result; an engine that is gone is a result too. Waits for the holder as long as it is away."""
+        if isinstance(effect, EngineEffect) and not isinstance(effect, ResizeEngine | AdoptEngine):
+            await self._hands.lanes.quiet(effect)
         lost_because: str | None = None
         while True:
             try:

@@ -14,7 +14,7 @@ from kit.simulation import Faults
 from schemas.deployments import DeploymentSpec, IsolationGrade, ShareSpec, SwapSpec
 from schemas.inbox import ParkRequested, RetireRequested, WakeRequested
 from schemas.messages import Fact
-from services.nodeagent.simulated import HostFaults
+from services.nodeagent.simulated_resizing import HostFaults
 from services.swarm.plan import inference, training
 from tests.properties.contracts import ColdConduct, Contracts
 from tests.properties.test_invariants_system import (

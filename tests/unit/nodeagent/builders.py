@@ -5,7 +5,7 @@ from typing import Any
 from kit.outcomes import Context, Effect, Outcome, Timer
 from kit.service import Service
 from schemas.catalogue import decode, encode
-from schemas.deployments import DeploymentSpec, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
+from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
 from schemas.messages import Fact
 from schemas.nodes import GpuOffer, LeaseGranted, LeaseRefused, ParkTier, ReplicaReady
 from schemas.orders import ParkOrdered, WakeOrdered
@@ -14,21 +14,26 @@ from schemas.units import GiB
 from services.nodeagent import health as _health  # noqa: F401  # Registers its handlers.
 from services.nodeagent import leases as _leases  # noqa: F401
 from services.nodeagent import residency as _residency  # noqa: F401
+from services.nodeagent import shares as _shares  # noqa: F401
 from services.nodeagent import suspicion as _suspicion  # noqa: F401
 from services.nodeagent.core import SERVICE
 from services.nodeagent.inputs import (
+    BurstDue,
     EngineEffect,
     EngineFound,
     EngineInput,
     EngineLost,
+    EngineNotResized,
     EngineNotWoken,
     EngineParked,
+    EngineResized,
     EngineStarted,
     EngineStayed,
     EngineStopped,
     EngineUnexplained,
     EngineWoken,
     NodeProbed,
+    ResizeEngine,
     StartEngine,
     StepOverdue,
 )
@@ -62,21 +67,36 @@ def replica(
     weights_gib: int = 10,
     is_parkable: bool = True,
     minimum_grade: IsolationGrade | None = None,
+    limit_gib: int = 0,
+    weight: int = 1,
+    priority: str | None = None,
+    kind: EngineKind = EngineKind.SIMULATED,
 ) -> ReplicaProposal:
-    """`gib` is of each of its GPUs: `gpu_uuids`, or the one."""
+    """`gib` is of each of its GPUs: `gpu_uuids`, or the one. `limit_gib` 0: it never has more than its request."""
     return ReplicaProposal(
         replica_id=name,
         deployment_id=f"d-{name}",
         tenant="default",
         deployment=DeploymentSpec(
             name=name,
-            engine=EngineSpec(weights_bytes=weights_gib * GiB),
-            share=ShareSpec(request_bytes=gib * GiB, minimum_grade=minimum_grade, gpu_count=max(1, len(gpu_uuids))),
+            engine=EngineSpec(kind=kind, weights_bytes=weights_gib * GiB),
+            share=ShareSpec(
+                request_bytes=gib * GiB,
+                limit_bytes=max(gib, limit_gib) * GiB,
+                minimum_grade=minimum_grade,
+                gpu_count=max(1, len(gpu_uuids)),
+                burst_weight=weight,
+            ),
+            priority=priority,
             swap=SwapSpec(is_parkable=is_parkable),
         ),
         shares=tuple(
             ShareProposal(
-                replica_id=name, shard_index=index, gpu_uuid=uuid, request_bytes=gib * GiB, limit_bytes=gib * GiB
+                replica_id=name,
+                shard_index=index,
+                gpu_uuid=uuid,
+                request_bytes=gib * GiB,
+                limit_bytes=max(gib, limit_gib) * GiB,
             )
             for index, uuid in enumerate(gpu_uuids or (gpu_uuid,))
         ),
@@ -225,6 +245,36 @@ class Agent:
 
     def stopped(self, name: str) -> EngineStopped:
         return EngineStopped(**self._of(name))
+
+    def tick(self) -> list[Outcome]:
+        """Shares are looked at, long enough after the last change that nobody rests."""
+        self.now_s += 10.0
+        return self.handle(BurstDue())
+
+    def resized(self, effect: ResizeEngine, *gib: float) -> EngineResized:
+        """It did what it was asked for; `gib`: it lives in these instead, by shard."""
+        return EngineResized(
+            **self._of(effect.replica.replica_id),
+            reason=effect.reason,
+            granted_bytes=tuple(int(size * GiB) for size in gib) or effect.granted_bytes,
+            resize_epoch=effect.resize_epoch,
+            resize_s=0.1,
+        )
+
+    def not_resized(self, effect: ResizeEngine, *gib: float) -> EngineNotResized:
+        """It did not; `gib`: what it is proven to live in, instead of what it had."""
+        return EngineNotResized(
+            **self._of(effect.replica.replica_id),
+            reason=effect.reason,
+            granted_bytes=tuple(int(size * GiB) for size in gib) or effect.before_bytes,
+            resize_epoch=effect.resize_epoch,
+            resize_s=2.0,
+            problem="it has not shrunk",
+        )
+
+    def granted_gib(self, name: str) -> float:
+        """On each of its GPUs, the largest."""
+        return max(self.lease(name).share_bytes.values()) / GiB
 
     def lost(self, name: str, *, shaken: tuple[str, ...] = ()) -> EngineLost:
         return EngineLost(**self._of(name), reason="it ended with code 137", shaken_ids=shaken)

@@ -154,7 +154,7 @@ def test_an_agent_that_returns_counts_the_hold_from_the_grant() -> None:
     agent.handle(gang("a", "b"))
     granted_s = agent.now_s
 
-    looked, timer, _ = SERVICE.on_start(agent.state, Context(now_s=granted_s + 15.0, writer_epoch=2))
+    looked, timer, *_ = SERVICE.on_start(agent.state, Context(now_s=granted_s + 15.0, writer_epoch=2))
 
     assert ProbeNode() == looked
     assert Timer(due_s=granted_s + HOLD_S, input=GangHoldOver(gang_id="g-1")) == timer

@@ -221,7 +221,8 @@ def test_a_new_agent_looks_at_its_node_first() -> None:
 
 def test_an_agent_says_that_it_is_there_from_its_start_on_and_keeps_no_history_of_it() -> None:
     agent = Agent()
-    (first,) = [o for o in SERVICE.on_start(agent.state, context()) if isinstance(o, Timer)]
+    first = SERVICE.on_start(agent.state, context())[-1]
+    assert isinstance(first, Timer)
     assert Timer(due_s=context().now_s, input=AliveDue()) == first
 
     alive, again = agent.handle(first.input)
@@ -231,7 +232,7 @@ def test_an_agent_says_that_it_is_there_from_its_start_on_and_keeps_no_history_o
 
 
 def test_an_agent_that_shall_not_say_so_is_silent() -> None:
-    state = SERVICE.new_state(NodeAgentSettings(alive_s=0.0))
+    state = SERVICE.new_state(NodeAgentSettings(alive_s=0.0, burst_tick_s=0.0))
 
     assert [ProbeNode()] == list(SERVICE.on_start(state, context()))
 
