@@ -14,6 +14,8 @@ from msgspec import Struct
 
 ENGINES: Final = ("simulated", "training", "vllm", "sglang", "nim", "llama-server", "openai")
 KINDS: Final = ("inference", "training")
+RUNTIMES: Final = ("process", "docker")
+SWAP_DRIVERS: Final = ("store", "http-sleep", "http-release", "sleep-checkpoint", "checkpoint", "restart")
 GRADES: Final = ("hardware", "driver", "broker", "cooperative", "watched")
 """How a share is enforced, strongest first."""
 PRIORITIES: Final = ("very-low", "low", "medium-low", "medium", "medium-high", "high", "very-high")

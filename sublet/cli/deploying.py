@@ -34,7 +34,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would 
     cls=Verb,
     examples=(
         "sublet deploy chat --weights 14.5GB --share 0.3 --limit 0.4",
-        "sublet deploy tune --kind training --weights 40GB --share 0.6",
+        "sublet deploy org/model --engine vllm --weights 16GB --share 0.4 --secret HF_TOKEN",
     ),
 )
 @click.argument("model", metavar="MODEL")
@@ -42,6 +42,11 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would 
 @click.option("--share", required=True, help="Guaranteed part of a GPU: 0.3, or 20GiB.")
 @click.option("--limit", help="Upper bound of its part; kept, not used yet.")
 @click.option("--engine", type=click.Choice(contract.ENGINES), help="The program that serves it.")
+@click.option("--model", "engine_model", metavar="NAME", help="The engine's own name for the model.")
+@click.option("--image", help="Image of its container.")
+@click.option("--runtime", type=click.Choice(contract.RUNTIMES), help="What runs its program.  [default: by engine]")
+@click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A secret of the node, as a variable.")
+@click.option("--swap", type=click.Choice(contract.SWAP_DRIVERS), help="How it leaves the GPU.  [default: quickest]")
 @click.option("--kind", type=click.Choice(contract.KINDS), help="inference, or a training job.")
 @click.option("--priority", type=click.Choice(contract.PRIORITIES), help="Default: by kind.")
 @click.option("--warm", metavar="DURATION", help="Stays on the GPU this long when idle.  [default: 5m]")
@@ -63,6 +68,8 @@ def deploy(
     dry_run: bool,
     detach: bool,
     timeout_s: float,
+    secrets: tuple[str, ...],
+    engine_model: str | None,
     **settings: Any,
 ) -> int:
     """Deploy one model and follow it until it is ready.
@@ -71,6 +78,7 @@ def deploy(
     """
     if model.endswith(SUFFIXES):
         raise InvalidInput(f"{model} is a file", fix=f"sublet apply -f {model}", code="usage")
+    settings |= {"model": engine_model, "secrets": list(secrets) or None}
     spec = deployment(model, share=_amount(share), limit=_amount(limit), **settings)
     if dry_run:
         return _show_wishes(session, [spec])

@@ -84,7 +84,7 @@ def models_table(listed: contract.DeploymentList, *, now_s: float, is_wide: bool
         return "no models yet; deploy one:  sublet deploy chat --weights 14.5GB --share 0.3"
     headers = ["MODEL", "STATE", "SHARE", "WHERE", "NEXT"]
     if is_wide:
-        headers += ["LIMIT", "HELD GiB", "PRIORITY", "KIND", "ENGINE", "AGE"]
+        headers += ["LIMIT", "HELD GiB", "PRIORITY", "KIND", "ENGINE", "SWAP", "AGE"]
     rows = []
     for view in listed.deployments:
         row = [
@@ -109,7 +109,8 @@ def _wide_cells(view: contract.DeploymentView, *, now_s: float) -> list[str]:
         quantities.gib(held_bytes) if view.replicas else "-",
         wish.priority or contract.DEFAULT_PRIORITIES.get(wish.kind, "-"),
         wish.kind,
-        wish.engine.kind,
+        words.engine_text(wish.engine),
+        (wish.engine.swap_driver or "quickest") if wish.swap.is_parkable else "-",
         quantities.span(max(0.0, now_s - view.admitted_at_s)),
     ]
 

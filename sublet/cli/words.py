@@ -97,6 +97,12 @@ def state_text(view: contract.DeploymentView, *, now_s: float) -> str:
     return str(state)
 
 
+def engine_text(engine: contract.EngineSpec) -> str:
+    """`vllm`, or `vllm (docker)` for one whose program runs in a container."""
+    is_container = engine.runtime == "docker" or (engine.runtime is None and bool(engine.image))
+    return f"{engine.kind} (docker)" if is_container else engine.kind
+
+
 def share_text(view: contract.DeploymentView) -> str:
     """`0.50 +0.21`: the request, and what is borrowed beyond it, in the unit that the deployment was written in."""
     share = view.deployment.share

@@ -112,6 +112,8 @@ def test_the_client_knows_every_command_and_query() -> None:
 def test_the_clients_words_are_the_vocabularys() -> None:
     assert contract.ENGINES == tuple(deployments.EngineKind)
     assert contract.KINDS == tuple(deployments.WorkloadKind)
+    assert contract.RUNTIMES == tuple(deployments.Runtime)
+    assert contract.SWAP_DRIVERS == tuple(deployments.SwapDriver)
     assert contract.STRATEGIES == tuple(deployments.Strategy)
     assert contract.ANTI_AFFINITIES == tuple(deployments.AntiAffinity)
     assert contract.GRADES == deployments.GRADE_ORDER

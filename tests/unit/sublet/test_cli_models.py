@@ -57,6 +57,26 @@ def test_ps_wide_adds_columns(plane: FakeControlPlane) -> None:
     assert {"LIMIT", "PRIORITY", "KIND"} <= {word.strip() for word in header}
 
 
+def test_ps_wide_shows_what_serves_it_and_how_it_is_parked(plane: FakeControlPlane) -> None:
+    engine = contract.EngineSpec(kind="vllm", weights_bytes=GIB, image="vllm/vllm-openai:v1", swap_driver="http-sleep")
+    plane.steps = [(view("resident", deployment=spec(engine=engine)), view("resident", name="plain"))]
+
+    first, second = run(plane, "ps", "--wide").stdout.splitlines()[1:3]
+
+    assert {"vllm (docker)", "http-sleep"} <= {word.strip() for word in first.split("  ")}
+    assert {"simulated", "quickest"} <= {word.strip() for word in second.split("  ")}
+
+
+def test_a_real_engine_can_be_deployed_from_the_command_line(plane: FakeControlPlane) -> None:
+    words = ("--engine", "vllm", "--image", "vllm/vllm-openai:v1", "--model", "org/model", "--swap", "checkpoint")
+    result = run(plane, *DEPLOY, *words, "--secret", "HF_TOKEN", "--secret", "WANDB_API_KEY", "--dry-run", "--json")
+
+    engine = json.loads(result.stdout)["deployments"][0]["engine"]
+    assert (engine["kind"], engine["image"], engine["model"]) == ("vllm", "vllm/vllm-openai:v1", "org/model")
+    assert (engine["secrets"], engine["swap_driver"]) == (["HF_TOKEN", "WANDB_API_KEY"], "checkpoint")
+    assert run(plane, *DEPLOY, "--engine", "nim").exit_code == 2
+
+
 def test_a_state_of_a_newer_control_plane_is_shown_as_it_is(plane: FakeControlPlane) -> None:
     plane.steps = [(view("hibernating"),)]
 
