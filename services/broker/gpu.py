@@ -16,7 +16,7 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
-from devices.api import Device, DeviceError, HostBuffer, OutOfMemory, Region, round_up
+from devices.api import Device, DeviceError, DeviceLost, HostBuffer, OutOfMemory, Region, round_up
 from schemas.brokers import GpuPoolView, LinkClass
 from services.broker.link import Job, Link
 from services.broker.pool import Piece, Plan, Pool
@@ -84,14 +84,22 @@ class Gpu:
     """Methods are for the event loop unless they say otherwise."""
 
     def __init__(
-        self, gpu_uuid: str, *, open_device: Callable[[str], Device], pool: Callable[[Device], Pool], numa_index: int
+        self,
+        gpu_uuid: str,
+        *,
+        open_device: Callable[[str], Device],
+        pool: Callable[[Device], Pool],
+        numa_index: int,
+        on_lost: Callable[[str], None],
     ) -> None:
+        """`on_lost` may be called from any thread, when the driver says that the GPU or its context is gone."""
         self.gpu_uuid = gpu_uuid
         self.numa_index = numa_index
         self.device: Device | None = None
         self.pool: Pool | None = None
         self._open_device = open_device
         self._make_pool = pool
+        self._on_lost = on_lost
         self._opening = anyio.Lock()
         self._memory_thread = anyio.CapacityLimiter(1)
         self._regions: dict[int, Region] = {}
@@ -156,6 +164,7 @@ class Gpu:
         try:
             await anyio.to_thread.run_sync(self._carry_out, making, on_piece, limiter=self._memory_thread)
         except DeviceError as error:
+            self._look_at(error)
             if before_giving_back is not None:
                 await before_giving_back()
             await self._undo(pool, making)
@@ -228,6 +237,7 @@ class Gpu:
         try:
             self._device().free(self._regions.pop(piece.piece_id))
         except DeviceError as error:  # a lost GPU: its memory is gone anyway
+            self._look_at(error)
             log.warning("a piece of device memory was not freed", extra={"gpu": self.gpu_uuid, "why": str(error)})
 
     def _make(self, size_bytes: int) -> Piece:
@@ -340,8 +350,13 @@ class Gpu:
                 host_offset_bytes=span.host_offset_bytes, size_bytes=span.size_bytes,
             )  # fmt: skip
         except DeviceError as error:
+            self._look_at(error)
             return str(error)
         return ""
+
+    def _look_at(self, error: DeviceError) -> None:
+        if isinstance(error, DeviceLost):
+            self._on_lost(self.gpu_uuid)
 
     # ---- ends and views
 

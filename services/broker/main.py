@@ -2,10 +2,12 @@
 
 import fcntl
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Final
 
 import anyio
 
@@ -20,7 +22,9 @@ from services.broker.refusals import Refused
 from services.broker.server import serving
 from services.broker.settings import BrokerSettings, Hold
 
-_FILL_EVERY_S = 5.0
+_FILL_EVERY_S: Final = 5.0
+_LOST_CODE: Final = 70
+"""Exit code when a GPU was lost."""
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +90,24 @@ def _gpus(settings: BrokerSettings) -> dict[str, Gpu]:
         return {
             gpu.uuid: Gpu(
                 gpu.uuid, open_device=lambda uuid: _open(uuid, settings), pool=lambda device: _pool(device, settings),
-                numa_index=numa.node_of_pci(gpu.pci_bus_id),
+                numa_index=numa.node_of_pci(gpu.pci_bus_id), on_lost=_end_at_once,
             )
             for gpu in inventory.gpus()
             if not settings.gpu_uuids or gpu.uuid in settings.gpu_uuids
         }  # fmt: skip
     finally:
         inventory.close()
+
+
+def _end_at_once(gpu_uuid: str) -> None:
+    """A lost GPU breaks this process's context for good, and closing it may hang: end as a killed broker does.
+
+    Engines on the other GPUs keep what they map, the images stay, and the holder starts the next broker.
+    """
+    log.error("a GPU is lost; the broker ends, to be started again without it", extra={"gpu": gpu_uuid})
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    os._exit(_LOST_CODE)
 
 
 def _open(gpu_uuid: str, settings: BrokerSettings) -> Device:

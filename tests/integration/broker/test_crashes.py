@@ -136,6 +136,29 @@ def test_a_broker_killed_in_the_middle_of_a_wake_leaves_no_memory_behind(world: 
     assert ("image",) == agent.view().accounts[0].image_ids
 
 
+def test_a_lost_gpu_ends_the_broker_and_the_next_one_serves_the_other_gpu(world: MakeWorld) -> None:
+    one = world(gpus=2)
+    _, engine = serving(one, "r", 200 * MiB)
+    other = one.host.uuids()[1]
+    agent = one.agent()
+    agent.open("s", {other: 100 * MiB})
+    survivor = one.engine("s", gpu=1)
+    survivor.do("hello")
+    survivor.do("ask", "weights", 8 * MiB)
+    one.host.set_lost(0)
+
+    engine.tell("ask", "cache", 8 * MiB)
+    assert 70 == one.broker.process.wait(timeout=20)
+    one.broker.restart()
+
+    agent = one.agent()
+    agent.open("s", {other: 100 * MiB})
+    survivor.do("hello", 8 * MiB)
+    assert [8 * MiB] == survivor.do("ask", "cache", 8 * MiB)["piece_bytes"]
+    with pytest.raises(RefusedAnswer, match="no GPU"):
+        agent.open("r", {one.gpu: 100 * MiB})
+
+
 def test_an_account_is_not_closed_under_a_living_engine(world: MakeWorld) -> None:
     one = world()
     agent, engine = serving(one, "r", 100 * MiB)
