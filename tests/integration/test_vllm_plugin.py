@@ -195,3 +195,30 @@ def test_an_allocation_that_is_freed_is_let_go_by_both(
     assert worker.do("suspend 1") is None
     assert worker.do("resume") is None
     assert [1, 1, 2, 2] == worker.do("content weights")
+
+
+def test_the_wheel_has_all_that_it_needs_and_vllm_finds_it(tmp_path: Path) -> None:
+    """As vLLM does: by the entry point, far away from this repository."""
+    build = "import sys, hatchling.build; hatchling.build.build_wheel(sys.argv[1])"
+    folder = REPOSITORY / "integrations" / "vllm_store"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=folder, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("sublet_vllm_store-*.whl")
+    find = (
+        "from importlib.metadata import entry_points\n"
+        "import vllm.device_allocator.sleep_mode_backend as backends, engines\n"
+        "(plugin,) = entry_points(group='vllm.general_plugins')\n"
+        "plugin.load()()\n"
+        "print(backends.SleepModeBackendFactory.get_backend_class('sublet-store').__name__, engines.__file__)\n"
+    )
+
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", find],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{wheel}:{STAND_IN}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+
+    assert told[0] == "StoreBackend"
+    assert str(wheel) in told[1]
