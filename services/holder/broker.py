@@ -31,7 +31,8 @@ class BrokerKeeper:
     """Starts the broker from the main thread's loop, and again after it has died."""
 
     def __init__(self, *, state_dir: Path, socket: Path, inherited: Mapping[str, str] = os.environ) -> None:
-        self.engine_socket = socket.with_name(f"{socket.stem}-memory.sock")
+        # In a folder of its own, which containers see: the private sockets beside it are not for them.
+        self.engine_socket = socket.with_name(f"{socket.stem}-memory") / "engines.sock"
         self.control_socket = socket.with_name(f"{socket.stem}-broker.sock")
         self.log_path = state_dir / "logs" / "broker.log"
         self.restart_count = 0

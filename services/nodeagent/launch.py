@@ -56,9 +56,10 @@ def container_start(job: Job, *, lease_epoch: int, environment: dict[str, str]) 
     if settings.weight_cache_dir:
         mounts.append(f"{PurePosixPath(settings.weight_cache_dir)}:{WEIGHTS}:rw")
     if broker := environment.get(BROKER_SOCKET):
-        # The folder, not the socket: a broker that starts again makes a new one.
+        # The folder, not the socket: a broker that starts again makes a new one. Read-only, which keeps nobody from
+        # connecting: an engine that could put its own socket there would be shown the others' keys.
         path = PurePosixPath(broker)
-        mounts.append(f"{path.parent}:{BROKER_FOLDER}:rw")
+        mounts.append(f"{path.parent}:{BROKER_FOLDER}:ro")
         environment = environment | {BROKER_SOCKET: f"{BROKER_FOLDER}/{path.name}"}
     return ContainerStart(
         node=settings.node,

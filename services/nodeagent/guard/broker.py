@@ -6,6 +6,7 @@ import anyio
 import anyio.to_thread
 
 from devices.api import GpuDescription, Inventory
+from schemas.brokers import AccountView
 from schemas.deployments import IsolationGrade
 from schemas.units import MiB
 from services.nodeagent.guard.accounts import Accounts
@@ -64,7 +65,8 @@ class BrokerQuota:
 
     async def enforce(self, share: Share) -> int:
         """What the account allows, as the broker tells it. Raises `NotEnforced` when it knows no such account."""
-        granted_bytes = await self._account_bytes(share)
+        account = await self._account(share)
+        granted_bytes = None if account is None else account.granted_bytes.get(share.gpu_uuid)
         if granted_bytes is None:
             raise NotEnforced(f"the memory broker has no account for {share.replica_id} on {share.gpu_uuid}")
         if granted_bytes > share.granted_bytes:
@@ -72,19 +74,21 @@ class BrokerQuota:
         return granted_bytes
 
     async def verify(self, share: Share) -> None:
-        """The driver knows of a process that uses this GPU under the broker's eyes: nothing more can be measured."""
-        return
+        """It asks the broker. One that does not has its memory from somewhere else."""
+        account = await self._account(share)
+        if account is None or not account.is_connected:
+            raise NotEnforced(f"{share.replica_id} runs and is not connected to the memory broker")
 
     async def lift(self, share: Share) -> None:
         return None  # The account is closed once for all GPUs.
 
-    async def _account_bytes(self, share: Share) -> int | None:
+    async def _account(self, share: Share) -> AccountView | None:
         view = await self._accounts.look() if self._accounts is not None else None
         if view is None:
             return None
         for account in view.accounts:
             if account.replica_id == share.replica_id and account.lease_epoch == share.lease_epoch:
-                return account.granted_bytes.get(share.gpu_uuid)
+                return account
         return None
 
 

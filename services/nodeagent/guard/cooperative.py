@@ -1,39 +1,16 @@
 """Backends `cooperative` and `watched`: the engine keeps to a budget, or nothing does; the watchdog looks on at both.
 
 What engine obeys which budget is data (`services.nodeagent.grades`). The budget is given at the start, as an argument
-of the engine; `Budget` is how it is changed while the engine runs.
+of the engine. Changing it while the engine runs is an effect of its own, for the engines that can.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final
 
 import anyio.to_thread
 
 from devices.api import DeviceError, GpuDescription, Inventory
 from schemas.deployments import IsolationGrade
 from services.nodeagent.guard.api import Share, Verdict
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetAnswer:
-    """What became of a new budget."""
-
-    is_applied: bool
-    """False: put off while what is above the new budget is in use; ask again with the same revision."""
-    held_bytes: int | None
-    """On each GPU, by the engine's own account; None: it does not say."""
-
-
-class Budget(Protocol):
-    """An engine's own limit, for those that have one: ``POST /sublet/budget`` of ours, kvcached's limit of others.
-
-    An implementation keeps two rules, which kvcached's revisioned limit has and ours has by waiting. A budget with an
-    older `revision` than one that was accepted changes nothing. One below what is in use is not an error and drops
-    nothing that is in use: the engine takes no more, frees what it can, and says that it is not applied yet.
-    """
-
-    async def set(self, endpoint: str, *, memory_bytes: int, revision: int) -> BudgetAnswer: ...
-
 
 MEASURED: Final = "the watchdog measures each process"
 

@@ -39,8 +39,10 @@ async def test_a_killed_broker_is_started_again_and_ends_with_the_holder(
                 await anyio.sleep(0.02)
         second = await anyio.to_thread.run_sync(broker_id, holder)
         last = identity_of(holder.broker.pid)
+        seen_by_containers = {path.name for path in holder.broker.engine_socket.parent.iterdir()}
 
     assert first != second
+    assert {"engines.sock"} == seen_by_containers, "nothing that starts programs or opens accounts is in that folder"
     assert last is not None
     assert not is_alive(last)
     assert not (tmp_path / "arena").exists(), "an orderly end leaves no image"

@@ -113,7 +113,7 @@ def test_weights_and_the_broker_are_seen_through_mounts() -> None:
     )
     told = configuration(wish, image=IMAGE)
 
-    assert ["/var/weights:/sublet/weights:rw", "/run/sublet/broker:/sublet/broker:rw"] == told["HostConfig"]["Binds"]
+    assert ["/var/weights:/sublet/weights:rw", "/run/sublet/broker:/sublet/broker:ro"] == told["HostConfig"]["Binds"]
     assert "HF_HOME=/sublet/weights" in told["Env"]
     assert "SUBLET_BROKER_SOCKET=/sublet/broker/engines.sock" in told["Env"]
 
