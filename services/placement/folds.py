@@ -9,6 +9,7 @@ from schemas.nodes import (
     LeaseGranted,
     LeaseRefused,
     LeaseReleased,
+    LeaseResized,
     NodeJoined,
     ParkAbandoned,
     ReplicaDraining,
@@ -406,7 +407,20 @@ def fold_parked(state: ClusterState, fact: ReplicaParked) -> None:
     replica = _move(state, fact.replica_id, "parked", fact.at_s)
     if replica is not None:
         replica.wake_epoch, replica.residue_bytes = fact.wake_epoch, fact.residues(len(replica.shares))
+        _ends_borrowing(replica)
         state.index.remeasured(replica)
+
+
+def fold_resized(state: ClusterState, fact: LeaseResized) -> None:
+    """To be shown only: where there is room follows from requests, because what is borrowed is given back."""
+    replica = state.replicas.get(fact.replica_id)
+    if replica is not None:
+        replica.granted_bytes = fact.granted_bytes
+
+
+def _ends_borrowing(replica: Replica) -> None:
+    if replica.granted_bytes:
+        replica.granted_bytes = tuple(share.request_bytes for share in replica.shares)
 
 
 def fold_resident(state: ClusterState, fact: ReplicaResident) -> None:
@@ -426,6 +440,7 @@ def fold_replica_failed(state: ClusterState, fact: ReplicaFailed) -> None:
     replica = _move(state, fact.replica_id, "failed" if fact.is_final else "granted", fact.at_s)
     if replica is not None:
         replica.problem = fact.reason
+        _ends_borrowing(replica)
         replica.endpoint = ""
         replica.wake_epoch = fact.wake_epoch
 

@@ -18,7 +18,9 @@ import softgpu
 from devices.nvml import NvmlInventory
 from kit.outcomes import Input
 from kit.telemetry import Tracer
+from schemas.nodes import ResizeReason
 from schemas.placement import ReplicaProposal
+from schemas.units import MiB
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineClient
@@ -30,6 +32,7 @@ from services.nodeagent.inputs import (
     EngineEffect,
     LookAtEngine,
     ParkEngine,
+    ResizeEngine,
     StartEngine,
     StopEngine,
     WakeEngine,
@@ -45,6 +48,16 @@ DRAIN_S = 20.0
 def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect | TryGpu:
     common: dict[str, Any] = {"replica": replica, "lease_epoch": 7, "wake_epoch": 1}
     common["swap_driver"] = replica.deployment.engine.swap_driver
+    if word.startswith("resize"):
+        _, reason, epoch, granted_mib, before_mib = word.split()
+        return ResizeEngine(
+            **common,
+            reason=ResizeReason(reason),
+            granted_bytes=(int(granted_mib) * MiB,) * len(replica.shares),
+            before_bytes=(int(before_mib) * MiB,) * len(replica.shares),
+            resize_epoch=int(epoch),
+            deadline_s=10.0,
+        )
     match word:
         case "try":
             return TryGpu(gpu_uuid=replica.shares[0].gpu_uuid, fault_count=3)

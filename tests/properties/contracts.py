@@ -17,6 +17,8 @@ from schemas.deployments import GRADE_ORDER
 from schemas.inbox import DeployRequested, Verdict
 from schemas.messages import Command, Fact
 from schemas.nodes import (
+    GaveBack,
+    GiveBackAsked,
     GpuOffer,
     LeaseGranted,
     LeaseRefused,
@@ -59,6 +61,8 @@ class Contracts:
     """{(replica, wake epoch)}"""
     victims: set[str] = field(default_factory=set)
     """Of wakes that their node has accepted, until they drain."""
+    owing: set[str] = field(default_factory=set)
+    """Borrowers that were asked for bytes and have not given enough."""
     wake_epochs: dict[str, int] = field(default_factory=dict)
     commands: dict[int, list[CommandFact]] = field(default_factory=dict)
     effective: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -147,12 +151,17 @@ class Contracts:
         match fact:
             case ReplicaWaking():
                 self.victims.update(fact.victim_ids)
+            case GiveBackAsked():
+                self.owing.add(fact.replica_id)
+            case GaveBack(is_enough=True):
+                self.owing.discard(fact.replica_id)
             case ReplicaDraining(is_release=True):
                 is_meant = fact.replica_id in self.releases or fact.reason == GPU_IS_GONE
                 assert is_meant, f"nobody proposed this release: {fact}"
             case ReplicaDraining():
                 decided = (fact.replica_id, self.wake_epochs.get(fact.replica_id, 1)) in self.park_decided
-                assert decided or fact.replica_id in self.victims, f"nobody decided this park: {fact}"
+                is_owing = fact.replica_id in self.owing
+                assert decided or is_owing or fact.replica_id in self.victims, f"nobody decided this park: {fact}"
                 self.victims.discard(fact.replica_id)
             case ReplicaParked() | ReplicaFailed():
                 older = self.wake_epochs.get(fact.replica_id, 1)

@@ -24,7 +24,7 @@ def test_a_planted_fault_is_found(bug: Bug) -> None:
 
 
 @pytest.mark.parametrize(
-    "sound", SOUND, ids=["cores", "agent alone", "gangs", "shell", "upkeep", "displacement", "GPUs"]
+    "sound", SOUND, ids=["cores", "agent alone", "gangs", "shell", "upkeep", "displacement", "GPUs", "shares"]
 )
 def test_nothing_is_found_where_nothing_is_planted(sound: Bug) -> None:
     found = search(sound, seeds_max=SOUND_SEEDS)

@@ -8,6 +8,7 @@ from tests.properties.planted import (
     displacement_bugs,
     gang_bugs,
     gpu_bugs,
+    share_bugs,
     shell_bugs,
     upkeep_bugs,
 )
@@ -21,6 +22,7 @@ BUGS: Final[tuple[Bug, ...]] = (
     *upkeep_bugs.BUGS,
     *displacement_bugs.BUGS,
     *gpu_bugs.BUGS,
+    *share_bugs.BUGS,
 )
 SOUND: Final[tuple[Bug, ...]] = (
     core_bugs.SOUND,
@@ -30,9 +32,12 @@ SOUND: Final[tuple[Bug, ...]] = (
     upkeep_bugs.SOUND,
     displacement_bugs.SOUND,
     gpu_bugs.SOUND,
+    share_bugs.SOUND,
 )
 """Nothing planted: what the same seeds find here is a real fault, or a check that cries wolf."""
 KNOWN_SEEDS: Final[dict[str, int]] = {
+    "a grant that shrinks before its proof": 3,
+    "a ladder that never ends": 20,
     "room that is not kept": 1,
     "a chain that stops at nonsense": 11,
     "a fold in stream order": 1,

@@ -1,0 +1,56 @@
+"""Grants that change under a serving engine: real processes over the software GPU's driver, and its limits."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+import softgpu
+from schemas.deployments import EngineKind
+from schemas.placement import ReplicaProposal
+from schemas.units import MiB
+from tests.integration.test_node_several_gpus import SHARE_BYTES, hands_on, host, replica
+
+pytestmark = pytest.mark.anyio
+__all__ = ["host"]
+
+REQUEST_MIB = SHARE_BYTES // MiB
+GRANT_MIB = REQUEST_MIB + 2048
+LESS_MIB = REQUEST_MIB + 1024
+
+
+@pytest.fixture
+def elastic(host: softgpu.Host) -> ReplicaProposal:
+    fixed = replica(host, EngineKind.SIMULATED)
+    shares = tuple(replace(share, limit_bytes=2 * SHARE_BYTES) for share in fixed.shares)
+    return replace(fixed, shares=shares)
+
+
+async def test_an_engine_grows_to_its_grant_freezes_shrinks_and_comes_back_from_a_park_with_its_request(
+    tmp_path: Path, host: softgpu.Host, elastic: ReplicaProposal
+) -> None:
+    async with hands_on(tmp_path, host, elastic) as hands:
+        started = await hands.do("start")
+        assert "EngineStarted" == started["kind"], started
+
+        grown = await hands.do(f"resize burst 1 {GRANT_MIB} {REQUEST_MIB}")
+        assert "EngineResized" == grown["kind"], grown
+        assert all(after > before + 1800 * MiB for after, before in zip(grown["used"], started["used"], strict=True))
+        assert [set(limit.values()) for limit in grown["limits"]] == [{GRANT_MIB * MiB}], grown
+
+        frozen = await hands.do(f"resize freeze 2 {REQUEST_MIB} {GRANT_MIB}")
+        assert "EngineResized" == frozen["kind"], frozen
+        assert all(LESS_MIB * MiB < size <= GRANT_MIB * MiB for size in frozen["result"]["granted_bytes"])
+
+        shrunk = await hands.do(f"resize give_back 3 {LESS_MIB} {GRANT_MIB}")
+        assert "EngineResized" == shrunk["kind"], shrunk
+        assert all(used <= LESS_MIB * MiB for used in shrunk["used"])
+        assert [set(limit.values()) for limit in shrunk["limits"]] == [{LESS_MIB * MiB}], shrunk
+
+        assert "NoneType" == (await hands.do(f"resize burst 1 {GRANT_MIB} {REQUEST_MIB}"))["kind"]
+
+        assert "EngineParked" == (await hands.do("park"))["kind"]
+        woken = await hands.do("wake")
+        assert "EngineWoken" == woken["kind"], woken
+        assert all(used <= SHARE_BYTES for used in woken["used"])
+        assert "EngineStopped" == (await hands.do("stop"))["kind"]
