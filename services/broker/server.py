@@ -39,6 +39,9 @@ _agent_asks: Final = msgspec.json.Decoder(AgentAsk)
 _engine_asks: Final = msgspec.json.Decoder(EngineAsk)
 _hellos: Final = msgspec.json.Decoder(EngineHello)
 
+CONNECTIONS_MAX: Final = 1024
+"""Of engines at a time. One that connects and says nothing costs a descriptor; a process has some thousands."""
+
 log = logging.getLogger(__name__)
 
 
@@ -46,10 +49,12 @@ log = logging.getLogger(__name__)
 async def serving(broker: Broker, *, engine_socket: Path, control_socket: Path) -> AsyncIterator[None]:
     """Both sockets, for the length of the block."""
     connection_ids = itertools.count(1)
+    places = anyio.Semaphore(CONNECTIONS_MAX)
 
     async def engine(stream: anyio.abc.SocketStream) -> None:
         assert isinstance(stream, anyio.abc.UNIXSocketStream)
-        await _contained(Connection(stream), _Engine(broker, connection_id=next(connection_ids)).serve)
+        async with places:
+            await _contained(Connection(stream), _Engine(broker, connection_id=next(connection_ids)).serve)
 
     async def agent(stream: anyio.abc.SocketStream) -> None:
         assert isinstance(stream, anyio.abc.UNIXSocketStream)
