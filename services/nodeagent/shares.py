@@ -4,12 +4,13 @@ A growing grant is a fact before its engine may use it; a shrinking one is a fac
 instant the account holds at least what engines can have.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kit.outcomes import Context, Outcome, Timer
-from schemas.nodes import GaveBack, GiveBackAsked, LeaseResized, ResizeReason
-from services.nodeagent import bursting, giving_back
+from schemas.nodes import BorrowAccounted, GaveBack, GiveBackAsked, LeaseResized, NodeFact, ResizeReason
+from services.nodeagent import accounts, bursting, giving_back
 from services.nodeagent import state as fold
 from services.nodeagent.core import SERVICE, current, names
 from services.nodeagent.inputs import BurstDue, EngineNotResized, EngineResized, GiveBackDue
@@ -18,9 +19,29 @@ from services.nodeagent.residency import wakes_from
 from services.nodeagent.state import NodeState, Replica
 from services.nodeagent.transitions import Residency
 
-SERVICE.folding(LeaseResized)(fold.fold_resized)
+
+def _counted_before(folded: Callable[[NodeState, Any], None]) -> Callable[[NodeState, Any], None]:
+    """Whatever a fact of ours changes, what was lent until then is counted as it was."""
+
+    def count_and_fold(state: NodeState, fact: Any) -> None:
+        accounts.count(state, fact.at_s)
+        folded(state, fact)
+
+    return count_and_fold
+
+
+def _resized(state: NodeState, fact: LeaseResized) -> None:
+    fold.fold_resized(state, fact)
+    accounts.begin(state, fact.replica_id, fact.at_s)
+
+
+SERVICE.folding(LeaseResized)(_resized)
 SERVICE.folding(GiveBackAsked)(fold.fold_asked)
 SERVICE.folding(GaveBack)(fold.fold_gave_back)
+
+for _kind in [kind for kind in SERVICE.folds if issubclass(kind, NodeFact)]:
+    SERVICE.folds[_kind] = _counted_before(SERVICE.folds[_kind])
+SERVICE.folding(BorrowAccounted)(accounts.fold_accounted)
 
 OVERDUE_S = 5.0
 """A step whose timer was lost is ended so long after its time."""
@@ -37,7 +58,8 @@ def burst_due(state: NodeState, due: BurstDue, ctx: Context) -> Sequence[Outcome
             outcomes += giving_back.resumed(state, replica, ctx)
     if due.is_first or state.settings.burst_tick_s <= 0:
         return outcomes
-    return [*outcomes, *_shared_out(state, ctx), *_overdue(state, ctx)]
+    told = accounts.statements(state, now_s=ctx.now_s)
+    return [*outcomes, *told, *_shared_out(state, ctx), *_overdue(state, ctx)]
 
 
 def _shared_out(state: NodeState, ctx: Context) -> Iterator[Outcome]:

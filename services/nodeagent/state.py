@@ -30,6 +30,7 @@ from schemas.nodes import (
     WakeRefused,
 )
 from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
+from services.nodeagent.accounts import Account
 from services.nodeagent.quarantines import GpuHealth, Watched, start_failed, start_succeeded
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.transitions import STATES, Cause, Holding, Residency, target_of
@@ -193,6 +194,8 @@ class NodeState:
     """{gpu_uuid: what is remembered of one that misbehaved}"""
     replicas: dict[str, Replica] = field(default_factory=dict)
     """{replica_id: replica}, in the order of their grants."""
+    accounts: dict[str, Account] = field(default_factory=dict)
+    """{gpu_uuid: who lent and borrowed since that was told last}; of GPUs on which somebody has borrowed."""
     observed: Observed = field(default_factory=Observed)
 
     def held_bytes(self, gpu_uuid: str) -> int:

@@ -1,155 +1,77 @@
-"""Accounts with the memory broker over restarts: of the broker and of the agent, which both forget them."""
+"""Who lent and who borrowed: what was borrowed is what was lent, by somebody or by nobody."""
 
-from pathlib import Path
-from typing import Any, cast
+import random
 
-import anyio
-import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from schemas.brokers import AccountClose, AccountOpen, AccountView, BrokerView
-from services.nodeagent.broker_client import BrokerProblem
-from services.nodeagent.guard import accounts
-from services.nodeagent.guard.accounts import Accounts
-
-pytestmark = pytest.mark.anyio
-
-
-class PlayedBroker:
-    """Knows what was opened since its last restart."""
-
-    def __init__(self) -> None:
-        self.life = 1
-        self.is_away = False
-        self.opened: list[AccountOpen] = []
-        self.forgotten: list[str] = []
-        self.looks = 0
-
-    def restart(self) -> None:
-        self.life += 1
-        self.opened = []
-
-    async def look(self) -> BrokerView:
-        self._answer()
-        self.looks += 1
-        views = tuple(
-            AccountView(
-                replica_id=account.replica_id, lease_epoch=account.lease_epoch, is_connected=False,
-                granted_bytes=account.granted_bytes, held_bytes={}, sealed_bytes=0, image_ids=(), tier="",
-            )
-            for account in self.opened
-        )  # fmt: skip
-        return BrokerView(
-            broker_id=str(self.life), accounts=views, gpus=(), host=(), disk_budget_bytes=0, disk_used_bytes=0
-        )
-
-    async def open(self, account: AccountOpen) -> None:
-        self._answer()
-        self.opened.append(account)
-
-    async def close(self, account: AccountClose) -> None:
-        self._answer()
-
-    async def forget(self, deployment_id: str) -> None:
-        self._answer()
-        self.forgotten.append(deployment_id)
-
-    def _answer(self) -> None:
-        if self.is_away:
-            raise BrokerProblem("it does not answer")
+from schemas.nodes import BorrowAccounted
+from schemas.units import GiB
+from services.nodeagent.accounts import loans
+from services.nodeagent.inputs import BurstDue
+from tests.properties.test_bursts import Bursting
+from tests.properties.wide import GPUS
+from tests.unit.nodeagent.builders import Agent, gpu, release
 
 
-def kept(broker: PlayedBroker, folder: Path) -> Accounts:
-    return Accounts(cast(Any, broker), engine_socket="/e", secret_path=folder / "secret")
+def told(agent: Agent, after_s: float) -> list[BorrowAccounted]:
+    agent.now_s += after_s
+    return [outcome for outcome in agent.handle(BurstDue()) if isinstance(outcome, BorrowAccounted)]
 
 
-async def allow(subject: Accounts, replica_id: str, *, granted_bytes: int) -> None:
-    await subject.allow(
-        replica_id, lease_epoch=1, tenant="t", deployment_id="d", granted_bytes={"GPU-0": granted_bytes}
-    )
+def test_what_nobody_asks_for_is_lent_first_then_what_a_parked_model_leaves() -> None:
+    """80 less the requests 40 and 30 are 10 of nobody; 39 of the parked one's 40 are lent."""
+    agent = Agent(gpu(allocatable_gib=80))
+    agent.parked("owner", 40)
+    agent.resident("a", 30, limit_gib=80)
+    agent.tick()
+
+    found = loans(agent.state, "gpu-0")
+
+    assert ({"a": 49 * GiB}, {"owner": 39 * GiB}, 10 * GiB) == (found.borrowed, found.lent, found.free)
 
 
-async def until_opened(subject: Accounts, broker: PlayedBroker, *, count: int) -> None:
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(subject.keep, lambda: None)
-        with anyio.fail_after(10):
-            while len(broker.opened) < count:
-                await anyio.sleep(0.001)
-        tasks.cancel_scope.cancel()
+def test_an_account_is_told_after_its_time_and_says_bytes_times_seconds() -> None:
+    agent = Agent(gpu(allocatable_gib=80))
+    agent.resident("a", 30, limit_gib=80)
+    agent.tick()
+    begun_s = agent.now_s
+    assert [] == told(agent, 10.0)
+
+    (fact,) = told(agent, 60.0)
+
+    assert (begun_s, "gpu-0") == (fact.from_s, fact.gpu_uuid)
+    assert 50 * GiB * (agent.now_s - begun_s) == fact.entries[0].borrowed_byte_s == fact.free_byte_s
+    assert [] == told(agent, 1.0)
 
 
-async def kept_for_a_while(subject: Accounts, broker: PlayedBroker, deployment_ids: list[str] | None) -> None:
-    """Several looks long."""
-    end = broker.looks + 4
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(subject.keep, lambda: deployment_ids)
-        with anyio.fail_after(10):
-            while broker.looks < end:
-                await anyio.sleep(0.001)
-        tasks.cancel_scope.cancel()
+def test_a_lease_that_has_ended_is_told_at_the_next_look() -> None:
+    agent = Agent(gpu(allocatable_gib=80))
+    agent.resident("a", 30, limit_gib=80)
+    agent.tick()
+    agent.now_s += 5.0
+    agent.handle(release("a"))
+    agent.handle(agent.stopped("a"))
+
+    (fact,) = told(agent, 1.0)
+
+    assert ["a"] == [entry.replica_id for entry in fact.entries]
+    assert fact.entries[0].borrowed_byte_s > 0
+    assert {} == agent.state.accounts
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts, "KEEP_EVERY_S", 0.001)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_all_that_was_borrowed_was_lent_by_somebody_or_by_nobody(seed: int) -> None:
+    draw = random.Random(seed)
+    world = Bursting(draw.choice)
+    world.play(60)
 
-
-async def test_a_restarted_broker_is_told_what_is_granted_now(tmp_path: Path) -> None:
-    broker = PlayedBroker()
-    subject = kept(broker, tmp_path)
-    await allow(subject, "a", granted_bytes=5)
-    await allow(subject, "a", granted_bytes=7)
-    await allow(subject, "b", granted_bytes=1)
-    await subject.close("b", lease_epoch=1)
-    key = broker.opened[0].key
-    broker.restart()
-
-    await until_opened(subject, broker, count=1)
-
-    (again,) = broker.opened
-    assert ("a", {"GPU-0": 7}, key) == (again.replica_id, again.granted_bytes, again.key)
-
-
-async def test_a_restarted_agent_still_knows_them(tmp_path: Path) -> None:
-    broker = PlayedBroker()
-    await allow(kept(broker, tmp_path), "a", granted_bytes=5)
-    key = broker.opened[0].key
-    broker.restart()
-
-    await until_opened(kept(broker, tmp_path), broker, count=1)
-
-    assert [("a", key)] == [(account.replica_id, account.key) for account in broker.opened]
-    assert key not in (tmp_path / "broker-accounts.json").read_text()
-
-
-async def test_a_grant_that_was_made_while_the_broker_was_away_is_told_when_it_is_back(tmp_path: Path) -> None:
-    broker = PlayedBroker()
-    subject = kept(broker, tmp_path)
-    broker.is_away = True
-    with pytest.raises(BrokerProblem):
-        await allow(subject, "a", granted_bytes=5)
-    broker.is_away = False
-
-    await until_opened(subject, broker, count=1)
-
-    assert ["a"] == [account.replica_id for account in broker.opened]
-
-
-async def test_a_list_that_cannot_be_read_is_no_list(tmp_path: Path) -> None:
-    (tmp_path / "broker-accounts.json").write_text("[{")
-
-    await allow(kept(PlayedBroker(), tmp_path), "a", granted_bytes=5)
-
-
-async def test_images_are_forgotten_once_their_deployment_has_no_replica_and_no_engine_here(tmp_path: Path) -> None:
-    broker = PlayedBroker()
-    subject = kept(broker, tmp_path)
-    await allow(subject, "a", granted_bytes=5)
-    await kept_for_a_while(subject, broker, [])  # its engine still runs
-    await subject.close("a", lease_epoch=1)
-    await kept_for_a_while(subject, broker, None)  # not known yet
-    await kept_for_a_while(subject, broker, ["d"])  # a replica that starts again
-    assert [] == broker.forgotten
-
-    await kept_for_a_while(kept(broker, tmp_path), broker, ["other"])  # by the next agent
-
-    assert ["d"] == broker.forgotten
+    for uuid in GPUS:
+        found = loans(world.agent.state, uuid)
+        assert sum(found.borrowed.values()) == sum(found.lent.values()) + found.free
+    for fact in world.agent.history:
+        if isinstance(fact, BorrowAccounted):
+            borrowed = sum(entry.borrowed_byte_s for entry in fact.entries)
+            lent = sum(entry.lent_byte_s for entry in fact.entries) + fact.free_byte_s
+            assert abs(borrowed - lent) <= len(fact.entries) + 1  # Each is rounded down to whole bytes and seconds.
