@@ -112,6 +112,21 @@ async def test_what_was_proven_is_not_tried_again_and_what_was_not_is(tmp_path: 
         assert starts == attempts(tmp_path)
 
 
+async def test_an_operator_can_have_it_proven_again(tmp_path: Path, host: softgpu.Host) -> None:
+    async with holder_process(tmp_path, free_port(), **host.environment()):
+        await offered(tmp_path, host)
+        starts = attempts(tmp_path)
+        environment = {
+            **os.environ, **host.environment(), "SUBLET_NODEAGENT_STATE_DIR": str(tmp_path / "agent"),
+            "SUBLET_NODEAGENT_HOLDER_SOCKET": str(tmp_path / "state" / "holder.sock"),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "services.nodeagent.guard"]
+        finished = await anyio.run_process(command, env=environment, cwd=ROOT)
+
+        assert f"{host.uuids()[0]}  driver: the driver refused" in finished.stdout.decode()
+        assert attempts(tmp_path) == starts + 1
+
+
 def attempts(tmp_path: Path) -> int:
     return sum(path.read_text().count("lease epoch") for path in (tmp_path / "state" / "logs").glob("guard-probe*"))
 

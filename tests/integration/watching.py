@@ -27,9 +27,10 @@ from tests.unit.nodeagent import builders
 def state_of(grade: IsolationGrade, gpu_uuid: str, leases: list[str]) -> NodeState:
     offer = msgspec.structs.replace(builders.gpu(grade=grade), gpu_uuid=gpu_uuid)
     agent = builders.Agent(offer)
-    for lease in leases:
-        name, size = lease.split("=")
+    sizes = dict(lease.split("=") for lease in leases)
+    for name in sizes:
         agent.granted(name, 1, gpu_uuid=gpu_uuid)
+    for name, size in sizes.items():
         agent.lease(name).share_bytes = {gpu_uuid: int(size) * MiB}
         agent.lease(name).lease_epoch = 1
     return agent.state

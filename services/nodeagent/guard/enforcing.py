@@ -23,6 +23,7 @@ from services.nodeagent.guard.compute import Compute
 from services.nodeagent.guard.cooperative import EnginesBudget, Watched
 from services.nodeagent.guard.driver import DriverLimits
 from services.nodeagent.guard.hardware import MIG_PREFIX, HardwarePart
+from services.nodeagent.guard.owners import started_ticks
 from services.nodeagent.guard.proof import Proof
 from services.nodeagent.processes import tree_of
 from services.nodeagent.settings import NodeAgentSettings
@@ -52,6 +53,7 @@ class Guard:
         self.accounts = accounts
         self.compute = compute or Compute(None)
         self._settings = settings
+        self._proof = proof
         self._backends: Sequence[Backend] = (
             HardwarePart(inventory),
             DriverLimits(inventory, proof),
@@ -74,6 +76,11 @@ class Guard:
             offer = await anyio.to_thread.run_sync(self._offer, gpu, our_pids)
             offers.append(replace(offer, compute_sharing=sharing, compute_sharing_reason=sharing_reason))
         return tuple(offers)
+
+    def forget_proofs(self) -> None:
+        """Everything is tried again at the next look."""
+        if self._proof is not None:
+            self._proof.forget()
 
     async def _choose(self, gpu: GpuDescription) -> tuple[Backend, Verdict]:
         """The strongest backend that holds, with why; behind it, why the stronger ones do not."""
@@ -158,7 +165,7 @@ class Guard:
 
     async def verify(self, replica: ReplicaProposal, engine: EngineView) -> None:
         """When it is ready: it is under its limits. Raises `NotEnforced`, `DeviceError`."""
-        await self.compute.verify(await anyio.to_thread.run_sync(tree_of, engine.pid))
+        await self.compute.verify(await anyio.to_thread.run_sync(_processes, engine))
         for index, proposed in enumerate(replica.shares):
             share = await self._share(replica, index, engine, proposed.request_bytes)
             await (await self._holding(share)).verify(share)
@@ -166,7 +173,7 @@ class Guard:
     async def drain(self, engine: EngineView) -> None:
         """Before its processes get any signal."""
         if engine.is_alive and not engine.is_gated:
-            await self.compute.drain(await anyio.to_thread.run_sync(tree_of, engine.pid))
+            await self.compute.drain(await anyio.to_thread.run_sync(_processes, engine))
 
     async def lift(self, replica: ReplicaProposal, engine: EngineView) -> None:
         """Its process is gone, its cgroup goes next. Idempotent."""
@@ -242,3 +249,10 @@ class Guard:
         reserved_bytes = next((gpu.reserved_bytes for gpu in self.inventory.gpus() if gpu.uuid == gpu_uuid), 0)
         nobodys_bytes = memory.used_bytes - reserved_bytes - sum(size or 0 for size in listed.values())
         return 0 if nobodys_bytes < NOBODYS_BYTES_MAX else None
+
+
+def _processes(engine: EngineView) -> frozenset[int]:
+    """All of it; none where its pid is another process for us, in another pid namespace."""
+    if started_ticks(engine.pid) != engine.started_ticks:
+        return frozenset()
+    return tree_of(engine.pid)

@@ -13,9 +13,14 @@ _UNIFIED: Final = re.compile(r"^0::/(.*)$", re.MULTILINE)
 
 
 def owners_of(pids: Iterable[int], engines: Iterable[EngineView], *, proc: Path = Path("/proc")) -> Mapping[int, str]:
-    """`{pid: replica}` for those that belong to an engine: it is the engine, its descendant, or in its cgroup leaf."""
+    """`{pid: replica}` for those that belong to an engine: it is the engine, its descendant, or in its cgroup leaf.
+
+    An engine whose pid is another process here, as it is for an agent in a pid namespace of its own, has none by it.
+    """
     alive = [engine for engine in engines if engine.is_alive]
-    by_pid = {engine.pid: engine.replica_id for engine in alive}
+    by_pid = {
+        engine.pid: engine.replica_id for engine in alive if started_ticks(engine.pid, proc) == engine.started_ticks
+    }
     by_leaf = {engine.namespace: engine.replica_id for engine in alive if engine.namespace.startswith("/")}
     found = {}
     for pid in pids:
@@ -23,6 +28,20 @@ def owners_of(pids: Iterable[int], engines: Iterable[EngineView], *, proc: Path 
         if owner is not None:
             found[pid] = owner
     return found
+
+
+def started_ticks(pid: int, proc: Path = Path("/proc")) -> int | None:
+    """When it started, in clock ticks since boot; None when it is gone."""
+    fields = _stat_fields(pid, proc)
+    return int(fields[19]) if len(fields) > 19 else None
+
+
+def _stat_fields(pid: int, proc: Path) -> list[str]:
+    """From the third on. After the last bracket: a process's name may hold anything."""
+    try:
+        return (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _by_leaf(pid: int, by_leaf: Mapping[str, str], proc: Path) -> str | None:
@@ -50,11 +69,10 @@ def cgroup_of(pid: int, *, proc: Path = Path("/proc")) -> str | None:
 
 def _by_parent(pid: int, by_pid: Mapping[int, str], proc: Path) -> str | None:
     for _ in range(DEPTH_MAX):
-        try:
-            # After the last bracket: a process's name may hold anything.
-            pid = int((proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
+        fields = _stat_fields(pid, proc)
+        if len(fields) < 2:
             return None
+        pid = int(fields[1])
         if pid in by_pid:
             return by_pid[pid]
         if pid <= 1:

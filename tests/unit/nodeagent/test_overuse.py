@@ -114,14 +114,14 @@ def test_while_a_grant_changes_the_larger_one_counts() -> None:
 def process(proc: Path, pid: int, *, parent: int, cgroup: str = "0::/user.slice") -> None:
     folder = proc / str(pid)
     folder.mkdir(parents=True)
-    (folder / "stat").write_text(f"{pid} (a (strange) name) S {parent} 1 1")
+    (folder / "stat").write_text(f"{pid} (a (strange) name) S {parent} " + "0 " * 17 + f"{1000 + pid} 0")
     (folder / "cgroup").write_text(f"12:cpu:/\n{cgroup}\n")
 
 
-def engine(name: str, pid: int, *, namespace: str, is_alive: bool = True) -> EngineView:
+def engine(name: str, pid: int, *, namespace: str, is_alive: bool = True, off_ticks: int = 0) -> EngineView:
     return EngineView(
-        replica_id=name, lease_epoch=1, pid=pid, started_ticks=1, port=1, is_gated=False, is_alive=is_alive,
-        exit_code=None, namespace=namespace, log_path="",
+        replica_id=name, lease_epoch=1, pid=pid, started_ticks=1000 + pid + off_ticks, port=1, is_gated=False,
+        is_alive=is_alive, exit_code=None, namespace=namespace, log_path="",
     )  # fmt: skip
 
 
@@ -139,3 +139,11 @@ def test_a_process_belongs_to_the_engine_that_it_descends_from_or_whose_cgroup_i
     ]
 
     assert {10: "a", 12: "a", 20: "b"} == owners_of([10, 12, 20, 21, 30, 404], engines, proc=tmp_path)
+
+
+def test_a_stranger_with_an_engines_pid_is_not_the_engine(tmp_path: Path) -> None:
+    """An agent in a pid namespace of its own would stop an engine for what somebody else uses."""
+    process(tmp_path, 10, parent=1)
+    process(tmp_path, 11, parent=10)
+
+    assert {} == owners_of([10, 11], [engine("a", 10, namespace="sublet-a", off_ticks=5)], proc=tmp_path)
