@@ -52,7 +52,7 @@ def container_start(job: Job, *, lease_epoch: int, environment: dict[str, str]) 
     image = engine.image or adapter.usual_image
     if not image:
         raise StartRefused(f"an engine of kind '{engine.kind}' needs an image to run in a container")
-    mounts = []
+    mounts = list(settings.docker_mounts)
     if settings.weight_cache_dir:
         mounts.append(f"{PurePosixPath(settings.weight_cache_dir)}:{WEIGHTS}:rw")
     if broker := environment.get(BROKER_SOCKET):

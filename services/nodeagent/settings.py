@@ -101,6 +101,8 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """Bridge for containers, made when it is not there: they reach the outside, but not each other."""
     docker_shm_bytes: int = 16 * GiB
     """Shared memory of a container, at the most: engines over several GPUs need much."""
+    docker_mounts: tuple[str, ...] = ()
+    """Folders that every engine's container sees, as JSON: ``["/srv/models:/models:ro"]``."""
     docker_pull_deadline_s: float = 3600.0
     """An image that is not here by then has failed. Images of engines have 10 to 30 GB."""
     log_bytes_max: int = 16 * MiB

@@ -37,6 +37,7 @@ from services.nodeagent.inputs import (
     StopEngine,
     WakeEngine,
 )
+from services.nodeagent.main import containers_of
 from services.nodeagent.mover.mover import mover_of
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
@@ -107,6 +108,7 @@ async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}")
     inventory = NvmlInventory()
     guard = guard_of(settings, inventory, holder)
     async with anyio.create_task_group() as watchers:
+        containers = containers_of(settings, watchers)
         effects = NodeEffects(
             Hands(
                 settings=settings,
@@ -118,6 +120,7 @@ async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}")
                 watchers=watchers,
                 report=ended.append,
                 rooms=Rooms(inventory),
+                containers=containers,
             )
         )
         await guard.offers(our_pids=frozenset())
@@ -130,6 +133,7 @@ async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}")
             result = await effects.perform(effect_of(word, replica), "")
             print(json.dumps(told(result, host)), flush=True)
         watchers.cancel_scope.cancel()
+    await containers.close()
     await mover.close()
     await holder.close()
     await engines.close()

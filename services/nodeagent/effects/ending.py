@@ -7,6 +7,7 @@ import anyio
 
 from kit.outcomes import Input
 from schemas.holders import EngineView
+from services.nodeagent.adapters.registry import is_container
 from services.nodeagent.effects.hands import HOLDER_RETRY_S, Gone, Hands, log_line
 from services.nodeagent.inputs import EngineEffect, EngineLost, EngineStopped, StopEngine
 from services.nodeagent.runtimes.api import RuntimeProblem
@@ -48,6 +49,8 @@ async def end_older(hands: Hands, effect: EngineEffect) -> None:
 async def end(hands: Hands, effect: EngineEffect, engine: EngineView) -> None:
     grace_s = hands.settings.stop_grace_s
     await hands.guard.drain(engine)
+    if is_container(effect.replica.deployment):  # Docker takes its cgroup away as it ends.
+        await hands.guard.give_up(effect.replica, engine)
     await hands.runtime(effect.replica).stop(engine.replica_id, lease_epoch=engine.lease_epoch, grace_s=grace_s)
     await hands.guard.lift(effect.replica, engine)
     hands.proofs.pop((engine.replica_id, engine.lease_epoch), None)

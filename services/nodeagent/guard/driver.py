@@ -63,6 +63,10 @@ class DriverLimits:
         if read.used_bytes <= 0:
             raise NotEnforced(f"the engine runs, and nothing is counted under {share.namespace}: it is not there")
 
+    async def give_up(self, share: Share) -> None:
+        """No guarantee any more; what it may hold at the most stays. Idempotent."""
+        await anyio.to_thread.run_sync(self._give_up, share.gpu_uuid, share.namespace)
+
     async def lift(self, share: Share) -> None:
         await anyio.to_thread.run_sync(self._clear, share.gpu_uuid, share.namespace)
 
@@ -75,6 +79,15 @@ class DriverLimits:
                 f"{read.hard_bytes}"
             )
         return hard_bytes
+
+    def _give_up(self, gpu_uuid: str, namespace: str) -> None:
+        try:
+            hard_bytes = self._inventory.limit(gpu_uuid, namespace).hard_bytes
+            self._inventory.set_limit(gpu_uuid, namespace, soft_bytes=0, hard_bytes=hard_bytes)
+        except NotFound:
+            return
+        except DeviceError as error:
+            log.warning("guarantee not given up", extra={"namespace": namespace, "reason": str(error)})
 
     def _clear(self, gpu_uuid: str, namespace: str) -> None:
         try:

@@ -175,6 +175,17 @@ class Guard:
         if engine.is_alive and not engine.is_gated:
             await self.compute.drain(await anyio.to_thread.run_sync(_processes, engine))
 
+    async def give_up(self, replica: ReplicaProposal, engine: EngineView) -> None:
+        """Its guarantee, before an end that takes its cgroup along. Its hard limit holds to the end. Idempotent.
+
+        A guarantee that is on a cgroup when that goes would stay with those above it, for good.
+        """
+        for index in range(len(replica.shares)):
+            share = await self._share(replica, index, engine, 0)
+            backend = await self._holding(share)
+            if isinstance(backend, DriverLimits):
+                await backend.give_up(share)
+
     async def lift(self, replica: ReplicaProposal, engine: EngineView) -> None:
         """Its process is gone, its cgroup goes next. Idempotent."""
         for index in range(len(replica.shares)):

@@ -105,7 +105,7 @@ def test_an_engine_without_any_image_is_refused() -> None:
 
 def test_weights_and_the_broker_are_seen_through_mounts() -> None:
     planned = job(EngineKind.VLLM)
-    settings = NodeAgentSettings(weight_cache_dir="/var/weights")
+    settings = NodeAgentSettings(weight_cache_dir="/var/weights", docker_mounts=("/srv/models:/models:ro",))
     wish = container_start(
         container_job(planned.replica, rooms=planned.rooms, settings=settings),
         lease_epoch=3,
@@ -113,7 +113,9 @@ def test_weights_and_the_broker_are_seen_through_mounts() -> None:
     )
     told = configuration(wish, image=IMAGE)
 
-    assert ["/var/weights:/sublet/weights:rw", "/run/sublet/broker:/sublet/broker:ro"] == told["HostConfig"]["Binds"]
+    assert [
+        "/srv/models:/models:ro", "/var/weights:/sublet/weights:rw", "/run/sublet/broker:/sublet/broker:ro",
+    ] == told["HostConfig"]["Binds"]  # fmt: skip
     assert "HF_HOME=/sublet/weights" in told["Env"]
     assert "SUBLET_BROKER_SOCKET=/sublet/broker/engines.sock" in told["Env"]
 
