@@ -40,7 +40,10 @@ _engine_asks: Final = msgspec.json.Decoder(EngineAsk)
 _hellos: Final = msgspec.json.Decoder(EngineHello)
 
 CONNECTIONS_MAX: Final = 1024
-"""Of engines at a time. One that connects and says nothing costs a descriptor; a process has some thousands."""
+"""Of engines at a time; one more is closed at once. Each costs a descriptor, of which a process has some thousands."""
+
+HELLO_WITHIN_S: Final = 30.0
+"""Anybody on the host may connect; who shows no key for so long is sent away. Engines wait less for their account."""
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +52,19 @@ log = logging.getLogger(__name__)
 async def serving(broker: Broker, *, engine_socket: Path, control_socket: Path) -> AsyncIterator[None]:
     """Both sockets, for the length of the block."""
     connection_ids = itertools.count(1)
-    places = anyio.Semaphore(CONNECTIONS_MAX)
+    taken = 0
 
     async def engine(stream: anyio.abc.SocketStream) -> None:
         assert isinstance(stream, anyio.abc.UNIXSocketStream)
-        async with places:
+        nonlocal taken
+        if taken >= CONNECTIONS_MAX:
+            await stream.aclose()
+            return
+        taken += 1
+        try:
             await _contained(Connection(stream), _Engine(broker, connection_id=next(connection_ids)).serve)
+        finally:
+            taken -= 1
 
     async def agent(stream: anyio.abc.SocketStream) -> None:
         assert isinstance(stream, anyio.abc.UNIXSocketStream)
@@ -124,7 +134,9 @@ class _Engine:
         self._connection_id = connection_id
 
     async def serve(self, connection: Connection) -> None:
-        account = await self._hello(connection)
+        account = None
+        with anyio.move_on_after(HELLO_WITHIN_S):
+            account = await self._hello(connection)
         if account is None:
             return
 

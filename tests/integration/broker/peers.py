@@ -259,6 +259,18 @@ class _Engine:
             ImageSeal(range_id=range_id, image_id=image_id, generation=generation, content_id=content_id)
         )
 
+    def seal_on(self, range_id: str, image_id: str, first: int, count: int) -> object:
+        """Seal so many generations, each filled with its number, until the broker is gone; the last that was kept."""
+        generation = first
+        while generation < first + count:
+            self.fill(range_id, generation % 251)
+            try:
+                self.seal(range_id, image_id, generation)
+            except (ConnectionError, RefusedAnswer):
+                break
+            generation += 1
+        return generation - 1
+
     def restore(self, range_id: str, image_id: str, generation: int) -> object:
         started_s = time.perf_counter()
         grant = self._peer.ask(

@@ -1,5 +1,8 @@
 """Whoever is killed, whenever: engines go on, nothing is promised twice, and everything comes back."""
 
+import random
+import time
+
 import pytest
 
 from devices.api import MiB
@@ -182,3 +185,36 @@ def test_a_lost_connection_keeps_the_memory_for_the_engine_that_maps_it(world: M
     assert "weights of r" == engine.do("read", "weights", 12)
     engine.do("give_back_adopted", "weights")
     assert {one.gpu: 0} == agent.view().accounts[0].held_bytes
+
+
+def test_whenever_the_broker_is_killed_the_kept_image_is_one_that_was_sealed(world: MakeWorld) -> None:
+    """An engine seals one generation after the other, each of other bytes; kills fall anywhere into that."""
+    moments = random.Random(20251125)
+    one = world(host_budget_bytes=4 * WEIGHTS)
+    agent = one.agent()
+    agent.open("r", {one.gpu: 4 * WEIGHTS}, tenant="a", deployment="d")
+    engine = one.engine("r")
+    engine.do("hello")
+    engine.do("ask", "weights", WEIGHTS)
+    newest = engine.do("seal_on", "weights", "image", 1, 2)
+    for life in range(6):
+        engine.tell("seal_on", "weights", "image", newest + 1, 200)
+        time.sleep(moments.uniform(0.0, 0.25))
+        agent = restarted(one, "r", granted_bytes=4 * WEIGHTS)
+        last = engine.hear()
+
+        engine.do("hello", WEIGHTS)
+        kept = [
+            generation
+            for generation in (last + 1, last)  # one that was kept may not have been answered any more
+            if "refused" not in engine.do("restore", f"copy-{life}-{generation}", "image", generation)
+        ]
+        assert 1 == len(kept), "exactly one generation is kept, and none that was answered is lost"
+        newest = kept[0]
+        name = f"copy-{life}-{newest}"
+        assert [newest % 251] == engine.do("bytes_seen", name)
+        engine.do("give_back", name)
+        engine.do("unmap", "weights")
+        engine.do("hello")
+        engine.do("ask", "weights", WEIGHTS)
+    assert WEIGHTS == agent.view().host[0].used_bytes
