@@ -103,11 +103,16 @@ class GpuWatch:
                 self._report(GpuMeasured(gpu_uuid=gpu_uuid, problem=str(error)))
             return
         there = {gpu.uuid: gpu for gpu in here}
+        looks = {uuid: await self._look_at(there[uuid]) for uuid in offered if uuid in there}
+        ours = await self._our_pids()  # After the lists: whoever is on one and ours is known by now.
         for gpu_uuid in offered:
-            if gpu_uuid not in there:
+            look = looks.get(gpu_uuid)
+            if look is None:
                 self._report(GpuGone(gpu_uuid=gpu_uuid))
+            elif isinstance(look, str):
+                self._report(GpuMeasured(gpu_uuid=gpu_uuid, problem=look))
             else:
-                await self._look_at(there[gpu_uuid])
+                self._report(_measured(there[gpu_uuid], look, ours))
         if there.keys() - set(offered):
             await self._welcome(there.keys() - set(offered))
 
@@ -121,27 +126,14 @@ class GpuWatch:
             if offer.gpu_uuid in gpu_uuids:
                 self._report(GpuBack(gpu=offer))
 
-    async def _look_at(self, gpu: GpuDescription) -> None:
+    async def _look_at(self, gpu: GpuDescription) -> _Look | str | None:
+        """What the driver told; why it told nothing; None: the GPU is gone."""
         try:
-            look = await self._ask(partial(_look, self._inventory, gpu.uuid))
+            return await self._ask(partial(_look, self._inventory, gpu.uuid))
         except (DeviceLost, NotFound):
-            self._report(GpuGone(gpu_uuid=gpu.uuid))
-            return
+            return None
         except DeviceError as error:
-            self._report(GpuMeasured(gpu_uuid=gpu.uuid, problem=str(error)))
-            return
-        ours = await self._our_pids()  # After the list: whoever is on it and ours is known by now.
-        self._report(
-            GpuMeasured(
-                gpu_uuid=gpu.uuid,
-                used_bytes=max(0, look.memory.used_bytes - gpu.reserved_bytes),
-                foreign_bytes=foreign_bytes(look.by_pid, ours, used_bytes=look.memory.used_bytes - gpu.reserved_bytes),
-                utilization_fraction=look.utilization_fraction,
-                temperature_c=look.condition.temperature_c,
-                is_too_hot=look.condition.is_too_hot,
-                ecc_error_count=look.condition.ecc_error_count,
-            )
-        )
+            return str(error)
 
     async def _ask(self, question: Callable[[], T]) -> T:
         """In a worker thread. Raises `DeviceError`; also when there is no answer in time."""
@@ -173,6 +165,19 @@ def _look(inventory: Inventory, gpu_uuid: str) -> _Look:
         by_pid=inventory.process_bytes(gpu_uuid),
         utilization_fraction=inventory.utilization_fraction(gpu_uuid),
         condition=inventory.condition(gpu_uuid),
+    )
+
+
+def _measured(gpu: GpuDescription, look: _Look, ours: Collection[int]) -> GpuMeasured:
+    used_bytes = max(0, look.memory.used_bytes - gpu.reserved_bytes)
+    return GpuMeasured(
+        gpu_uuid=gpu.uuid,
+        used_bytes=used_bytes,
+        foreign_bytes=foreign_bytes(look.by_pid, ours, used_bytes=used_bytes),
+        utilization_fraction=look.utilization_fraction,
+        temperature_c=look.condition.temperature_c,
+        is_too_hot=look.condition.is_too_hot,
+        ecc_error_count=look.condition.ecc_error_count,
     )
 
 

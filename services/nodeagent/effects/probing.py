@@ -38,7 +38,7 @@ async def offered(hands: Hands) -> tuple[GpuOffer, ...]:
 
 
 async def our_pids(hands: Hands) -> frozenset[int]:
-    """The processes whose GPU memory is no stranger's: engines, this agent, the holder, and all below them.
+    """The processes whose GPU memory is no stranger's: engines, this agent, the holder, MPS, and all below them.
 
     Raises `HolderProblem`.
     """
@@ -46,6 +46,7 @@ async def our_pids(hands: Hands) -> frozenset[int]:
     if hands.containers is not None:
         engines += await hands.containers.views()
     roots = [engine.pid for engine in engines if engine.is_alive] + [os.getpid()]
+    roots += await hands.guard.compute.server_pids()
     holder_pid = await anyio.to_thread.run_sync(peer_pid, hands.settings.holder_socket)
     if holder_pid:
         roots.append(holder_pid)

@@ -65,6 +65,16 @@ class Compute:
                 f"the engine is no client of the MPS daemon at {self._control.pipe_dir}: is another pipe directory set?"
             )
 
+    async def server_pids(self) -> list[int]:
+        """Of our daemon's servers, which have memory of their own on each GPU; none while it does not answer."""
+        if not self._is_mps or self._control is None:
+            return []
+        try:
+            return await self._control.servers()
+        except MpsProblem as problem:
+            log.warning("MPS does not answer", extra={"reason": str(problem)})
+            return []
+
     async def drain(self, pids: Collection[int]) -> None:
         """Before any signal: take an engine's processes off the GPU in an orderly way.
 
