@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -73,10 +73,19 @@ class Loan:
 
 
 class Broker:
-    def __init__(self, *, gpus: dict[str, Gpu], host: HostMemory, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(
+        self,
+        *,
+        gpus: dict[str, Gpu],
+        host: HostMemory,
+        tasks: anyio.abc.TaskGroup,
+        find_gpus: Callable[[], Mapping[str, Gpu]] = dict,
+    ) -> None:
+        """`find_gpus`: those that are there now."""
         self.broker_id = secrets.token_hex(8)
         self.accounts = Accounts()
         self.gpus = gpus
+        self._find_gpus = find_gpus
         self.host = host
         self._tasks = tasks
         self._loans: dict[tuple[AccountKey, str], Loan] = {}
@@ -384,6 +393,9 @@ class Broker:
     # ---- inside
 
     def _gpu(self, gpu_uuid: str) -> Gpu:
+        """One that is not known may have come back: it was away when this broker started."""
+        if gpu_uuid not in self.gpus:
+            self.gpus.update({uuid: gpu for uuid, gpu in self._find_gpus().items() if uuid not in self.gpus})
         gpu = self.gpus.get(gpu_uuid)
         if gpu is None:
             raise Refused(f"this host's broker has no GPU {gpu_uuid}")

@@ -44,7 +44,7 @@ async def running(settings: BrokerSettings) -> AsyncIterator[Broker]:
         log.info("broker runs", extra={"gpus": len(gpus), "adopted_images": image_count})
         try:
             async with anyio.create_task_group() as tasks:
-                broker = Broker(gpus=gpus, host=host, tasks=tasks)
+                broker = Broker(gpus=gpus, host=host, tasks=tasks, find_gpus=lambda: _gpus(settings))
                 tasks.start_soon(host.run)
                 if settings.hold is Hold.ALL:
                     tasks.start_soon(_keep_all, broker)

@@ -121,6 +121,15 @@ def test_a_lost_gpus_model_answers_from_another_one_and_the_gpu_returns(own_stac
     host.set_lost(index, is_lost=False)
     eventually(lambda: len(gpus(own_stack)) == 2, "the return was not told", timeout_s=SEEN_S)
     reopen(own_stack)
+    with own_stack.client() as client:  # Too large to go beside what has moved.
+        client.deploy(sublet.deployment("large", weights="2GB", share=0.9, parkable=False))
+        eventually(lambda: own_stack.state_of("large") == "resident", "not placed", timeout_s=SEEN_S)
+        view = client.deployment("large")
+        assert view is not None
+        assert index == view.replicas[0].gpu_index
+        assert chat(own_stack.openai(), "large")
+        client.retire("large")
+    eventually(lambda: own_stack.state_of("large") == "", "it is still there", timeout_s=SEEN_S)
 
 
 def test_memory_errors_close_a_gpu_and_what_serves_there_goes_on(own_stack: RunningStack) -> None:
