@@ -6,7 +6,6 @@ is still mapped; what was being asked at that moment is lost with the old broker
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -27,6 +26,7 @@ CONNECT_WITHIN_S = 10.0
 CONNECT_PAUSE_S = 0.05
 # The slowest answer is a seal of a whole GPU (141 GB) behind a wake of another one, at the speed of a PCIe 4 link.
 ANSWER_WITHIN_S = 60.0
+HELLO_WITHIN_S = 2.0
 WATCH_EVERY_S = 0.5
 LINE_BYTES_MAX = 1 << 20
 REFUSED = b'{"refused"'
@@ -187,7 +187,7 @@ class Connection:
         settings = self._settings
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket = stream
-        stream.settimeout(ANSWER_WITHIN_S)
+        stream.settimeout(HELLO_WITHIN_S)
         stream.connect(settings.socket_path)
         hello = EngineHello(
             replica_id=settings.replica_id,
@@ -197,6 +197,7 @@ class Connection:
         )
         stream.sendall(msgspec.json.encode(hello) + b"\n")
         self.hear(BrokerDone)
+        stream.settimeout(ANSWER_WITHIN_S)
         self.incarnation += 1
 
     def _line(self) -> bytes:
@@ -216,7 +217,9 @@ class Connection:
         if stream is None:
             raise ConnectionLostError("not connected")
         try:
-            content, descriptors, flags, _ = socket.recv_fds(stream, 1 << 16, DESCRIPTORS_MAX + 3)
+            content, descriptors, flags, _ = socket.recv_fds(
+                stream, 1 << 16, DESCRIPTORS_MAX + 3, socket.MSG_CMSG_CLOEXEC
+            )
         except OSError as error:
             raise self._lost(error) from error
         self._descriptors.extend(descriptors)
@@ -244,10 +247,14 @@ class Connection:
     def _watch(self) -> None:
         """Connect again when the broker has gone while nobody asks, so that the next one soon knows what is held."""
         while not self._is_closed.wait(0 if self._sees_life() else CONNECT_PAUSE_S):
-            with self.lock, contextlib.suppress(StoreError):
-                if self._is_gone():
+            # One try at a time, so that a park in between need not wait for a broker that stays away.
+            with self.lock:
+                if self._is_gone() and not self._is_closed.is_set():
                     self._drop()
-                    self._connected()
+                    try:
+                        self._connect()
+                    except (OSError, StoreError, ConnectionLostError):
+                        self._drop()
 
     def _sees_life(self) -> bool:
         """Waits a while; False at once when the broker hangs up."""

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,7 @@ import pytest
 
 from devices.api import Device, OutOfMemory, Region
 from engines.backing import BrokerBacking, at_once
-from engines.store.connection import StoreError, StoreSettings, settings_from
+from engines.store.connection import CONNECT_WITHIN_S, StoreError, StoreSettings, settings_from
 from engines.store.memory import GpuStore
 from schemas.brokers import (
     BrokerDone,
@@ -260,6 +261,26 @@ def test_parking_needs_no_broker(broker: PlayedBroker, store: GpuStore, device: 
 
     assert SIZE_BYTES == store.give_back(region, "a")
     assert not device.mapped
+
+
+def test_parking_does_not_wait_for_a_broker_that_does_not_know_the_engine_yet(
+    broker: PlayedBroker, store: GpuStore, device: PaperDevice, region: Region
+) -> None:
+    """Nor starves while the client says hello again and again."""
+    store.take(region, "a")
+    broker.stop()
+    second = PlayedBroker(broker.path)
+    second.answers[EngineHello] = lambda _: [BrokerRefused(refused="no account is open", again_after_s=0.01)]
+    try:
+        second.wait_for(EngineHello)
+        started_s = time.monotonic()
+
+        assert SIZE_BYTES == store.give_back(region, "a")
+
+        assert time.monotonic() - started_s < CONNECT_WITHIN_S / 2
+        assert not device.mapped
+    finally:
+        second.stop()
 
 
 def test_a_wrong_key_is_told_at_once(broker: PlayedBroker, device: PaperDevice) -> None:
