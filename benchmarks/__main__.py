@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 BENCHMARKS: Final = {
+    "agent": "the node agent is killed again and again under load: how soon it has taken everything up, what is lost",
     "bus": "the bus beside nats-py alone: speed, and what it keeps when its server is killed",
     "broker": "parks and wakes of a 63 GB image through the memory broker: the link's part, and all the rest",
     "engine-model": "the engine model, in virtual time, against published figures that it was not fitted on",
@@ -17,6 +18,7 @@ BENCHMARKS: Final = {
     "power-cut": "the power goes again and again while facts are written: what was acknowledged must be there",
     "scale": "placement on 500 nodes with 4,000 GPUs over a real server, beside KAI's published figures",
     "sim": "the simulator: its speed, equal traces, and thousands of seeds under faults without a violation",
+    "soak": "thousands of parks and wakes with kills and failing driver calls: nothing leaks, every content is right",
 }
 """{name: what it measures}. The module of the same name (`-` as `_`) has ``main(arguments) -> exit status``."""
 

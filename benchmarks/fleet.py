@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 import anyio
@@ -43,10 +43,14 @@ class Fleet:
 
     async def deploy(self) -> float:
         """Seconds from the first command until every model had been started. Raises `Stalled` or a `SubletError`."""
+        specs = [sublet.deployment(model, weights=WEIGHTS, share=SHARE) for model in self.models]
+        return await self.deploy_these(specs)
+
+    async def deploy_these(self, specs: Sequence[Any]) -> float:
+        """The same with wishes of one's own, one for each model."""
         began_s = time.monotonic()
         tally, count = self.history.tally, len(self.models)
         async with self._client() as client, self._progress.showing(lambda: f"deploying {tally.ready_count}/{count}"):
-            specs = [sublet.deployment(model, weights=WEIGHTS, share=SHARE) for model in self.models]
             for applied in await client.apply(specs):
                 if applied.error is not None:
                     raise applied.error
