@@ -51,6 +51,11 @@ def why_not_enforced(gpu: GpuOffer, deployment: DeploymentSpec) -> tuple[Refusal
     if grade is None:
         message = f"the memory broker holds all of this GPU, and engine '{kind}' does not ask it for memory"
         return RefusalReason.GRADE_NOT_AVAILABLE, message
+    if grade is IsolationGrade.DRIVER and kind not in ASKS_BROKER and deployment.engine.swap_driver is SwapDriver.STORE:
+        message = (
+            f"under the driver's limit engine '{kind}' cannot load weights that the memory broker lends only later"
+        )
+        return RefusalReason.SWAP_NOT_AVAILABLE, message
     minimum = share.minimum_grade
     if is_weaker(grade, minimum):
         whose = "this GPU gives" if grade is gpu.grade else f"this GPU gives engine '{kind}'"

@@ -69,6 +69,23 @@ def test_where_the_broker_holds_the_gpu_only_engines_that_ask_it_may_run(kind: E
     assert (refused is None) == (kind in {EngineKind.SIMULATED, EngineKind.TRAINING})
 
 
+@pytest.mark.parametrize("grade", GRADE_ORDER)
+def test_an_engine_whose_weights_become_the_brokers_later_is_refused_where_its_own_limit_leaves_them_out(
+    grade: IsolationGrade,
+) -> None:
+    """It would die loading, with a word of nothing but memory."""
+    made = wish(EngineKind.VLLM)
+    asked = msgspec.structs.replace(made, engine=msgspec.structs.replace(made.engine, swap_driver=SwapDriver.STORE))
+
+    refused = why_not_enforced(gpu(grade=grade), asked)
+
+    reasons = {
+        IsolationGrade.DRIVER: RefusalReason.SWAP_NOT_AVAILABLE,
+        IsolationGrade.BROKER: RefusalReason.GRADE_NOT_AVAILABLE,
+    }
+    assert reasons.get(grade) == (refused[0] if refused is not None else None)
+
+
 def test_a_compute_ceiling_is_refused_with_the_reason_where_mps_is_off() -> None:
     sliced = msgspec.structs.replace(gpu(), compute_sharing_reason="MPS is switched off here")
 
