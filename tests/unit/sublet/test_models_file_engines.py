@@ -1,10 +1,14 @@
 """What a models file says of real engines."""
 
+from pathlib import Path
+
 import pytest
 
 from sublet import _contract as contract
-from sublet.models_file import InvalidFiles, parse
+from sublet.models_file import InvalidFiles, parse, read_files
 from sublet.positions import Problem
+
+ROOT = Path(__file__).parents[3]
 
 
 def problems(text: str) -> tuple[Problem, ...]:
@@ -83,3 +87,9 @@ def test_a_secret_in_the_environment_is_told_where_it_belongs() -> None:
     (problem,) = problems("models:\n  chat: {engine: vllm, weights: 1GB, share: 0.3, environment: {HF_TOKEN: hf_x}}\n")
 
     assert problem.hint == "write `secrets: [HF_TOKEN]` and put its value on the nodes (secrets_dir)"
+
+
+def test_the_example_has_one_of_each_real_engine() -> None:
+    specs = read_files([ROOT / "examples" / "real-engines.yaml"])
+
+    assert {spec.engine.kind for spec in specs} == set(contract.ENGINES) - {"simulated", "training"}
