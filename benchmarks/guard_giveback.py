@@ -167,7 +167,7 @@ async def _engine(made: Stage) -> AsyncIterator[_Engine]:
             tracer=Tracer(None, None, root_ratio=0.0),
             watchers=watchers,
             report=lambda _: None,
-            rooms=Rooms(made.guard.inventory),
+            rooms=Rooms(made.guard),
         )
         engine = _Engine(NodeEffects(hands), proposal, session)
         started = await engine.do(StartEngine(**engine.about()), EngineStarted)

@@ -52,7 +52,8 @@ async def main() -> None:
     holder, engines = HolderClient(chosen.holder_socket), EngineClient()
     settings = await with_broker(chosen, holder)
     inventory = await anyio.to_thread.run_sync(NvmlInventory)
-    guard, rooms = guard_of(settings, inventory, holder), Rooms(inventory)
+    guard = guard_of(settings, inventory, holder)
+    rooms = Rooms(guard)
     mover = mover_of(settings, engines)
     writer = f"node.{settings.node}"
     containers: Containers | None = None

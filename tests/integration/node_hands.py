@@ -119,7 +119,7 @@ async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}")
                 tracer=Tracer(None, None, root_ratio=0.0),
                 watchers=watchers,
                 report=ended.append,
-                rooms=Rooms(inventory),
+                rooms=Rooms(guard),
                 containers=containers,
             )
         )

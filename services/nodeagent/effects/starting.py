@@ -67,13 +67,15 @@ async def _gated(hands: Hands, effect: StartEngine) -> EngineView:
     """Its process or its container, behind a gate; `Gone` when it cannot be started as it is wished."""
     replica, settings = effect.replica, hands.settings
     assert hands.rooms is not None
-    rooms = await hands.rooms.of({share.gpu_uuid: share.request_bytes for share in replica.shares})
+    granted_bytes = {share.gpu_uuid: share.request_bytes for share in replica.shares}
+    is_container = hands.runtime(replica) is hands.containers
+    rooms = await hands.rooms.of(granted_bytes, is_container=is_container)
     # Over what the deployment sets: nobody chooses another account or another ceiling.
     held = hands.guard.environment(replica, lease_epoch=effect.lease_epoch)
     names, folder = replica.deployment.engine.secrets, settings.secrets_dir
     try:
         held |= await anyio.to_thread.run_sync(lambda: secrets_of(names, folder=folder))
-        if hands.runtime(replica) is hands.containers:
+        if hands.containers is not None and is_container:
             job = container_job(replica, rooms=rooms, settings=settings)
             return await hands.containers.start(container_start(job, lease_epoch=effect.lease_epoch, environment=held))
         job = process_job(replica, rooms=rooms, settings=settings, python=settings.engine_python or sys.executable)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace as replaced
 from typing import Final
 
+import anyio
 import anyio.to_thread
 from msgspec.structs import replace
 
@@ -33,6 +34,8 @@ log = logging.getLogger("nodeagent")
 LINK_GB_PER_S: Final = {3: 13.0, 4: 26.0, 5: 53.0, 6: 106.0}
 """Achieved with pinned memory on 16 lanes, by PCIe generation; 53 is NVIDIA's figure for an H100 (gen 5)."""
 
+UNIFIED_ONLY: Final = "/sys/fs/cgroup/cgroup.controllers"
+"""Is there on hosts with cgroup v2 alone."""
 NOBODYS_BYTES_MAX: Final = 64 * MiB
 """Used on a GPU beside what the driver reserves and what it lists by process: rounding, no engine's memory."""
 
@@ -123,6 +126,11 @@ class Guard:
 
     async def grade(self, gpu_uuid: str) -> IsolationGrade:
         return (await self._backend(gpu_uuid)).grade
+
+    async def is_limiting(self, gpu_uuid: str, *, is_container: bool) -> bool:
+        """Whether the driver will limit an engine there. Beside cgroup v1 Docker gives containers no leaf in v2."""
+        has_leaf = not is_container or await anyio.Path(UNIFIED_ONLY).exists()
+        return has_leaf and await self.grade(gpu_uuid) is IsolationGrade.DRIVER
 
     async def _backend(self, gpu_uuid: str) -> Backend:
         """As found at the last look; effects of an earlier life may come before the first."""

@@ -12,6 +12,7 @@ from schemas.units import GiB
 from services.nodeagent.guard import Guard, NotEnforced, Share
 from services.nodeagent.guard.driver import DriverLimits, verdict_of
 from services.nodeagent.guard.proof import Attempt, limits_to_try
+from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 
 pytestmark = pytest.mark.anyio
@@ -91,6 +92,17 @@ async def test_an_engine_that_runs_elsewhere_than_under_its_limit_is_found_out()
 
     with pytest.raises(NotEnforced, match="nothing is counted"):
         await guard.verify(replica(), engine())
+
+
+@pytest.mark.parametrize("has_limits", [True, False])
+async def test_an_engine_sees_its_grant_where_the_driver_limits_it_and_else_the_whole_gpu(*, has_limits: bool) -> None:
+    """One that sizes itself by a part of what it sees would else take a part of the whole GPU for its own."""
+    guard = guard_on(host_of(has_limits=has_limits))
+
+    [room] = await Rooms(guard).of({"GPU-0": 20 * GiB}, is_container=False)
+
+    whole_bytes = guard.inventory.memory("GPU-0").capacity_bytes
+    assert (20 * GiB if has_limits else whole_bytes) == room.visible_bytes
 
 
 async def test_a_host_that_trusts_no_engine_offers_watched_and_says_so() -> None:
