@@ -67,6 +67,7 @@ class Image:
 class Arena:
     host_budget_bytes: int
     disk_budget_bytes: int
+    slab_bytes_max: int = SLAB_BYTES_MAX
     space: Space = field(default_factory=Space)
     images: dict[ImageKey, Image] = field(default_factory=dict)
     slabs: dict[int, Slab] = field(default_factory=dict)
@@ -86,6 +87,14 @@ class Arena:
         return sum(slab.size_bytes for slab in self.slabs.values() if slab.is_on_disk)
 
     @property
+    def room_bytes(self) -> int:
+        """What may be sealed and promised: of the disk all but one slab.
+
+        Through that one, what is on disk and what is in host memory can change places when both are full otherwise.
+        """
+        return self.host_budget_bytes + max(0, self.disk_budget_bytes - self.slab_bytes_max)
+
+    @property
     def sealed_bytes(self) -> int:
         """Each slab once, wherever it is."""
         return sum(_whole(slab.size_bytes) for slab in self.slabs.values())
@@ -103,11 +112,10 @@ class Arena:
         return max(0, reserved_bytes - used_bytes)
 
     def short_bytes(self, size_bytes: int, *, replica_id: str) -> int:
-        """What both tiers together lack for so much more of a replica's, every promise kept, its own included."""
+        """What there is no room for, of so much more of a replica's, every promise kept, its own included."""
         promised = sum(self.promised_bytes(other) for other in self.reserved if other != replica_id)
         promised += max(0, self.promised_bytes(replica_id) - _whole(size_bytes))
-        both_bytes = self.host_budget_bytes + self.disk_budget_bytes
-        return max(0, self.sealed_bytes + promised + _whole(size_bytes) - both_bytes)
+        return max(0, self.sealed_bytes + promised + _whole(size_bytes) - self.room_bytes)
 
     def images_of(self, replica_id: str) -> list[Image]:
         return [image for image in self.images.values() if image.replica_id == replica_id]
@@ -154,7 +162,7 @@ class Arena:
                 f"host memory for images is full, and so is the disk: {replica_id} needs {size_bytes} bytes",
                 short_by_bytes=short_by_bytes,
             )
-        extents = self.space.take(size_bytes, slab_bytes_max=SLAB_BYTES_MAX, numa_order=numa_order)
+        extents = self.space.take(size_bytes, slab_bytes_max=self.slab_bytes_max, numa_order=numa_order)
         slabs: list[Slab] = []
         left_bytes = size_bytes
         for extent in extents:

@@ -38,6 +38,7 @@ class HostMemory:
         self.arena = Arena(
             host_budget_bytes=budget_bytes // GRANULE_BYTES * GRANULE_BYTES,
             disk_budget_bytes=settings.disk_budget_bytes,
+            slab_bytes_max=min(SLAB_BYTES_MAX, settings.block_bytes // GRANULE_BYTES * GRANULE_BYTES),
         )
         self._device: Device | None = None
         self._descriptors: dict[int, int] = {}
@@ -239,7 +240,9 @@ class HostMemory:
                 await self._load(slab, numa_order=numa_order)
 
     async def _load(self, slab: Slab, *, numa_order: tuple[int, ...]) -> None:
-        extents = self.arena.space.take(slab.size_bytes, slab_bytes_max=SLAB_BYTES_MAX, numa_order=numa_order)
+        extents = self.arena.space.take(
+            slab.size_bytes, slab_bytes_max=self.arena.slab_bytes_max, numa_order=numa_order
+        )
         if len(extents) != 1:  # a slab is one extent: in crumbs it does not fit
             for extent in extents:
                 self.arena.space.give(extent)

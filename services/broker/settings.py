@@ -59,7 +59,7 @@ class BrokerSettings(Struct, frozen=True, kw_only=True):
     disk_dir: str = ""
     """Where images go that host memory has no room for. Empty: `images` in `state_dir`."""
     disk_budget_bytes: Bytes = 0
-    """0: no disk tier."""
+    """0: no disk tier. One slab of it (256 MiB) stays free for images that change places with others."""
 
     @property
     def engine_socket(self) -> Path:

@@ -23,7 +23,7 @@ class Keeping(RuleBasedStateMachine):
 
     @initialize(blocks=st.integers(1, 4), disk=st.sampled_from([0, 32 * MiB, 200 * MiB]))
     def start(self, blocks: int, disk: int) -> None:
-        self.arena = Arena(host_budget_bytes=blocks * BLOCK_BYTES, disk_budget_bytes=disk)
+        self.arena = Arena(host_budget_bytes=blocks * BLOCK_BYTES, disk_budget_bytes=disk, slab_bytes_max=8 * MiB)
         for block_id in range(1, blocks + 1):
             self.arena.space.add(Block(block_id=block_id, numa_index=block_id % 2, size_bytes=BLOCK_BYTES))
         self.content: dict[tuple[str, str], str] = {}
@@ -170,8 +170,7 @@ class Keeping(RuleBasedStateMachine):
     def a_promise_can_be_kept(self) -> None:
         if hasattr(self, "arena"):
             promised = sum(self.arena.promised_bytes(replica) for replica in self.arena.reserved)
-            both = self.arena.host_budget_bytes + self.arena.disk_budget_bytes
-            assert self.arena.sealed_bytes + promised <= both
+            assert self.arena.sealed_bytes + promised <= self.arena.room_bytes
 
 
 def cover(extents: list[Extent]) -> dict[int, int]:

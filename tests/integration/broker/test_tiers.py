@@ -43,7 +43,7 @@ def test_the_image_that_was_unused_longest_goes_to_disk_and_comes_back_right(wor
 
 
 def test_both_tiers_full_is_said_before_the_first_park(world: MakeWorld) -> None:
-    one = world(host_budget_bytes=2 * WEIGHTS, disk_budget_bytes=WEIGHTS)
+    one = world(host_budget_bytes=2 * WEIGHTS, disk_budget_bytes=2 * WEIGHTS)
     agent = one.agent()
     agent.reserve("first", 2 * WEIGHTS)
     agent.reserve("second", WEIGHTS)
@@ -54,6 +54,22 @@ def test_both_tiers_full_is_said_before_the_first_park(world: MakeWorld) -> None
     assert WEIGHTS == refused.value.short_by_bytes
     agent.reserve("first", 0)
     agent.reserve("third", WEIGHTS)
+
+
+def test_with_both_tiers_as_full_as_they_may_be_every_image_still_wakes(world: MakeWorld) -> None:
+    one = world(host_budget_bytes=WEIGHTS, disk_budget_bytes=2 * WEIGHTS)
+    agent = one.agent()
+    first, second = account(one, agent, "first"), account(one, agent, "second")
+    parked(first, 41)
+    parked(second, 42)
+    third = account(one, agent, "third")
+    assert "and so is the disk" in parked(third, 43)["refused"]
+
+    for _ in range(2):
+        for engine, byte in ((first, 41), (second, 42)):
+            assert WEIGHTS == engine.do("restore", "again", "image", 1)["copied_bytes"]
+            assert [byte] == engine.do("bytes_seen", "again")
+            engine.do("give_back", "again")
 
 
 def test_a_prefetch_brings_an_image_from_disk_before_the_wake(world: MakeWorld) -> None:

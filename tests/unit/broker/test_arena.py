@@ -9,7 +9,8 @@ from services.broker.space import Block
 
 
 def arena_of(host_mib: int, *, disk_mib: int = 0) -> Arena:
-    arena = Arena(host_budget_bytes=host_mib * MiB, disk_budget_bytes=disk_mib * MiB)
+    slab_bytes_max = 10 * MiB if disk_mib else 256 * MiB
+    arena = Arena(host_budget_bytes=host_mib * MiB, disk_budget_bytes=disk_mib * MiB, slab_bytes_max=slab_bytes_max)
     arena.space.add(Block(block_id=1, numa_index=0, size_bytes=host_mib * MiB))
     return arena
 
@@ -28,7 +29,7 @@ def sealed(
 
 
 def test_a_promise_that_does_not_fit_says_what_is_missing() -> None:
-    arena = arena_of(40, disk_mib=20)
+    arena = arena_of(40, disk_mib=30)  # of which one slab of 10 is kept free
     arena.reserve(replica_id="a", deployment_id="d", size_bytes=40 * MiB)
 
     with pytest.raises(Refused) as refused:
