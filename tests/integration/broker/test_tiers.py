@@ -63,7 +63,7 @@ def test_with_both_tiers_as_full_as_they_may_be_every_image_still_wakes(world: M
     parked(first, 41)
     parked(second, 42)
     third = account(one, agent, "third")
-    assert "and so is the disk" in parked(third, 43)["refused"]
+    assert "and so is the disk" in str(parked(third, 43)["refused"])
 
     for _ in range(2):
         for engine, byte in ((first, 41), (second, 42)):
