@@ -27,8 +27,8 @@ from devices.api import (
 from kit.outcomes import Input
 from schemas.nodes import GpuOffer
 from services.nodeagent.gpu_inputs import GpuBack, GpuFaultSeen, GpuGone, GpuMeasured
-from services.nodeagent.holder_client import HolderProblem
 from services.nodeagent.processes import is_there
+from services.nodeagent.runtimes.api import RuntimeProblem
 
 log = logging.getLogger("nodeagent")
 T = TypeVar("T")
@@ -88,11 +88,11 @@ class GpuWatch:
             await anyio.sleep(self._every_s)
             try:
                 await self.look()
-            except HolderProblem as problem:
+            except RuntimeProblem as problem:
                 log.warning("GPUs not measured: the holder is away", extra={"reason": str(problem)})
 
     async def look(self) -> None:
-        """Once at everything. Raises `HolderProblem`: without it nobody knows whose processes are whose."""
+        """Once at everything. Raises `RuntimeProblem`: without it nobody knows whose processes are whose."""
         offered = self._offered()
         if offered is None:
             return

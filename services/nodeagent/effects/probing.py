@@ -40,7 +40,7 @@ async def offered(hands: Hands) -> tuple[GpuOffer, ...]:
 async def our_pids(hands: Hands) -> frozenset[int]:
     """The processes whose GPU memory is no stranger's: engines, this agent, the holder, MPS, and all below them.
 
-    Raises `HolderProblem`.
+    Raises `RuntimeProblem`: without it nobody knows whose they are.
     """
     engines = (await hands.holder.view()).engines
     if hands.containers is not None:

@@ -44,6 +44,7 @@ QUICK_S: Final = 60.0
 """For everything that does not wait on purpose; a container with many mounts and GPUs takes seconds to start."""
 GATE_S: Final = 20.0
 GATE_POLL_S: Final = 0.05
+MADE: Final = ".made"
 LAST_WORDS_S: Final = 5.0
 TOLD_EVERY_S: Final = 2.0
 """Lines about a download, in the engine's log."""
@@ -187,13 +188,15 @@ class Containers:
         self._mark(replica_id).unlink(missing_ok=True)
 
     async def views(self) -> tuple[EngineView, ...]:
-        """All of this node, dead ones too, by replica; none where no Docker answers."""
-        try:
-            async with self._asked() as docker:
-                found = await docker.containers.list(all=True, filters=_filters({NODE_LABEL: self._node}))
-            views = [await self._view(container) for container in found]
-        except RuntimeProblem:
+        """All of this node, dead ones too, by replica. Docker is asked only where one was made here.
+
+        Raises `RuntimeProblem` when it does not answer: that is not `none`.
+        """
+        if not await anyio.to_thread.run_sync(lambda: any(self._folder.glob(f"*{MADE}"))):
             return ()
+        async with self._asked() as docker:
+            found = await docker.containers.list(all=True, filters=_filters({NODE_LABEL: self._node}))
+        views = [await self._view(container) for container in found]
         return tuple(sorted(views, key=lambda view: view.replica_id))
 
     # --- Starts ------------------------------------------------------------------------------------------------------
@@ -375,7 +378,7 @@ class Containers:
 
     def _mark(self, replica_id: str) -> Path:
         """There while a container of this replica may exist."""
-        return self._folder / f"{quote(replica_id, safe='')}.made"
+        return self._folder / f"{quote(replica_id, safe='')}{MADE}"
 
     def _beginning_view(self, wish: ContainerStart) -> EngineView:
         return EngineView(

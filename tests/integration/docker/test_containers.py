@@ -276,20 +276,3 @@ async def test_an_image_that_cannot_be_had_is_a_refusal_with_its_reason_in_the_l
         log = tmp_path / "containers" / "default%2Fchat%2F1.log"
 
     assert "pulling 127.0.0.1:1/no/such-image:1" in log.read_text()
-
-
-async def test_where_no_docker_answers_there_is_no_engine_unless_one_was_made_here(tmp_path: Path, node: str) -> None:
-    """No answer is not `none`: bytes of an engine that may run are not free."""
-    async with anyio.create_task_group() as tasks:
-        containers = Containers(
-            f"unix://{tmp_path}/nobody.sock", node=node, state_dir=tmp_path, tasks=tasks,
-            log_bytes_max=1 << 20, pull_deadline_s=1.0, docker_config=tmp_path / "none",
-        )  # fmt: skip
-        assert await containers.engine("r") is None
-        assert () == await containers.views()
-        with pytest.raises(StartRefused, match="does not answer"):
-            await containers.start(wish(node, "image", replica_id="r"))
-        (tmp_path / "containers" / "r.made").touch()
-        with pytest.raises(RuntimeProblem):
-            await containers.engine("r")
-        await containers.close()

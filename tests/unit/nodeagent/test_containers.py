@@ -14,7 +14,7 @@ from schemas.deployments import EngineKind
 from services.nodeagent.adapters.api import runtime_of
 from services.nodeagent.adapters.registry import ADAPTERS
 from services.nodeagent.launch import container_job, container_start
-from services.nodeagent.runtimes.api import StartRefused
+from services.nodeagent.runtimes.api import RuntimeProblem, StartRefused
 from services.nodeagent.runtimes.container import (
     GATE,
     ContainerStart,
@@ -278,3 +278,22 @@ async def test_a_lease_that_ends_while_its_image_arrives_starts_nothing(tmp_path
 
     assert ["its lease ended while it was being started"] == refused
     assert not [line for line in asked if line.startswith("POST") and "/containers/" in line]
+
+
+@pytest.mark.anyio
+async def test_where_no_docker_answers_there_is_no_engine_unless_one_was_made_here(tmp_path: Path) -> None:
+    """No answer is not `none`: bytes of an engine that may run are not free, and not a stranger's."""
+    async with anyio.create_task_group() as tasks:
+        containers = Containers(
+            f"unix://{tmp_path}/nobody.sock", node="node", state_dir=tmp_path, tasks=tasks,
+            log_bytes_max=1 << 20, pull_deadline_s=1.0, docker_config=tmp_path / "none",
+        )  # fmt: skip
+        assert await containers.engine("r") is None
+        assert () == await containers.views()
+        with pytest.raises(StartRefused, match="does not answer"):
+            await containers.start(start(EngineKind.VLLM))
+        (tmp_path / "containers" / "r.made").touch()
+        for asked in (containers.engine("r"), containers.views()):
+            with pytest.raises(RuntimeProblem):
+                await asked
+        await containers.close()
