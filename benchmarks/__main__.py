@@ -11,6 +11,7 @@ BENCHMARKS: Final = {
     "bus": "the bus beside nats-py alone: speed, and what it keeps when its server is killed",
     "broker": "parks and wakes of a 63 GB image through the memory broker: the link's part, and all the rest",
     "engine-model": "the engine model, in virtual time, against published figures that it was not fitted on",
+    "mover": "how fast models leave a GPU and come back, by phase, for every swap driver",
     "serve": "a trace of many models through the whole stack on few GPUs, also with a service killed on the way",
     "placement": "how much of a cluster each policy allocates on the openb lists, and what a decision costs",
     "guard": "isolation on the software GPU: greedy processes against each grade, and memory given back",

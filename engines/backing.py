@@ -132,22 +132,29 @@ class BrokerBacking:
         self._replica_id = settings.replica_id
         self._first_generation = settings.lease_epoch << GENERATION_BITS
         self._store = GpuStore(device, settings)
+        # One question at a time goes over a connection: memory without content has its own, so that it is had while
+        # an image is on its way.
+        self._loose = GpuStore(device, settings)
+        self._sealed_names: set[str] = set()
 
     @property
     def brokered_bytes(self) -> int:
-        return self._store.held_bytes
+        return self._store.held_bytes + self._loose.held_bytes
 
     def back(self, region: Region, name: str) -> None:
+        store = self._store if name in self._sealed_names else self._loose
         try:
-            self._store.take(region, self._range(name))
+            store.take(region, self._range(name))
         except StoreError as error:
             raise _as_out_of_memory(error, region) from error
 
     def unback(self, regions: Mapping[str, Region]) -> int:
-        return self._store.give_back_all({self._range(name): region for name, region in regions.items()})
+        ranges = {self._range(name): region for name, region in regions.items()}
+        return self._store.give_back_all(ranges) + self._loose.give_back_all(ranges)
 
     def prepare(self, region: Region, name: str) -> None:
         """The node agent has reserved it."""
+        self._sealed_names.add(name)
 
     def seal(self, region: Region, name: str, *, generation: int, content_id: str) -> int:
         sealed = self._store.seal(
@@ -174,6 +181,7 @@ class BrokerBacking:
 
     def close(self) -> None:
         self._store.close()
+        self._loose.close()
 
     def _range(self, name: str) -> str:
         return f"{self.device.gpu_uuid}/{name}"

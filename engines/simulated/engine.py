@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from devices.api import DeviceError, OutOfMemory
@@ -324,16 +325,14 @@ class Engine:
         memory = self._loaded_memory()
         copied_bytes, map_s, copy_s, verify_s = 0, 0.0, 0.0, 0.0
         try:
-            if "weights" in tags and not memory.weights.is_resident:
-                restored = memory.weights.restore()
-                copied_bytes, map_s, copy_s = restored.copied_bytes, restored.map_s, restored.copy_s
-                verify_s = memory.weights.verify()
-            if "kv_cache" in tags:
-                kv_started_s = time.perf_counter()
-                memory.grow_kv(memory.plan.slab_count(self.target_bytes))
-                if self.is_brokered:
-                    memory.workspace.take()
-                map_s += time.perf_counter() - kv_started_s
+            # Memory for the cache is made while the weights are on the link.
+            with ThreadPoolExecutor(1) as beside:
+                grown = beside.submit(self._wake_kv) if "kv_cache" in tags else None
+                if "weights" in tags and not memory.weights.is_resident:
+                    restored = memory.weights.restore()
+                    copied_bytes, map_s, copy_s = restored.copied_bytes, restored.map_s, restored.copy_s
+                    verify_s = memory.weights.verify()
+                map_s += grown.result() if grown is not None else 0.0
         except OutOfMemory as error:
             memory.drop_all()
             raise WakeFailedError(f"CUDA out of memory: {error}", free_bytes=memory.free_bytes()) from error
@@ -343,6 +342,15 @@ class Engine:
         except (DamagedError, DeviceError) as error:
             raise WakeFailedError(str(error), free_bytes=None, is_fatal=True) from error
         return WakeReport(copied_bytes=copied_bytes, map_s=map_s, copy_s=copy_s, verify_s=verify_s)
+
+    def _wake_kv(self) -> float:
+        """Beside the GPU thread, which waits for it; the seconds it took."""
+        memory = self._loaded_memory()
+        started_s = time.perf_counter()
+        memory.grow_kv(memory.plan.slab_count(self.target_bytes))
+        if self.is_brokered:
+            memory.workspace.take()
+        return time.perf_counter() - started_s
 
     # -- weights
 

@@ -41,6 +41,8 @@ class Protocol:
     park: tuple[Call, ...]
     wake: tuple[Call, ...]
     """Weights before the cache: that is what a repeat must find again, and what fails when memory is short."""
+    whole_wake: tuple[Call, ...]
+    """For our own engines, which do both at once."""
     link_fraction: float
     """Of the link that its copies were seen to reach."""
 
@@ -54,6 +56,7 @@ SLEEP: Final = Protocol(
     # Without `mode` vLLM aborts what runs. Nothing does here, but a request may have come another way.
     park=(Call(path="/sleep?level=1&mode=wait"),),
     wake=(Call(path="/wake_up?tags=weights"), Call(path="/wake_up?tags=kv_cache")),
+    whole_wake=(Call(path="/wake_up"),),
     link_fraction=0.4,
 )
 RELEASE: Final = Protocol(
@@ -63,6 +66,7 @@ RELEASE: Final = Protocol(
         Call(path="/resume_memory_occupation", body=_tags("weights")),
         Call(path="/resume_memory_occupation", body=_tags("kv_cache")),
     ),
+    whole_wake=(Call(path="/resume_memory_occupation"),),
     link_fraction=0.22,
 )
 
@@ -110,7 +114,8 @@ class OverHttp:
     async def wake(self, target: SwapTarget) -> Woken:
         """All of it, or none: what came back before a call failed is put to sleep again."""
         told: list[_Told] = []
-        for call in self._protocol.wake:
+        is_ours = ADAPTERS[target.replica.deployment.engine.kind].is_ours
+        for call in self._protocol.whole_wake if is_ours else self._protocol.wake:
             try:
                 told.append(await self._do(call, target))
             except EngineProblem as error:
