@@ -20,6 +20,7 @@ class Abilities(Struct, frozen=True, kw_only=True):
     is_elastic: bool
     """Its cache can grow and shrink while it serves; else a larger grant helps only after a restart."""
     drained_by: str
+    """When its route is closed: what shows that nothing is in flight."""
     residue: str
     """What stays on the GPU after the quickest of its drivers."""
 
@@ -30,48 +31,64 @@ ABILITIES: Final[Mapping[EngineKind, Abilities]] = {
     EngineKind.SIMULATED: Abilities(
         swap_drivers=tuple(SwapDriver),
         is_elastic=True,
-        drained_by="its route is closed, then it says that nothing is in flight",
+        drained_by="it says that nothing is in flight",
         residue="its CUDA context",
     ),
     EngineKind.TRAINING: Abilities(
         swap_drivers=(SwapDriver.STORE, SwapDriver.HTTP_SLEEP, SwapDriver.SLEEP_CHECKPOINT, *_WHOLE_PROCESS),
         is_elastic=False,
-        drained_by="it yields between two steps",
+        drained_by="a step has ended",
         residue="its CUDA context",
     ),
     EngineKind.VLLM: Abilities(
         swap_drivers=(SwapDriver.STORE, SwapDriver.HTTP_SLEEP, SwapDriver.SLEEP_CHECKPOINT, *_WHOLE_PROCESS),
         asked_only=frozenset({SwapDriver.STORE}),
         is_elastic=False,
-        drained_by="its route is closed, then its gauges of running and waiting requests say 0",
+        drained_by="its gauges say that nothing runs and nothing waits",
         residue="its CUDA context, CUDA graphs and NCCL buffers: 1 to 7 GB",
     ),
     EngineKind.SGLANG: Abilities(
         swap_drivers=(SwapDriver.STORE, SwapDriver.HTTP_RELEASE, *_WHOLE_PROCESS),
         asked_only=frozenset({SwapDriver.STORE}),
         is_elastic=False,
-        drained_by="its route is closed, then its gauges of running and waiting requests say 0",
+        drained_by="its gauges say that nothing runs and nothing waits",
         residue="its CUDA context and CUDA graphs",
     ),
     EngineKind.NIM: Abilities(
         swap_drivers=_WHOLE_PROCESS,
         is_elastic=False,
-        drained_by="its route is closed, then its gauges of running and waiting requests say 0",
+        drained_by="its gauges say that nothing runs and nothing waits",
         residue="nothing",
     ),
     EngineKind.LLAMA_SERVER: Abilities(
         swap_drivers=_WHOLE_PROCESS,
         is_elastic=False,
-        drained_by="its route is closed, then its slots are empty",
+        drained_by="its gauges say that nothing runs and nothing waits",
         residue="nothing",
     ),
     EngineKind.OPENAI: Abilities(
         swap_drivers=_WHOLE_PROCESS,
         is_elastic=False,
-        drained_by="its route is closed, and the requests sent to it have been answered",
+        drained_by="one of the well-known gauges says so; without any it is never parked",
         residue="nothing",
     ),
 }
+
+BURSTS: Final = {True: "its cache grows and shrinks while it serves", False: "its cache is as large as it started"}
+
+
+def told(engine: EngineSpec, offered: tuple[tuple[SwapDriver, ...], ...]) -> tuple[str, ...]:
+    """For a person: what can be done with this engine on GPUs that offer these drivers."""
+    able = ABILITIES[engine.kind]
+    chosen = swap_driver_for(engine, offered)
+    if isinstance(chosen, NoSwapDriver):
+        parked, stays = f"cannot be parked: {chosen.reason}", ""
+    else:
+        parked = f"parked by {chosen}" + (", as asked for" if engine.swap_driver is not None else "")
+        stays = "nothing stays on the GPU" if chosen in LEAVES_NOTHING else f"{able.residue} stays on the GPU"
+    is_elastic = able.is_elastic if engine.is_elastic is None else engine.is_elastic
+    return tuple(part for part in (parked, stays, f"drained when {able.drained_by}", BURSTS[is_elastic]) if part)
+
 
 NEEDS_NODE: Final = frozenset({SwapDriver.STORE, SwapDriver.SLEEP_CHECKPOINT, SwapDriver.CHECKPOINT})
 """What a node must have something for: a memory broker, or a driver with checkpoints. The others do not."""

@@ -148,6 +148,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
     """Its replicas that are being moved, and where to."""
     ways: tuple[str, ...] = ()
     """What would give one more replica a place; each was tried by the same decision. Empty where there is one."""
+    engine: tuple[str, ...] = ()
+    """What can be done with its engine where it runs: how it is parked, what stays, how it drains, how it bursts."""
 
 
 class PlanDeployments(Query, frozen=True, tag="queries.plan_deployments.v1"):

@@ -303,6 +303,7 @@ class Explanation(Struct, frozen=True, kw_only=True):
     displaced_by: str = ""
     moves: tuple[str, ...] = ()
     ways: tuple[str, ...] = ()
+    engine: tuple[str, ...] = ()
 
 
 class PlanDeployments(Query, frozen=True, tag="queries.plan_deployments.v1"):

@@ -33,7 +33,7 @@ def weakest(*grades: IsolationGrade) -> IsolationGrade:
 def grade_for(gpu_grade: IsolationGrade, engine: EngineSpec) -> IsolationGrade | None:
     """How a share of this engine on such a GPU is enforced; None: the engine cannot run there at all."""
     if gpu_grade is IsolationGrade.BROKER:
-        return IsolationGrade.BROKER if engine.kind in ASKS_BROKER else None
+        return IsolationGrade.BROKER if asks_for_all(engine) else None
     if gpu_grade is IsolationGrade.COOPERATIVE and engine.kind not in KEEPS_BUDGET:
         return IsolationGrade.WATCHED
     return gpu_grade
@@ -68,14 +68,22 @@ def why_not_enforced(gpu: GpuOffer, deployment: DeploymentSpec) -> tuple[Refusal
     return None
 
 
+def asks_for_all(engine: EngineSpec) -> bool:
+    """Whether all of its memory but the context is the broker's, where there is one.
+
+    A process that maps another's memory cannot be checkpointed, so whoever shall be has memory of its own.
+    """
+    return engine.kind in ASKS_BROKER and engine.swap_driver is not SwapDriver.CHECKPOINT
+
+
 def is_brokered(engine: EngineSpec) -> bool:
     """Whether it asks the memory broker for anything, where there is one."""
-    return engine.kind in ASKS_BROKER or engine.swap_driver is SwapDriver.STORE
+    return asks_for_all(engine) or engine.swap_driver is SwapDriver.STORE
 
 
 def brokered_bytes(engine: EngineSpec, *, granted_bytes: int, context_bytes: int, shard_count: int) -> int:
     """Of a shard's grant, what the memory broker may lend it; the rest it allocates by itself."""
-    if engine.kind in ASKS_BROKER:
+    if asks_for_all(engine):
         return max(0, granted_bytes - context_bytes)
     if engine.swap_driver is SwapDriver.STORE:
         return min(granted_bytes, -(-engine.weights_bytes // shard_count))

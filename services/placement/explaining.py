@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Final
 
+from schemas.abilities import told
+from schemas.deployments import DeploymentSpec, SwapDriver
 from schemas.placement import Alternative, Constraint
 from schemas.queries import Explain, Explanation
 from services.placement.choosing import Choice, NoChoice, choose
@@ -50,6 +52,7 @@ def explain(state: ClusterState, query: Explain, tenant: str) -> Explanation:
         policy=state.settings.policy,
         constraints=constraints,
         one_more=_one_more(state, now),
+        engine=_engine(state, deployment.spec, replicas),
         displaced=victims_seen_by(tenant, deployment.displaced),
         displaced_by=deployment.displaced_by,
         moves=tuple(
@@ -74,6 +77,16 @@ def _against(
     demand = state.index.demand_of(deployment_id, state.deployments[deployment_id].spec)
     against = objections(state, demand, now_s)
     return tuple(against[:ALTERNATIVES_MAX]), constraints_of(against)
+
+
+def _engine(state: ClusterState, spec: DeploymentSpec, replicas: Sequence[Replica]) -> tuple[str, ...]:
+    """On the GPUs of its first replica; without one, what its kind can do anywhere."""
+    offered: tuple[tuple[SwapDriver, ...], ...] = ()
+    for replica in replicas[:1]:
+        node = state.nodes.get(replica.node)
+        if node is not None:
+            offered = tuple(node.gpus[uuid].swap_drivers for uuid in replica.gpu_uuids if uuid in node.gpus)
+    return told(spec.engine, offered or ((),))
 
 
 def _one_more(state: ClusterState, now: Choice | NoChoice) -> str:

@@ -180,6 +180,8 @@ def _facts(explanation: contract.Explanation) -> list[tuple[str, str]]:
     rows += [("moving", move) for move in explanation.moves]
     if explanation.one_more and explanation.one_more not in explanation.summary:
         rows.append(("one more", explanation.one_more))
+    if explanation.engine:
+        rows.append(("engine", "; ".join(explanation.engine)))
     return rows
 
 

@@ -24,12 +24,14 @@ ENGINE = EngineView(
 )  # fmt: skip
 
 
-def target() -> SwapTarget:
+def target(kind: EngineKind = EngineKind.SIMULATED) -> SwapTarget:
     shares = tuple(
         ShareProposal(replica_id="r", shard_index=index, gpu_uuid=uuid, request_bytes=100, limit_bytes=100)
         for index, uuid in enumerate(("GPU-0", "GPU-1"))
     )
-    spec = DeploymentSpec(name="m", engine=EngineSpec(weights_bytes=60), share=ShareSpec(request_portion=0.5))
+    spec = DeploymentSpec(
+        name="m", engine=EngineSpec(kind=kind, weights_bytes=60), share=ShareSpec(request_portion=0.5)
+    )
     replica = ReplicaProposal(replica_id="r", deployment_id="d", tenant="t", deployment=spec, shares=shares)
     return SwapTarget(replica=replica, lease_epoch=7, engine=ENGINE, endpoint="http://e", timeout_s=1.0)
 
@@ -135,10 +137,19 @@ async def test_an_engine_that_is_neither_asleep_nor_resident_is_broken() -> None
         await driver(engine, view()).park(target())
 
 
-async def test_a_wake_brings_weights_before_the_cache_and_tells_its_parts() -> None:
+async def test_a_wake_of_our_engines_is_one_call_so_that_weights_and_cache_come_at_once() -> None:
     engine = PlayedEngine()
 
     woken = await driver(engine, view()).wake(target())
+
+    assert ["/wake_up"] == engine.asked
+    assert Woken(copied_bytes=5, map_s=0.5, copy_s=0.25) == woken
+
+
+async def test_a_wake_of_vllm_brings_weights_before_the_cache_and_tells_its_parts() -> None:
+    engine = PlayedEngine()
+
+    woken = await driver(engine, view()).wake(target(EngineKind.VLLM))
 
     assert ["/wake_up?tags=weights", "/wake_up?tags=kv_cache"] == engine.asked
     assert Woken(copied_bytes=10, map_s=1.0, copy_s=0.5) == woken

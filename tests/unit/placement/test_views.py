@@ -1,6 +1,9 @@
 """What clients are told: their own deployments, why they are where they are, and every fact in one sentence."""
 
+import msgspec
+
 from schemas.catalogue import FACTS
+from schemas.deployments import SwapDriver
 from schemas.inbox import KeyCreateRequested
 from schemas.queries import Explain, ListDeployments, ListKeys, ListNodes
 from schemas.units import GiB
@@ -75,6 +78,17 @@ def test_what_is_missing_is_told_as_it_is_now() -> None:
 
     assert "not placed: large fits no GPU; nearest is node-0/gpu0: no room by 10.0 GiB" == explanation.summary
     assert explanation.one_more.endswith("no room by 30.0 GiB")
+
+
+def test_an_explanation_tells_what_can_be_done_with_the_engine_where_it_runs() -> None:
+    placement = Placement()
+    placement.join(msgspec.structs.replace(gpu("gpu-0"), swap_drivers=(SwapDriver.STORE, SwapDriver.RESTART)))
+    placement.placed(spec("first", 30))
+
+    told = placement.ask(Explain(model="first")).engine
+
+    assert ("parked by store", "its CUDA context stays on the GPU") == told[:2]
+    assert "its cache grows and shrinks while it serves" == told[-1]
 
 
 def test_a_cold_deployment_is_explained_as_cold() -> None:
