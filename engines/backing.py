@@ -134,7 +134,7 @@ class BrokerBacking:
         self._store = GpuStore(device, settings)
         # One question at a time goes over a connection: memory without content has its own, so that it is had while
         # an image is on its way.
-        self._loose = GpuStore(device, settings)
+        self._loose = GpuStore(device, settings, beside=self._store)
         self._sealed_names: set[str] = set()
 
     @property
@@ -157,7 +157,8 @@ class BrokerBacking:
         self._sealed_names.add(name)
 
     def seal(self, region: Region, name: str, *, generation: int, content_id: str) -> int:
-        sealed = self._store.seal(
+        store = self._loose if self._loose.has(self._range(name)) else self._store
+        sealed = store.seal(
             self._range(name),
             image_id=self._image(name),
             generation=self._first_generation + generation,

@@ -72,11 +72,23 @@ class GpuStore:
     Raises `StoreError` for what the broker does not do, `DeviceError` for what the driver does not.
     """
 
-    def __init__(self, device: Device, settings: StoreSettings) -> None:
+    def __init__(self, device: Device, settings: StoreSettings, *, beside: GpuStore | None = None) -> None:
+        """`beside`: another of this engine on the same GPU. Each hello says what both have."""
         self._device = device
         self._lent: dict[str, _Lent] = {}
-        self._connection = Connection(settings, held=lambda: {device.gpu_uuid: self.held_bytes})
+        self._beside = beside
+        if beside is not None:
+            beside._beside = self
+        self._connection = Connection(settings, held=lambda: {device.gpu_uuid: self._all_held_bytes})
         self._connection.open()
+
+    @property
+    def _all_held_bytes(self) -> int:
+        return self.held_bytes + (self._beside.held_bytes if self._beside is not None else 0)
+
+    def has(self, range_id: str) -> bool:
+        """Whether the range has its memory over this connection."""
+        return range_id in self._lent
 
     @property
     def held_bytes(self) -> int:

@@ -119,8 +119,8 @@ class Accounts:
         self._forget_nameless(account)
         for gpu_uuid, said_bytes in sorted(hello.held_bytes.items()):
             adopted = account.adopted_bytes.setdefault(gpu_uuid, {})
-            # What this broker lent over a connection that was lost is known by its range, and counted there.
-            adopted[process] = max(0, said_bytes - self._orphaned_bytes(account, gpu_uuid))
+            # What this broker lent, over another connection or one that was lost, is known by its range.
+            adopted[process] = max(0, said_bytes - self._ranged_bytes(account, gpu_uuid, process))
         return account
 
     def _forget_nameless(self, account: Account) -> None:
@@ -130,11 +130,12 @@ class Accounts:
             for process in [process for process in adopted if process < 0 and process not in connected]:
                 del adopted[process]
 
-    def _orphaned_bytes(self, account: Account, gpu_uuid: str) -> int:
+    def _ranged_bytes(self, account: Account, gpu_uuid: str, process: int) -> int:
+        """Of ranges that this process has, or that lost their connection."""
         return sum(
             held.size_bytes
             for held in account.ranges.values()
-            if held.gpu_uuid == gpu_uuid and held.connection_id not in account.connections
+            if held.gpu_uuid == gpu_uuid and account.connections.get(held.connection_id, process) == process
         )
 
     def check_room(self, account: Account, *, gpu_uuid: str, size_bytes: int) -> None:
