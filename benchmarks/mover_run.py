@@ -184,7 +184,7 @@ async def _measured(case: Case, inventory: NvmlInventory, settings: NodeAgentSet
                     tracer=Tracer(None, None, root_ratio=0.0),
                     watchers=watchers,
                     report=ended.append,
-                    rooms=Rooms(inventory),
+                    rooms=Rooms(guard),
                 )
             )
             outcome = Outcome(case=case, problem=f"this host cannot park by {case.driver}")
