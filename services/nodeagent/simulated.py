@@ -41,6 +41,7 @@ from services.nodeagent.simulated_gpus import SimulatedEyes, copy_s
 from services.nodeagent.simulated_look import ANSWER_S, look, silent
 from services.nodeagent.simulated_resizing import HostFaults, adopt, beyond, evict, resize
 
+HANGING: Final = (ParkEngine, WakeEngine, StopEngine)  # A start has ten minutes.
 NO_ANSWER_S: Final = 30.0
 """An engine that does not answer so long is given up (`NodeAgentSettings.wake_deadline_s`)."""
 UNPROVEN_S: Final = 5.0
@@ -74,7 +75,6 @@ class SimulatedHost:
         self.routes = routes
         self.engines: dict[str, Engine] = {}
         self.started_count = 0
-        self.hung_step_count = 0
         self.agent_life: Callable[[], int] = lambda: 0
         """Changes when the agent dies: what it would have done next is then not done."""
         self.is_up = True
@@ -118,10 +118,9 @@ class SimulatedHost:
 
     def _maybe_hung(self, effect: Effect, done: Done) -> Done:
         """What was begun goes on, and its agent never hears of it: a step that hangs."""
-        hangs_fraction = 0.0 if isinstance(effect, AdoptEngine | LookAtEngine) else self.faults.step_hangs_fraction
+        hangs_fraction = self.faults.step_hangs_fraction if isinstance(effect, HANGING) else 0.0
         if not hangs_fraction or self.random.random() >= hangs_fraction:
             return done
-        self.hung_step_count += 1
         return Done(lambda *_: None, done.is_alive)
 
     def _look(self, effect: EngineEffect, done: Done) -> None:

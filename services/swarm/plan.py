@@ -188,6 +188,8 @@ def draw_plan(seed: int, *, lasts_s: float = 3600.0, faults_min: int = 10) -> Pl
             start_fails_fraction=draw.choice([0, 0, 0.1]),
             park_stays_fraction=draw.choice([0, 0, 0.1]),
             wake_fails_fraction=draw.choice([0, 0, 0.1]),
+            # Drawn apart, so that all else of a seed stays what it was.
+            step_hangs_fraction=random.Random(f"{seed}/hangs").choice([0, 0, 0, 0.05]),
             grow_fails_fraction=bursts.choice([0, 0, 0.1]),
             gives_slowly_fraction=bursts.choice([0, 0, 0.1]),
             gives_nothing_fraction=bursts.choice([0, 0, 0.1]),

@@ -62,8 +62,26 @@ class NodeEffects:
 
     def __init__(self, hands: Hands) -> None:
         self._hands = hands
+        self._at_work: dict[str, anyio.CancelScope] = {}
+        """{replica_id: the scope of the effect that was begun last for it}"""
 
     async def perform(self, effect: Effect, traceparent: str) -> Input | None:
+        """The result; None when a newer effect took its place."""
+        if not isinstance(effect, EngineEffect):
+            return await self._carried_out(effect, traceparent)
+        replica_id, older = effect.replica.replica_id, self._at_work.get(effect.replica.replica_id)
+        if older is not None and isinstance(effect, LookAtEngine | StopEngine):
+            older.cancel()  # It hangs, or no longer matters; what it does later would be behind the newer one's back.
+        with anyio.CancelScope() as scope:
+            self._at_work[replica_id] = scope
+            try:
+                return await self._carried_out(effect, traceparent)
+            finally:
+                if self._at_work.get(replica_id) is scope:
+                    del self._at_work[replica_id]
+        return None
+
+    async def _carried_out(self, effect: Effect, traceparent: str) -> Input | None:
         """The result; an engine that is gone is a result too. Waits for the holder as long as it is away."""
         if isinstance(effect, EngineEffect) and not isinstance(effect, ResizeEngine | AdoptEngine):
             await self._hands.lanes.quiet(effect)
