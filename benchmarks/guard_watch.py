@@ -55,24 +55,19 @@ async def _watched(made: Stage) -> dict[str, Value]:
                 used = await anyio.to_thread.run_sync(made.direct_bytes)
                 beyond_bytes = max(beyond_bytes, sum(max(0, size - TAKER_BYTES) for size in used.values()))
                 alive = {engine.replica_id for engine in (await made.holder.view()).engines if engine.is_alive}
-                greedy = [name for name in offenders if used.get(name, 0) > TAKER_BYTES or name in alive]
-                if not _beyond(greedy, used) and beyond_bytes:
+                # Whoever got too little to be beyond its grant takes what those leave who are stopped.
+                if not alive.intersection(offenders):
                     over_s = time.monotonic() - began_s
                 await anyio.sleep(LOOK_EVERY_S)
         alive = {engine.replica_id for engine in (await made.holder.view()).engines if engine.is_alive}
-        used = await anyio.to_thread.run_sync(made.direct_bytes)
         tasks.cancel_scope.cancel()
     return {
         "watched_beyond_grant_bytes": beyond_bytes,
         "watched_over_s": over_s,
-        "watched_offenders_left_count": len(_beyond(offenders, used)),
+        "watched_offenders_left_count": len(alive.intersection(offenders)),
         "watched_neighbours_stopped_count": int("modest" not in alive),
         "watched_told_count": len(told),
     }
-
-
-def _beyond(names: list[str], used: dict[str, int]) -> list[str]:
-    return [name for name in names if used.get(name, 0) > TAKER_BYTES + 4 * PIECE_BYTES]
 
 
 def _state(made: Stage) -> NodeState:
