@@ -30,6 +30,8 @@ pytestmark = [
     ),
 ]
 
+NETWORK = "sublet-engines-test"
+"""Made by the first container that wants it; it goes with the last."""
 # An OpenAI server as small as can be, with a word on its output and the variable that it was given a secret in.
 ENGINE = """
 import http.server, json, os, signal, sys
@@ -62,6 +64,7 @@ def node() -> Iterator[str]:
     left = docker("ps", "-aq", "--filter", f"label=sublet.node={name}").split()
     if left:
         docker("rm", "-f", *left)
+    subprocess.run(["docker", "network", "rm", NETWORK], check=False, capture_output=True, timeout=60)
 
 
 def docker(*words: str) -> str:
@@ -102,7 +105,7 @@ def wish(node: str, image: str, **changes: Any) -> ContainerStart:
         gpu_uuids=("GPU-0",),
         gpu_access="none",
         shm_bytes=64 << 20,
-        network="sublet-engines-test",
+        network=NETWORK,
     )
     return ContainerStart(**{name: getattr(start, name) for name in start.__slots__} | changes)
 
@@ -161,7 +164,7 @@ async def test_its_port_is_on_loopback_and_no_other_container_reaches_it(node: s
 
     bound = shown["NetworkSettings"]["Ports"][f"{ENGINE_PORT}/tcp"]
     assert ["127.0.0.1"] == [binding["HostIp"] for binding in bound]
-    network = json.loads(docker("network", "inspect", "sublet-engines-test"))[0]
+    network = json.loads(docker("network", "inspect", NETWORK))[0]
     assert "false" == network["Options"]["com.docker.network.bridge.enable_icc"]
     with socket.socket() as stranger:
         stranger.settimeout(5)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import urllib.request
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +18,11 @@ import softgpu
 from schemas.deployments import EngineKind, EngineSpec, Runtime, ShareSpec
 from schemas.placement import ReplicaProposal
 from tests.fixtures import docker_engine
-from tests.integration.docker.test_containers import ENGINE, docker
+from tests.integration.docker.test_containers import ENGINE, NETWORK, docker, node
 from tests.integration.test_node_several_gpus import SHARE_BYTES, hands_on, replica
 from tests.unit.engines.running import software_host
 
+__all__ = ["node"]  # A fixture of both.
 WORDS = Path(__file__).resolve().parents[2] / "unit" / "softgpu"
 # A container sees its own cgroup of v2 by itself, but not where v1 is mounted beside it.
 HYBRID = Path("/sys/fs/cgroup/unified")
@@ -55,15 +55,6 @@ def host() -> Iterator[softgpu.Host]:
         yield made
 
 
-@pytest.fixture
-def node() -> Iterator[str]:
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    yield name
-    left = docker("ps", "-aq", "--filter", f"label=sublet.node={name}").split()
-    if left:
-        docker("rm", "-f", *left)
-
-
 def in_container(host: softgpu.Host) -> ReplicaProposal:
     proposal = replica(host, EngineKind.OPENAI)
     engine = EngineSpec(
@@ -92,8 +83,12 @@ async def test_a_replica_in_a_container_outlives_its_agent_and_goes_when_it_is_t
     proposal = await anyio.to_thread.run_sync(in_container, host)
     mounts = [f"{host.state_dir}:/softgpu:rw", f"{softgpu.build()}:/libraries:ro", f"{WORDS}:/words:ro", *CGROUPS]
     settings = {
-        "node": node, "docker_gpu_access": "none", "docker_mounts": mounts, "secrets_dir": str(tmp_path / "secrets"),
-    }  # fmt: skip
+        "node": node,
+        "docker_gpu_access": "none",
+        "docker_network": NETWORK,
+        "docker_mounts": mounts,
+        "secrets_dir": str(tmp_path / "secrets"),
+    }
     async with hands_on(tmp_path, host, proposal, **settings) as hands:
         started = await hands.do("start")
         assert "EngineStarted" == started["kind"], started
@@ -133,7 +128,7 @@ async def test_what_docker_refuses_is_the_reason_of_the_loss(tmp_path: Path, hos
     proposal = structs.replace(proposal, deployment=structs.replace(proposal.deployment, engine=engine))
     if "nvidia" in await anyio.to_thread.run_sync(docker, "info"):
         pytest.skip("this Docker has NVIDIA's toolkit")
-    async with hands_on(tmp_path, host, proposal, node=node) as hands:
+    async with hands_on(tmp_path, host, proposal, node=node, docker_network=NETWORK) as hands:
         lost = await hands.do("start")
 
     assert "EngineLost" == lost["kind"], lost
