@@ -118,7 +118,7 @@ def table(measured: Measured, *, label: str) -> str:
         f"  GPUs dedicated {len(MODELS) + 1}   one for each model and the training job",
         f"  Requests       {requests}   ({label})",
         "",
-        "  Shares are request / limit of a GPU; the request is enforced, nothing grows to its limit yet.",
+        "  Shares are request / limit of a GPU; what nobody claims goes to those below their limit.",
         f"  * Of a cold start, {COLD_START_S:g} s are a setting of the software engines.",
         f"  {RIVAL.name} comes back to a GPU that the training job has to leave first.",
         "  Timings are those of a software GPU, not of real hardware.",
