@@ -54,6 +54,8 @@ class Account:
     ranges: dict[str, Range] = field(default_factory=dict)
     adopted_bytes: dict[str, dict[int, int]] = field(default_factory=dict)
     """{gpu_uuid: {process: bytes of a former broker's memory}}"""
+    hello_count: int = 0
+    """Since it was opened at this broker."""
     connections: dict[int, int] = field(default_factory=dict)
     """{connection: process}. A process is its pid, or minus the connection where the kernel does not say."""
 
@@ -116,6 +118,7 @@ class Accounts:
         if len(account.connections) >= CONNECTIONS_MAX:
             raise Refused(f"{hello.replica_id} has {CONNECTIONS_MAX} connections already")
         account.connections[connection_id] = process
+        account.hello_count += 1
         self._forget_nameless(account)
         for gpu_uuid, said_bytes in sorted(hello.held_bytes.items()):
             adopted = account.adopted_bytes.setdefault(gpu_uuid, {})
@@ -226,6 +229,7 @@ class Accounts:
                     is_connected=bool(account.connections),
                     granted_bytes=account.granted_bytes,
                     held_bytes=_held(account),
+                    is_held_known=account.hello_count >= len(account.granted_bytes),
                     sealed_bytes=sealed_bytes,
                     image_ids=image_ids,
                     tier=tier,

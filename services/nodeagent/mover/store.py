@@ -91,6 +91,8 @@ class Store:
             else:
                 if account is None:
                     reason = "the memory broker does not know its account"
+                elif not account.is_held_known:
+                    reason = "the memory broker was restarted, and the engine has not yet told it what it maps"
                 elif not any(account.held_bytes.values()):
                     return account
                 else:

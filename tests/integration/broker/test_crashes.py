@@ -40,7 +40,9 @@ def test_engines_outlive_the_broker_and_what_they_map_counts_against_their_grant
     agent = restarted(one, "r", granted_bytes=100 * MiB)
 
     assert "weights of r" == engine.do("read", "weights", 12), "it serves on while nobody is there"
+    assert not agent.view().accounts[0].is_held_known, "nothing held proves nothing yet"
     engine.do("hello", WEIGHTS)
+    assert agent.view().accounts[0].is_held_known
     assert {one.gpu: WEIGHTS} == agent.view().accounts[0].held_bytes
     assert 0 == agent.view().gpus[0].lent_bytes, "it is not the new broker's to pool"
     assert "was granted" in engine.do("ask", "cache", 40 * MiB)["refused"]
