@@ -102,8 +102,8 @@ class AccountView(Struct, frozen=True, kw_only=True):
     held_bytes: dict[str, Bytes]
     """{gpu_uuid: in its hands now}"""
     is_held_known: bool = True
-    """False until the engine has said hello for each of its GPUs since the account was opened: what a former broker lent
-    it is not counted yet, so that nothing held proves nothing."""
+    """False until the engine has said hello for each of its GPUs since the account was opened: what a former broker
+    lent it is not counted yet, so that nothing held proves nothing."""
     sealed_bytes: Bytes
     """Of its images in host memory or on disk, shared ones counted whole."""
     image_ids: tuple[str, ...]
