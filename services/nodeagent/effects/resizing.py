@@ -5,7 +5,7 @@ is used.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import anyio
@@ -18,6 +18,7 @@ from schemas.nodes import ResizeReason
 from schemas.units import MiB
 from services.nodeagent.effects.hands import Gone, Hands, requests
 from services.nodeagent.engine_client import EngineProblem
+from services.nodeagent.grades import is_brokered
 from services.nodeagent.guard import NotEnforced
 from services.nodeagent.inputs import (
     AdoptEngine,
@@ -182,14 +183,14 @@ def _fits(used: Sequence[int] | None, sizes: Sequence[int]) -> bool:
 
 async def used_bytes(hands: Hands, effect: EngineEffect, engine: EngineView) -> tuple[int, ...] | None:
     """By shard: its own by the driver's account and what the memory broker has lent it; None: it cannot be told."""
-    lent: dict[str, int] = {}
-    if hands.guard.accounts is not None:
+    lent: Mapping[str, int] = {}
+    if hands.guard.accounts is not None and is_brokered(effect.replica.deployment.engine):
         view = await hands.guard.accounts.look()
-        if view is None:
+        of = (effect.replica.replica_id, effect.lease_epoch)
+        account = next((a for a in view.accounts if (a.replica_id, a.lease_epoch) == of), None) if view else None
+        if account is None or not account.is_held_known:
             return None
-        for account in view.accounts:
-            if (account.replica_id, account.lease_epoch) == (effect.replica.replica_id, effect.lease_epoch):
-                lent = dict(account.held_bytes)
+        lent = account.held_bytes
     used = []
     for share in effect.replica.shares:
         own_bytes = await hands.guard.used_bytes(share.gpu_uuid, engine.namespace, engine.pid)
