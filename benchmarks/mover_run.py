@@ -5,7 +5,6 @@ answers each with its outcome; before them it says what it runs on.
 """
 
 import sys
-from pathlib import Path
 from typing import Final, TypeVar
 
 import anyio
@@ -35,6 +34,7 @@ from services.nodeagent.inputs import (
     StopEngine,
     WakeEngine,
 )
+from services.nodeagent.main import with_broker
 from services.nodeagent.mover.mover import mover_of
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
@@ -139,12 +139,9 @@ def _cycle(parked: EngineParked, woken: EngineWoken) -> Cycle:
 
 
 def _settings(holder_socket: str, state_dir: str, *, is_plain: bool) -> NodeAgentSettings:
-    socket = Path(holder_socket)
     return NodeAgentSettings(
         holder_socket=holder_socket,
         state_dir=f"{state_dir}/{'plain' if is_plain else 'agent'}",
-        broker_socket=str(socket.with_name(f"{socket.stem}-broker.sock")),
-        broker_engine_socket=str(socket.with_name(f"{socket.stem}-memory.sock")),
         is_checkpoint_plain=is_plain,
         wake_deadline_s=120.0,
     )
@@ -167,6 +164,7 @@ async def main(holder_socket: str, state_dir: str) -> None:
 
 async def _measured(case: Case, inventory: NvmlInventory, settings: NodeAgentSettings) -> Outcome:
     holder, engines = HolderClient(settings.holder_socket), EngineClient()
+    settings = await with_broker(settings, holder)
     mover = mover_of(settings, engines)
     ended: list[Input] = []
     try:

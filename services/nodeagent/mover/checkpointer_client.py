@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ class CheckpointerClient:
 
     def __init__(self, *, socket: Path, folder: Path, is_plain: bool = False) -> None:
         self._socket = socket
+        self._folder = folder
         self._arguments = [str(socket), str(folder), *([PLAIN] if is_plain else [])]
         self._process: subprocess.Popen[bytes] | None = None
         self._starting = anyio.Lock()
@@ -99,8 +101,14 @@ class CheckpointerClient:
         process.stdin.close()
         with anyio.move_on_after(END_S, shield=True):
             await anyio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+            self._tidy()
             return
         process.kill()
+
+    def _tidy(self) -> None:
+        """A folder without images is of no use to the next agent, and would stay in the host's memory."""
+        if not any(entry.is_dir() for entry in self._folder.iterdir()):
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 async def _read_line(stream: anyio.abc.ByteReceiveStream) -> bytes:

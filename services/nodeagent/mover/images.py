@@ -3,6 +3,7 @@
 One folder for each engine, in it one for each of its processes: ``about.json`` and a file for each GPU.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -92,6 +93,8 @@ class Images:
                 about = None
             if about is None or not about.is_alive:
                 shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # Another process of the same engine has one in there.
+                    folder.parent.rmdir()
 
     def _processes(self) -> Iterator[Path]:
         for engine in self._folder.iterdir():
