@@ -22,6 +22,8 @@ from services.nodeagent.settings import NodeAgentSettings
 SETTLE_S: Final = 10.0
 """The driver's account and the broker's follow an end within milliseconds."""
 LOOK_EVERY_S: Final = 0.1
+OURS: Final = "-m services"
+"""The memory broker, and what freezes engines by the driver's checkpoint: each keeps a context as long as it lives."""
 AWAY_S: Final = 15.0
 """A step's deadline holds while its agent lives; it may be killed, come back, and give a step a while once more."""
 
@@ -31,7 +33,7 @@ class Leftovers:
     """When every model is retired."""
 
     device_bytes: int
-    """On the GPU, but for the memory broker's own context and what it keeps in its pool for the next."""
+    """On the GPU, but for the contexts of the stack's own processes and the memory broker's pool."""
     pinned_bytes: int | None
     """Host memory that images are kept in; None: the broker does not say."""
     engine_count: int
@@ -73,17 +75,28 @@ async def _left(stack: LocalStack) -> Leftovers:
     device_bytes, owners = 0, []
     for device in status["devices"]:
         for process in device["processes"]:
-            size = process["used_bytes"]
+            size, command = process["used_bytes"], await _command(process["pid"])
+            if command.startswith(OURS):
+                size = max(0, size - process["context_bytes"])
             if broker is not None and process["pid"] == broker.pid:
-                size = max(0, size - process["context_bytes"] - pooled_bytes)
+                size = max(0, size - pooled_bytes)
             device_bytes += size
-            owners += [f"{process['command']} {process['pid']}: {size}"] if size else []
+            owners += [f"{process['pid']} ({command}): {size}"] if size else []
     return Leftovers(
         device_bytes=device_bytes,
         pinned_bytes=sum(pool.used_bytes + pool.reserved_bytes for pool in broker.host) if broker else None,
         engine_count=len(held.engines),
         told=f"Left on the device: {', '.join(owners)}." if owners else "",
     )
+
+
+async def _command(pid: int) -> str:
+    """How it was started, in short."""
+    try:
+        words = (await anyio.Path(f"/proc/{pid}/cmdline").read_bytes()).decode(errors="replace").split("\0")
+    except OSError:
+        return "gone"
+    return " ".join(words[1:4])[:60]
 
 
 async def _broker(held: HolderView) -> BrokerView | None:
