@@ -1,6 +1,6 @@
 """A history of many replicas as their writers would have left it: chained, in order, with cursors; on a real server.
 
-Every node joins, placement admits and proposes in rounds, the nodes grant and report ready, and placement, swapper and
+Every node joins, placement admits and proposes in rounds, the nodes grant, start and report ready, and placement, swapper and
 autoscaler mark their progress as their shells do. One node's replicas then park and wake, again and again.
 """
 
@@ -25,6 +25,7 @@ from schemas.nodes import (
     ReplicaParked,
     ReplicaReady,
     ReplicaResident,
+    ReplicaStarting,
     ReplicaWaking,
 )
 from schemas.placement import DeploymentAdmitted, PlacementProposed, ReplicaProposal, ShareProposal
@@ -89,7 +90,7 @@ class MadeHistory:
         return -(-self.replica_count // (GPUS_PER_NODE * REPLICAS_PER_GPU))
 
     async def fill(self, *, cycle_count: int, said: Callable[[int], None] = lambda _: None) -> None:
-        """Admitted, proposed, granted, ready, once each; then `cycle_count` parks and wakes on one node."""
+        """Admitted, proposed, granted, started, ready, once each; then `cycle_count` parks and wakes on one node."""
         for name in CLUSTER_WRITERS:
             await self._append(name, [WriterStarted(instance="made", at_s=time.time())])
         for number in range(self.node_count):
@@ -110,7 +111,11 @@ class MadeHistory:
                 ],
             )
             for node in nodes:
-                facts = [fact for number in numbers[node] for fact in (granted(number, node), ready(number, node))]
+                facts = [
+                    fact
+                    for number in numbers[node]
+                    for fact in (granted(number, node), started(number, node), ready(number, node))
+                ]
                 await self._append(f"node.node-{node}", facts)
             await self._mark_progress()
             said(self.fact_count)
@@ -118,7 +123,7 @@ class MadeHistory:
         await self._mark_progress()
 
     async def cycle(self, count: int) -> None:
-        """So many times one replica of the busy node drains, parks, is woken and resident: four facts each."""
+        """So many times one replica of the busy node drains, parks, is woken and resident: five facts each."""
         here = list(self._replicas_of(0))
         for first in range(0, count, len(here)):
             numbers = here[: min(len(here), count - first)]
@@ -247,6 +252,17 @@ def granted(number: int, node: int) -> LeaseGranted:
     )
 
 
+def started(number: int, node: int) -> ReplicaStarting:
+    return ReplicaStarting(
+        node=f"node-{node}",
+        at_s=time.time(),
+        replica_id=f"r-{number}",
+        deployment_id=f"d-{number}",
+        model=f"model-{number}",
+        wake_epoch=1,
+    )
+
+
 def ready(number: int, node: int) -> ReplicaReady:
     one = Ready(
         replica_id=f"r-{number}",
@@ -274,6 +290,7 @@ def parked_and_woken(number: int) -> tuple[Fact, ...]:
             drain_s=0.1,
             reason="idle longer than its warm window",
         ),
+        ReplicaWaking(**of, wake_epoch=2),  # type: ignore[arg-type]
         ReplicaWaking(**of, wake_epoch=2, is_reserved=True),  # type: ignore[arg-type]
         ReplicaResident(
             **of,  # type: ignore[arg-type]

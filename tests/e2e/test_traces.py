@@ -128,7 +128,7 @@ async def test_a_deployment_and_a_wake_are_one_connected_trace_each(tmp_path: Pa
         "upstream",
         "swapper ModelWanted",
         "nodeagent WakeOrdered",
-        "restore",
+        "wake by store",
         "verify",
     } <= names
 
