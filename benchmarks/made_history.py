@@ -1,7 +1,7 @@
 """A history of many replicas as their writers would have left it: chained, in order, with cursors; on a real server.
 
-Every node joins, placement admits and proposes in rounds, the nodes grant, start and report ready, and placement, swapper and
-autoscaler mark their progress as their shells do. One node's replicas then park and wake, again and again.
+Every node joins, placement admits and proposes in rounds, the nodes grant, start and report ready, and placement,
+swapper and autoscaler mark their progress as their shells do. One node's replicas then park and wake, again and again.
 """
 
 import time
