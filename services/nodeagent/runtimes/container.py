@@ -17,8 +17,11 @@ from typing import Any, Final
 from schemas.holders import EngineView
 
 GATE_NAME: Final = "sublet-gate"
-GATE: Final = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', GATE_NAME)
-"""``exec`` replaces the shell: signals reach the engine, and its pid is the one whose cgroup was limited."""
+GATE: Final = ("/bin/sh", "-c", f': {GATE_NAME} && read -r _ && exec "$@" </dev/null', GATE_NAME)
+"""Its name comes first, since the host's ``ps`` may cut lines (``COLUMNS``).
+
+``exec`` replaces the shell: signals reach the engine, and its pid is the one whose cgroup was limited.
+"""
 
 NODE_LABEL: Final = "sublet.node"
 REPLICA_LABEL: Final = "sublet.replica_id"
@@ -148,4 +151,11 @@ def exit_code(told: int) -> int:
 
 def is_gate(words: Sequence[str]) -> bool:
     """Whether a process with these words is a gate that is still shut."""
-    return GATE_NAME in words or any(GATE_NAME in word.split() for word in words)
+    parts = [part for word in words for part in word.split()]
+    return GATE_NAME in parts or _is_runtime(parts)
+
+
+def _is_runtime(parts: Sequence[str]) -> bool:
+    """Docker's own program, for a moment after the start: it becomes the gate. On a busy host the moment is long."""
+    name = parts[0].rpartition("/")[2] if parts else ""
+    return parts[1:2] == ["init"] and (name in {"runc", "crun", "exe"} or parts[0].startswith("/proc/"))

@@ -342,7 +342,8 @@ class Containers:
             return False  # It ended while it was looked at.
         words, pids = told["Titles"].index("CMD"), told["Titles"].index("PID")
         first = [row[words] for row in told["Processes"] if int(row[pids]) == shown["State"]["Pid"]]
-        is_shut = any(is_gate([row]) for row in first or [row[words] for row in told["Processes"]])
+        seen = first or [row[words] for row in told["Processes"]]
+        is_shut = not seen or any(is_gate([row]) for row in seen)
         if is_shut:
             return True
         self._open.add(container.id)

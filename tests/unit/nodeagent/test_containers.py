@@ -136,7 +136,14 @@ def test_names_of_containers_are_unique_whatever_a_replica_is_called() -> None:
 
 def test_a_gate_is_known_by_its_words_and_a_signal_by_its_number() -> None:
     assert is_gate(['/bin/sh -c read -r _ && exec "$@" </dev/null sublet-gate vllm serve'])
+    assert is_gate([" ".join(GATE)[:26]]), "ps may cut lines"
     assert not is_gate(["vllm serve sublet-gateway"])
+
+
+@pytest.mark.parametrize("words", ["runc init", "/usr/bin/runc init", "/proc/self/exe init", "/proc/self/fd/6 init"])
+def test_dockers_own_program_is_a_gate_that_is_not_there_yet(words: str) -> None:
+    assert is_gate([words])
+    assert not is_gate(["python init"])
     assert [0, 3, -9, -15] == [exit_code(code) for code in (0, 3, 137, 143)]
 
 
