@@ -17,7 +17,7 @@ from tests.e2e.stack import ROOT, RunningStack, chat, eventually
 
 pytestmark = pytest.mark.nats
 T = TypeVar("T", bound=Fact)
-SEEN_S = 30.0
+SEEN_S = 60.0
 """A look every two seconds, and a busy machine."""
 STRANGER = """
 import sys
