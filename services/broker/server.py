@@ -3,10 +3,11 @@
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import anyio
 import anyio.abc
@@ -71,6 +72,7 @@ async def serving(broker: Broker, *, engine_socket: Path, control_socket: Path) 
         await _contained(Connection(stream), _Agent(broker).serve)
 
     async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+        serve_all: list[Callable[[], Coroutine[Any, Any, None]]] = []
         for path, mode, serve in ((control_socket, 0o600, agent), (engine_socket, 0o666, engine)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
@@ -80,7 +82,10 @@ async def serving(broker: Broker, *, engine_socket: Path, control_socket: Path) 
                 listener = await stack.enter_async_context(await anyio.create_unix_listener(path))
             finally:
                 os.umask(mask)
-            tasks.start_soon(listener.serve, serve)
+            serve_all.append(partial(listener.serve, serve))
+        # Only now: whoever is answered on one finds the other too.
+        for serve_one in serve_all:
+            tasks.start_soon(serve_one)
         try:
             yield
         finally:
