@@ -11,6 +11,8 @@ import pytest
 from benchmarks.lazy_disk import LazyDisk
 from benchmarks.lazy_mount import LazyMount, why_not
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[LazyMount]:

@@ -12,6 +12,8 @@ import pytest
 
 from tests.unit.engines.running import SMALL_CONTEXT_BYTES, MiB, software_host
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import json

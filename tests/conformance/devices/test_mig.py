@@ -11,6 +11,8 @@ from devices.api import GiB, GpuFault, MiB, NotFound, OutOfMemory
 from devices.mig import Part, struck
 from tests.conformance.devices.world import DriverWorld
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def host() -> Iterator[softgpu.Host]:

@@ -13,6 +13,8 @@ from devices.api import ClientEvicted, DeviceError, DeviceLost, GiB, GpuFault, M
 from tests.conformance.devices.contract import PortContract
 from tests.conformance.devices.world import DriverWorld
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[softgpu.Host]:

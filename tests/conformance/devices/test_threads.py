@@ -6,8 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 import softgpu
 from tests.conformance.devices.world import ROOT
+
+pytestmark = pytest.mark.processes
 
 
 def test_threads_swap_side_by_side_without_mixing_bytes_or_leaking() -> None:

@@ -11,7 +11,7 @@ from aiohttp import web
 from benchmarks.clients import Clients, Sent
 from benchmarks.trace import Planned
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.processes]
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TOKEN = b'data: {"choices":[{"delta":{"content":"word "}}]}\n\n'
 ROLE = b'data: {"choices":[{"delta":{"role":"assistant"}}]}\n\n'

@@ -24,6 +24,8 @@ from schemas.brokers import (
 )
 from tests.unit.engines.store_broker import HANG_UP, PIECE_BYTES, PaperDevice, PlayedBroker, grant
 
+pytestmark = pytest.mark.processes
+
 SIZE_BYTES = 8 * PIECE_BYTES
 
 

@@ -24,7 +24,7 @@ from kit.supervisor import (
     supervise,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.processes]
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 FOREVER = "trap 'echo stopped; exit 0' TERM; echo up; while :; do sleep 0.02; done"

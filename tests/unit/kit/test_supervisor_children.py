@@ -14,7 +14,7 @@ import pytest
 
 from kit.process import CANNOT_RUN_CODE, Child, ProcessIdentity, free_port, identity_of, is_alive, spawn
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.processes]
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 ROOT = Path(__file__).resolve().parents[3]
 

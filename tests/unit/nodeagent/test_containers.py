@@ -227,6 +227,7 @@ def test_a_login_is_found_for_the_registry_in_an_images_name() -> None:
     assert "nvcr.io/nim/a" == whole_name("nvcr.io/nim/a")
 
 
+@pytest.mark.processes
 @pytest.mark.anyio
 async def test_a_lease_that_ends_while_its_image_arrives_starts_nothing(tmp_path: Path) -> None:
     """A download takes an hour; whoever ends the lease meanwhile must not find a container after it."""

@@ -11,7 +11,7 @@ from aiohttp import web
 from schemas.deployments import EngineKind, WorkloadKind
 from services.nodeagent.engine_client import EngineClient, EngineProblem
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.processes]
 
 VLLM_METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge

@@ -143,6 +143,7 @@ class Hanging(VirtualInventory):
         return super().gpus()
 
 
+@pytest.mark.processes
 async def test_a_driver_that_hangs_holds_up_nobody_and_is_told() -> None:
     eyes, released = Eyes(), threading.Event()
 
@@ -154,6 +155,7 @@ async def test_a_driver_that_hangs_holds_up_nobody_and_is_told() -> None:
     assert ["NVML: NO_ANSWER (within 0.05 s)"] * 2 == problems
 
 
+@pytest.mark.processes
 async def test_error_reports_are_passed_on_while_looks_go_on() -> None:
     eyes = Eyes()
     eyes.host.lose_gpu(FIRST)

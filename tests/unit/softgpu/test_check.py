@@ -5,9 +5,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from softgpu.fuzzing import build_fuzzer
 from tests.unit.softgpu.machines import Machine, MakeMachine
 from tests.unit.softgpu.test_host import command_line
+
+pytestmark = pytest.mark.processes
 
 MiB = 1 << 20
 

@@ -13,6 +13,8 @@ import pytest
 import softgpu
 from tests.unit.softgpu.machines import Child, Machine, MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MiB = 1 << 20
 
 # Answers one line with one: what it has at its address, and where.

@@ -4,6 +4,8 @@ import pytest
 
 from tests.unit.softgpu.machines import MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MiB = 1 << 20
 
 

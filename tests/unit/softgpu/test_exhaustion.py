@@ -10,6 +10,8 @@ import pytest
 import softgpu
 from tests.unit.softgpu.machines import Machine, MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MiB = 1 << 20
 
 # So many chunks as the process may have descriptors, and then everything that needs one more.

@@ -11,6 +11,8 @@ import pytest
 import softgpu
 from tests.unit.softgpu.machines import HERE, MakeMachine
 
+pytestmark = pytest.mark.processes
+
 
 def exports(library: Path) -> set[str]:
     listed = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)

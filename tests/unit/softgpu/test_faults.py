@@ -7,6 +7,8 @@ import pytest
 import softgpu
 from tests.unit.softgpu.machines import MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MiB = 1 << 20
 ASK = "context()\nfor line in sys.stdin: answer = cu.cuMemAlloc(int(line) * MiB); say(error(answer))"
 

@@ -13,6 +13,8 @@ import pytest
 import softgpu
 from tests.unit.softgpu.machines import Machine, MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MiB = 1 << 20
 
 

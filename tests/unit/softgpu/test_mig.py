@@ -8,6 +8,8 @@ import softgpu
 from softgpu.errors import HostError
 from tests.unit.softgpu.machines import MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MIB = 1 << 20
 CUT = {0: ("1g.10gb", "2g.20gb")}
 INSTANCES = """

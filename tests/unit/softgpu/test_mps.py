@@ -4,6 +4,8 @@ import pytest
 
 from tests.unit.softgpu.machines import Child, Machine, MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MiB = 1 << 20
 ASK = """context()
 for line in sys.stdin:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.unit.softgpu.machines import MakeMachine
 
+pytestmark = pytest.mark.processes
+
 MiB = 1 << 20
 HOLD = "context(); address = ok(cu.cuMemAlloc(int(os.environ['BYTES']))); say('up'); wait()"
 

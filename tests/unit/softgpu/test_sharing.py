@@ -5,7 +5,11 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
+
 from tests.unit.softgpu.machines import Child, Machine, MakeMachine
+
+pytestmark = pytest.mark.processes
 
 MiB = 1 << 20
 

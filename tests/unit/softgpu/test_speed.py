@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import pytest
+
 import softgpu
 from tests.unit.softgpu.machines import Machine, MakeMachine
+
+pytestmark = pytest.mark.processes
 
 GiB = 1 << 30
 TIMED_COPY = """

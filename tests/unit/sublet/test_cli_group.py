@@ -11,6 +11,8 @@ from sublet.cli import EXIT_CODES, VERBS, cli
 from sublet.cli.session import Verb
 from tests.unit.sublet.fakes import FakeControlPlane, run
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[3]
 HEAVY = ("rich", "jsonschema", "ruamel", "nats", "msgspec", "asyncio", "aiohttp")
 IMPORTED = """
