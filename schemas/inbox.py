@@ -57,6 +57,18 @@ class GpuReinstateRequested(Command, frozen=True, tag="inbox.gpu_reinstate_reque
     """Whole, or the first characters of it if only one GPU of the node begins with them."""
 
 
+class GpuCloseRequested(Command, frozen=True, tag="inbox.gpu_close_requested.v1"):
+    """Put nothing new on a GPU until it is reinstated. For the operator's tenant only."""
+
+    node: Name
+    gpu_uuid: str
+    """Whole, or the first characters of it if only one GPU of the node begins with them."""
+    is_draining: bool = False
+    """Also move away what is there, as far as it may be moved and there is room elsewhere."""
+    reason: str = ""
+    """Shown to whoever looks at the GPU."""
+
+
 class KeyCreateRequested(Command, frozen=True, tag="inbox.key_create_requested.v1"):
     """Accept a new API key. The client made it; only its hash travels."""
 

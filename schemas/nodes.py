@@ -413,7 +413,7 @@ class GpuQuarantined(NodeFact, frozen=True, tag="nodes.gpu_quarantined.v1"):
     gpu_uuid: str
     reason: str
     fault_count: Count
-    """Quarantines of this GPU so far, this one included: each lasts longer."""
+    """Quarantines of this GPU so far, this one included: each lasts longer. One that an operator asked for is none."""
     quarantine_s: Seconds
     """Until it is tried again, counted from this fact; 0: until an operator says so."""
 

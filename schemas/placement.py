@@ -298,6 +298,17 @@ class GpuReinstateAsked(CommandFact, frozen=True, tag="placement.gpu_reinstate_a
     gpu_uuid: str
 
 
+class GpuCloseAsked(CommandFact, frozen=True, tag="placement.gpu_close_asked.v1"):
+    """An operator wants nothing new on a GPU; with `is_draining` what may be moved leaves it too."""
+
+    is_sharded: ClassVar[bool] = True
+
+    node: Name
+    gpu_uuid: str
+    is_draining: bool = False
+    reason: str = ""
+
+
 class NodeLost(PlacementFact, frozen=True, tag="placement.node_lost.v1"):
     """The node was silent for too long: nothing goes there, and its replicas get another place."""
 

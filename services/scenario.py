@@ -13,7 +13,7 @@ A block is a few commands, `----`, and what happened until the next blank line. 
 - `quota TENANT gpus=2 weight=1` (the operator guarantees a tenant so many GPUs)
 - `request NAME count=1`, `requests last_s=0.5` (how long each is in flight), `park NAME`, `wake NAME`,
   `retire NAME tenant=`
-- `repack moves=8` (an operator wants whole GPUs)
+- `repack moves=8` (an operator wants whole GPUs), `close-gpu NODE index=0 drain`, `open-gpu NODE index=0`
 - `kill SERVICE down_s=1`: placement, swapper, autoscaler or a node's name (its agent; engines run on)
 - `kill-engine NAME`, `explain NAME tenant=`, `advance SECONDS`, `show` (who holds what on each GPU, in GiB)
 
@@ -45,7 +45,15 @@ from schemas.deployments import (
     WorkloadKind,
 )
 from schemas.history import WriterStarted
-from schemas.inbox import ParkRequested, QuotaRequested, RepackRequested, RetireRequested, WakeRequested
+from schemas.inbox import (
+    GpuCloseRequested,
+    GpuReinstateRequested,
+    ParkRequested,
+    QuotaRequested,
+    RepackRequested,
+    RetireRequested,
+    WakeRequested,
+)
 from schemas.messages import Fact
 from schemas.nodes import NodeJoined
 from schemas.placement import DeploymentAdmitted
@@ -96,6 +104,12 @@ class Conversation:
             ),
             "repack": lambda _, v: self._live.command(
                 RepackRequested(command_id=self._id(), move_count_max=int(v.get("moves", "8")))
+            ),
+            "close-gpu": lambda n, v: self._live.command(
+                GpuCloseRequested(command_id=self._id(), is_draining="drain" in n, **self._gpu(n, v))
+            ),
+            "open-gpu": lambda n, v: self._live.command(
+                GpuReinstateRequested(command_id=self._id(), **self._gpu(n, v))
             ),
             "quota": self._quota,
             "kill": self._kill,
@@ -273,6 +287,10 @@ class Conversation:
                 lambda name: self._host(name).take_foreign(int(v.get("index", "0")), int(float(v["gib"]) * GiB)),
             ),
         }
+
+    def _gpu(self, names: list[str], values: dict[str, str]) -> dict[str, str]:
+        gpu = self._host(names[0]).gpus[int(values.get("index", "0"))]
+        return {"node": names[0], "gpu_uuid": gpu.gpu_uuid}
 
     def _member(self, name: str) -> Member:
         members = self._live.simulation.members

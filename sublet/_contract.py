@@ -140,6 +140,13 @@ class GpuReinstateRequested(Command, frozen=True, tag="inbox.gpu_reinstate_reque
     gpu_uuid: str
 
 
+class GpuCloseRequested(Command, frozen=True, tag="inbox.gpu_close_requested.v1"):
+    node: str
+    gpu_uuid: str
+    is_draining: bool = False
+    reason: str = ""
+
+
 class KeyCreateRequested(Command, frozen=True, tag="inbox.key_create_requested.v1"):
     key_id: str
     key_hash: str
@@ -437,7 +444,7 @@ LOG_TAIL_MAX: Final = 10_000
 
 COMMANDS: Final = (
     DeployRequested, RetireRequested, ParkRequested, WakeRequested, RepackRequested, QuotaRequested,
-    GpuReinstateRequested, KeyCreateRequested, KeyRevokeRequested,
+    GpuReinstateRequested, GpuCloseRequested, KeyCreateRequested, KeyRevokeRequested,
 )  # fmt: skip
 ANSWER_OF: Final[dict[type[Query], type[Struct]]] = {
     ListDeployments: DeploymentList,

@@ -175,6 +175,15 @@ class Client:
         command = contract.GpuReinstateRequested(command_id=_command_id(), node=node, gpu_uuid=gpu_uuid)
         return await self._command(command)
 
+    async def close_gpu(
+        self, node: str, gpu_uuid: str, *, is_draining: bool = False, reason: str = ""
+    ) -> contract.CommandAnswered:
+        """Put nothing new on a GPU until it is reinstated; draining, what may be moved leaves it too."""
+        command = contract.GpuCloseRequested(
+            command_id=_command_id(), node=node, gpu_uuid=gpu_uuid, is_draining=is_draining, reason=reason
+        )
+        return await self._command(command)
+
     # ---- queries -----------------------------------------------------------------------------------------------
 
     async def deployments(self) -> contract.DeploymentList:

@@ -65,6 +65,11 @@ class SyncClient:
     def reinstate_gpu(self, node: str, gpu_uuid: str) -> contract.CommandAnswered:
         return self._wait(self._client.reinstate_gpu(node, gpu_uuid))
 
+    def close_gpu(
+        self, node: str, gpu_uuid: str, *, is_draining: bool = False, reason: str = ""
+    ) -> contract.CommandAnswered:
+        return self._wait(self._client.close_gpu(node, gpu_uuid, is_draining=is_draining, reason=reason))
+
     def deployments(self) -> contract.DeploymentList:
         return self._wait(self._client.deployments())
 

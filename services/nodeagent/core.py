@@ -30,6 +30,7 @@ from schemas.nodes import (
 from schemas.placement import (
     GangAbandoned,
     GangCommitted,
+    GpuCloseAsked,
     GpuReinstateAsked,
     PlacementProposed,
     ReleaseProposed,
@@ -62,7 +63,7 @@ GPU_IS_GONE: Final = "its GPU is gone"
 
 def reads(node: str) -> Sequence[str]:
     """Only what placement has for this node's shard, and who the swapper is: orders of an older one are refused."""
-    kinds = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned, GpuReinstateAsked)
+    kinds = (PlacementProposed, ReleaseProposed, GangCommitted, GangAbandoned, GpuReinstateAsked, GpuCloseAsked)
     return [*(fact_filter(kind, node) for kind in kinds), started_filter("swapper")]
 
 

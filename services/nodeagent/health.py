@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from kit.outcomes import Context, Outcome, Timer
 from schemas.nodes import GpuFaulted, GpuFaultKind, GpuObserved, GpuQuarantined, GpuReinstated
-from schemas.placement import GpuReinstateAsked
+from schemas.placement import GpuCloseAsked, GpuReinstateAsked
 from services.nodeagent.core import SERVICE, given_up, released
 from services.nodeagent.gpu_inputs import (
     GpuBack,
@@ -258,12 +258,29 @@ def gpu_tried(state: NodeState, tried: GpuTried, ctx: Context) -> Sequence[Outco
     health = health_of(state, tried.gpu_uuid)
     if tried.gpu_uuid not in state.gpus or not health.is_quarantined or health.fault_count != tried.fault_count:
         return []
+    if not health.until_s:
+        return []  # An operator has closed it meanwhile: only an operator opens it.
     if not tried.is_conclusive:
         over = QuarantineOver(gpu_uuid=tried.gpu_uuid, fault_count=tried.fault_count)
         return [Timer(due_s=ctx.now_s + state.settings.quarantine_s, input=over)]
     if tried.problem:
         return quarantine(state, tried.gpu_uuid, f"it was tried and is not well: {tried.problem}", ctx)
     return [_reinstated(state, tried.gpu_uuid, ctx)]
+
+
+@SERVICE.on(GpuCloseAsked)
+def close_asked(state: NodeState, asked: GpuCloseAsked, ctx: Context) -> Sequence[Outcome]:
+    """An operator closes it: no fault of its own, and no trial opens it. Also where it was quarantined for a while."""
+    health = health_of(state, asked.gpu_uuid)
+    is_closed = health.is_quarantined and not health.until_s
+    if asked.node != state.settings.node or asked.gpu_uuid not in state.gpus or is_closed:
+        return []
+    reason = "an operator closed it" + (f": {asked.reason}" if asked.reason else "")
+    closed = GpuQuarantined(
+        node=state.settings.node, at_s=ctx.now_s, gpu_uuid=asked.gpu_uuid, reason=reason,
+        fault_count=health.fault_count, quarantine_s=0.0,
+    )  # fmt: skip
+    return [closed, *_unbound(state, asked.gpu_uuid, reason, ctx)]
 
 
 @SERVICE.on(GpuReinstateAsked)

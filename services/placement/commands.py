@@ -8,6 +8,7 @@ from schemas.deployments import problems_of
 from schemas.inbox import (
     CommandAnswered,
     DeployRequested,
+    GpuCloseRequested,
     GpuReinstateRequested,
     KeyCreateRequested,
     KeyRevokeRequested,
@@ -19,12 +20,14 @@ from schemas.inbox import (
     WakeRequested,
 )
 from schemas.messages import Command
+from schemas.nodes import GpuOffer
 from schemas.placement import (
     CommandDuplicated,
     CommandFact,
     CommandRejected,
     DeploymentAdmitted,
     DeploymentRetired,
+    GpuCloseAsked,
     GpuReinstateAsked,
     KeyAdded,
     KeyRevoked,
@@ -198,18 +201,57 @@ def gpu_reinstate_requested(state: ClusterState, command: GpuReinstateRequested,
     """Its node opens it again, without trying it."""
     if duplicate := _duplicate(state, command, ctx):
         return duplicate
-    if ctx.tenant != state.settings.operator_tenant:
-        message = f"only the operator's tenant ('{state.settings.operator_tenant}') may open GPUs"
-        return _reject(command, "SUB-OPR-001", message, ctx)
+    gpu = _gpu_named(state, command)
+    if ctx.tenant != state.settings.operator_tenant or isinstance(gpu, str):
+        return _no_such_gpu(state, command, gpu, ctx)
+    place = f"{command.node}/gpu{gpu.index}"
+    if not gpu.quarantine_reason:
+        return _same(command, f"{place} is not quarantined", ctx)
+    fact = GpuReinstateAsked(**_command(command, ctx), node=command.node, gpu_uuid=gpu.gpu_uuid)
+    return _admit(command, fact, f"{place} takes new replicas again", ctx)
+
+
+@SERVICE.on(GpuCloseRequested)
+def gpu_close_requested(state: ClusterState, command: GpuCloseRequested, ctx: Context) -> Sequence[Outcome]:
+    """Its node closes it; what is there leaves by moves, if that is wanted. Closing it again may ask for that later."""
+    if duplicate := _duplicate(state, command, ctx):
+        return duplicate
+    gpu = _gpu_named(state, command)
+    if ctx.tenant != state.settings.operator_tenant or isinstance(gpu, str):
+        return _no_such_gpu(state, command, gpu, ctx)
+    movable, staying = repacking.stays(state, command.node, gpu.gpu_uuid)
+    told = f"{command.node}/gpu{gpu.index} takes no new replicas until it is reinstated"
+    if command.is_draining:
+        told += f"; {len(movable)} of {len(movable) + len(staying)} replicas there are moved where there is room"
+        told += f"; until they end, these stay: {', '.join(staying)}" if staying else ""
+    fact = GpuCloseAsked(
+        **_command(command, ctx),
+        node=command.node,
+        gpu_uuid=gpu.gpu_uuid,
+        is_draining=command.is_draining,
+        reason=command.reason,
+    )
+    return _admit(command, fact, told, ctx)
+
+
+def _gpu_named(state: ClusterState, command: GpuCloseRequested | GpuReinstateRequested) -> GpuOffer | str:
+    """The GPU that is meant, or what is wrong."""
     node = state.nodes.get(command.node)
     found = [gpu for uuid, gpu in node.gpus.items() if uuid.startswith(command.gpu_uuid)] if node is not None else []
-    if len(found) != 1:
-        message = f"{command.node or 'no node'} offers {len(found)} GPUs that begin with '{command.gpu_uuid}', not one"
-        return _reject(command, "SUB-OPR-002", message, ctx)
-    if not found[0].quarantine_reason:
-        return _same(command, f"{command.node}/gpu{found[0].index} is not quarantined", ctx)
-    fact = GpuReinstateAsked(**_command(command, ctx), node=command.node, gpu_uuid=found[0].gpu_uuid)
-    return _admit(command, fact, f"{command.node}/gpu{found[0].index} takes new replicas again", ctx)
+    if len(found) == 1:
+        return found[0]
+    return f"{command.node or 'no node'} offers {len(found)} GPUs that begin with '{command.gpu_uuid}', not one"
+
+
+def _no_such_gpu(
+    state: ClusterState, command: GpuCloseRequested | GpuReinstateRequested, found: GpuOffer | str, ctx: Context
+) -> Sequence[Outcome]:
+    operator = state.settings.operator_tenant
+    if ctx.tenant != operator:
+        return _reject(
+            command, "SUB-OPR-001", f"only the operator's tenant ('{operator}') may open and close GPUs", ctx
+        )
+    return _reject(command, "SUB-OPR-002", str(found), ctx)
 
 
 @SERVICE.on(KeyCreateRequested)

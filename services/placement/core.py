@@ -35,6 +35,7 @@ from schemas.placement import (
     DeploymentRetired,
     GangAbandoned,
     GangCommitted,
+    GpuCloseAsked,
     GpuReinstateAsked,
     KeyAdded,
     KeyRevoked,
@@ -145,6 +146,7 @@ _FOLDS: tuple[tuple[type, Any], ...] = (
     (GpuQuarantined, gpu_folds.fold_quarantined),
     (GpuReinstated, gpu_folds.fold_reinstated),
     (GpuReinstateAsked, fold.fold_command),
+    (GpuCloseAsked, gpu_folds.fold_close_asked),
 )
 for _kind, _fold in _FOLDS:
     SERVICE.folding(_kind)(_fold)
@@ -176,8 +178,9 @@ def gpu_reinstated(state: ClusterState, fact: GpuReinstated, ctx: Context) -> Se
 
 @SERVICE.on(GpuQuarantined)
 def gpu_quarantined(state: ClusterState, fact: GpuQuarantined, ctx: Context) -> Sequence[Outcome]:
-    """Whoever made room there need not: its claim has lost its sense."""
-    return [next_turn(ctx)] if state.index.unsettled else []
+    """Whoever made room there need not: its claim has lost its sense. An operator may want it empty."""
+    emptying = [Timer(due_s=ctx.now_s, input=MoveOn())] if fact.gpu_uuid in state.draining else []
+    return [*([next_turn(ctx)] if state.index.unsettled else []), *emptying]
 
 
 @SERVICE.on(LeaseGranted)

@@ -5,7 +5,7 @@ packer where their occupants would go if they came anew, so that a move is not u
 takes its target while it still holds its source: every target has room beside all that is there now.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -262,6 +262,27 @@ def _repeat(board: Board, plan: Plan) -> None:
         board.block(gpu)
     for step in plan.steps:
         board.take(step.occupant, step.place)
+
+
+# --- GPUs that are to be empty ----------------------------------------------------------------------------------------
+
+
+def empty_gpus(board: Board, gpus: Iterable[Gpu]) -> Plan:
+    """Moves of all that may be moved off these GPUs, wherever there is room: who must stay keeps nobody else there.
+
+    Who serves comes last, then the largest first. O(occupants) choices.
+    """
+    leaving = set(gpus)
+    with board.trial():
+        for gpu in sorted(leaving | {gpu for occupant in board.leaving for gpu in occupant.gpus}):
+            board.block(gpu)
+        found = {o.replica_id: o for gpu in leaving for o in board.on_gpu.get(gpu, ())}
+        movers = [o for o in found.values() if o.is_movable and not o.is_leaving]
+        movers.sort(key=lambda o: (o.is_serving, -max(o.units), o.replica_id))
+        for mover in movers:
+            board.move(mover, may_break_idle=True)
+        freed = tuple(gpu for gpu in sorted(leaving & board.on_gpu.keys()) if _is_empty(board, gpu))
+        return Plan(steps=tuple(board.moved.values()), freed=freed)
 
 
 # --- Room for one that waits ------------------------------------------------------------------------------------------

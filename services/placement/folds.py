@@ -250,7 +250,10 @@ def fold_repack_asked(state: ClusterState, fact: RepackAsked) -> None:
 
 
 def fold_move_decided(state: ClusterState, fact: MoveDecided) -> None:
-    """It counts against what an operator asked for, as long as that lasts, else against the hour's budget."""
+    """It counts against what an operator asked for, as long as that lasts, else against the hour's budget.
+
+    One that empties a GPU which an operator closed counts against neither.
+    """
     state.moves[fact.move_id] = Move(
         move_id=fact.move_id,
         replica_id=fact.replica_id,
@@ -258,6 +261,8 @@ def fold_move_decided(state: ClusterState, fact: MoveDecided) -> None:
         deployment_id=fact.deployment_id,
         decided_at_s=fact.at_s,
     )
+    if state.draining.keys() & {*fact.from_gpu_uuids}:
+        return
     asked = state.repacking
     if asked is not None and asked.left_count > 0 and fact.at_s <= asked.until_s:
         asked.left_count -= 1

@@ -3,7 +3,8 @@
 from msgspec.structs import replace
 
 from schemas.nodes import GpuObserved, GpuOffer, GpuQuarantined, GpuReinstated
-from services.placement.folds import ask_refused_again
+from schemas.placement import GpuCloseAsked
+from services.placement.folds import ask_refused_again, fold_command
 from services.placement.state import ClusterState
 
 
@@ -24,7 +25,15 @@ def fold_quarantined(state: ClusterState, fact: GpuQuarantined) -> None:
         _set(state, fact.node, replace(gpu, quarantine_reason=fact.reason))
 
 
+def fold_close_asked(state: ClusterState, fact: GpuCloseAsked) -> None:
+    """Its node closes it; whether it is to be emptied is placement's own."""
+    fold_command(state, fact)
+    if fact.is_draining:
+        state.draining[fact.gpu_uuid] = fact.node
+
+
 def fold_reinstated(state: ClusterState, fact: GpuReinstated) -> None:
+    state.draining.pop(fact.gpu_uuid, None)
     gpu = _known(state, fact.node, fact.gpu_uuid)
     if gpu is not None:
         _set(state, fact.node, replace(gpu, quarantine_reason=""))

@@ -7,7 +7,7 @@ from typing import Any, Final
 from kit.outcomes import Context, Input, Outcome, Timer
 from schemas.deployments import AntiAffinity, Strategy, WorkloadKind
 from schemas.placement import MoveDecided, PlacementProposed, ReasonCode, ReplicaProposal, ShareProposal
-from services.placement.defragment import Board, Gpu, Occupant, Plan, Step, free_gpus, make_room
+from services.placement.defragment import Board, Gpu, Occupant, Plan, Step, empty_gpus, free_gpus, make_room
 from services.placement.demands import limit_bytes_on
 from services.placement.folds import HOUR_S
 from services.placement.observed import is_idle
@@ -37,6 +37,7 @@ class MoveOn(Input):
 
 
 ASKED: Final = "an operator asked for whole GPUs"
+EMPTIES: Final = "an operator closed the GPU and wants it empty"
 
 
 def look_later(state: ClusterState, ctx: Context) -> Timer:
@@ -44,7 +45,7 @@ def look_later(state: ClusterState, ctx: Context) -> Timer:
 
 
 def begun(state: ClusterState, ctx: Context) -> list[Outcome]:
-    """The moves to begin now: those that an operator asked for, then for who waits, then to tidy up."""
+    """The moves to begin now: those that an operator asked for, off closed GPUs, for who waits, and to tidy up."""
     if len(state.moves) >= state.settings.moves_at_once_max:
         return []
     asked = state.repacking
@@ -52,6 +53,10 @@ def begun(state: ClusterState, ctx: Context) -> list[Outcome]:
         plan = planned(state, move_count_max=asked.left_count, now_s=ctx.now_s)
         if plan.steps:
             return begin(state, plan, ASKED, ctx)
+    if state.draining:
+        plan = emptied(state, now_s=ctx.now_s)
+        if plan.steps:
+            return begin(state, plan, EMPTIES, ctx)
     lately = sum(ctx.now_s - at_s < HOUR_S for at_s in state.move_times_s)
     budget = state.settings.moves_per_hour_max - lately
     if budget <= 0:
@@ -72,6 +77,26 @@ def planned(state: ClusterState, *, move_count_max: int, now_s: float, is_tidyin
     """Whole GPUs that so many moves free. Tidying up touches only what is parked or idle and has been there a while."""
     board = _board(state, now_s=now_s, rests_s=state.settings.move_rest_s if is_tidying else 0.0)
     return free_gpus(board, move_count_max=move_count_max, may_move_serving=not is_tidying)
+
+
+def emptied(state: ClusterState, *, now_s: float) -> Plan:
+    """Off the GPUs that an operator wants empty, as far as there is room elsewhere now."""
+    positions = state.index.rooms.positions
+    gpus = [(node, positions[node][uuid]) for uuid, node in state.draining.items() if uuid in positions.get(node, {})]
+    return empty_gpus(_board(state, now_s=now_s), gpus)
+
+
+def stays(state: ClusterState, node: str, gpu_uuid: str) -> tuple[list[str], list[str]]:
+    """Who holds a place on a GPU: the replicas that may be moved, and those that stay until they end."""
+    movable: list[str] = []
+    staying: list[str] = []
+    for replica in state.replicas.values():
+        if replica.node != node or gpu_uuid not in replica.gpu_uuids or not replica.holds_place:
+            continue
+        deployment = state.deployments.get(replica.deployment_id)
+        may_leave = deployment is not None and _may_ever_move(deployment, replica)
+        (movable if may_leave else staying).append(replica.replica_id)
+    return movable, staying
 
 
 def is_fragmented(state: ClusterState) -> bool:
@@ -166,6 +191,15 @@ def is_movable(state: ClusterState, deployment: Deployment, replica: Replica) ->
     Never: who must not be moved or must keep apart from others as far as may be, part of a gang, a training (two copies
     would both train, and a new one begins from its last checkpoint), and whoever is about to change.
     """
+    return (
+        _may_ever_move(deployment, replica)
+        and replica.state in AT_REST
+        and not replica.is_releasing
+        and not state.is_lost(replica)
+    )
+
+
+def _may_ever_move(deployment: Deployment, replica: Replica) -> bool:
     wish = deployment.spec.placement
     return (
         wish.is_movable
@@ -173,9 +207,6 @@ def is_movable(state: ClusterState, deployment: Deployment, replica: Replica) ->
         and not replica.gang_id
         and Strategy.SPREAD not in (wish.node_strategy, wish.gpu_strategy)
         and deployment.spec.kind is WorkloadKind.INFERENCE
-        and replica.state in AT_REST
-        and not replica.is_releasing
-        and not state.is_lost(replica)
     )
 
 

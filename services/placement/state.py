@@ -267,6 +267,8 @@ class ClusterState:
     move_times_s: tuple[float, ...] = ()
     """When moves were begun that nobody asked for, within the last hour, oldest first."""
     repacking: Repacking | None = None
+    draining: dict[str, str] = field(default_factory=dict)
+    """{gpu_uuid: its node}, those that an operator wants empty, until they are reinstated."""
     claims: dict[str, Claim] = field(default_factory=dict)
     """{preemption_id: claim}, from its decision to its end."""
     quotas: dict[str, Quota] = field(default_factory=dict)

@@ -37,6 +37,7 @@ from schemas.placement import (
     DeploymentRetired,
     GangAbandoned,
     GangCommitted,
+    GpuCloseAsked,
     GpuReinstateAsked,
     KeyAdded,
     KeyRevoked,
@@ -119,6 +120,11 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
         + (f"; nothing new for {f.quarantine_s:.0f} s, loss {f.loss_count}" if f.quarantine_s else "")
     ),
     NodeJoined: lambda f: f"{f.node} offers {len(f.gpus)} GPUs ({f.label})",
+    GpuCloseAsked: lambda f: (
+        f"an operator closes {f.gpu_uuid} of {f.node}"
+        + (" and wants it empty" if f.is_draining else "")
+        + (f": {f.reason}" if f.reason else "")
+    ),
     GpuReinstateAsked: lambda f: f"an operator says that {f.gpu_uuid} of {f.node} is well",
     GpuFaulted: lambda f: f"{f.gpu_uuid}: {f.message}",
     GpuQuarantined: lambda f: (

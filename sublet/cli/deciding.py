@@ -139,9 +139,31 @@ def repack_text(plan: contract.RepackPlan) -> str:
     return output.table(["MODEL", "TENANT", "FROM", "TO", "GiB LOADED", "HOW"], rows) + f"\n\n{told}"
 
 
-@click.group(short_help="Open a quarantined GPU again.")
+@click.group(short_help="Close a GPU to new models, or open it again.")
 def gpu() -> None:
     """What an operator decides about single GPUs; `sublet nodes` lists them."""
+
+
+@gpu.command(
+    "close", cls=Verb,
+    examples=("sublet gpu close host-1/gpu0 --drain", "sublet gpu close host-1/gpu0 --reason 'new fan on Friday'"),
+)  # fmt: skip
+@click.argument("place", metavar="NODE/GPU")
+@click.option("--drain", is_flag=True, help="Also move away what is there, as far as it may be moved.")
+@click.option("--reason", default="", help="Shown to whoever looks at the GPU.")
+@verb
+def gpu_close(session: Session, *, place: str, drain: bool, reason: str) -> None:
+    """Put nothing new on a GPU until it is reinstated: before it is serviced. For the operator's tenant.
+
+    What runs there goes on. With --drain replicas move to where there is room, those that serve behind a ready
+    replacement; the answer names those that stay until they end. NODE/GPU is as `sublet nodes` lists it.
+    """
+
+    async def close(client: Client) -> contract.CommandAnswered:
+        node, uuid = await _found(client, place)
+        return await client.close_gpu(node, uuid, is_draining=drain, reason=reason)
+
+    _told(session, "sublet.gpu_close.v1", place, session.run(close))
 
 
 @gpu.command(
@@ -150,27 +172,34 @@ def gpu() -> None:
 @click.argument("place", metavar="NODE/GPU")
 @verb
 def gpu_reinstate(session: Session, *, place: str) -> None:
-    """Take new models on a quarantined GPU again, because you know that it is well. For the operator's tenant.
+    """Take new models on a closed GPU again, because you know that it is well. For the operator's tenant.
 
     NODE/GPU is as `sublet nodes` lists it, or the node and the begin of the GPU's UUID.
     """
+
+    async def reinstate(client: Client) -> contract.CommandAnswered:
+        return await client.reinstate_gpu(*await _found(client, place))
+
+    _told(session, "sublet.gpu_reinstate.v1", place, session.run(reinstate))
+
+
+async def _found(client: Client, place: str) -> tuple[str, str]:
+    """The node of `host-1/gpu0`, and the UUID of its GPU; of `host-1/GPU-4f2c` as it is."""
     node, _, name = place.rpartition("/")
     if not node or not name:
         raise InvalidInput(f"'{place}' is no NODE/GPU", fix="write it as `sublet nodes` does, for example host-1/gpu0")
+    if not (name.startswith("gpu") and name[3:].isdigit()):
+        return node, name
+    listed = await client.nodes()
+    there = [gpu for n in listed.nodes if n.node == node for gpu in n.gpus if gpu.index == int(name[3:])]
+    if not there:
+        raise InvalidInput(f"there is no GPU {place}", fix="list them:  sublet nodes")
+    return node, there[0].gpu_uuid
 
-    async def reinstate(client: Client) -> contract.CommandAnswered:
-        uuid = name
-        if name.startswith("gpu") and name[3:].isdigit():
-            listed = await client.nodes()
-            there = [g for n in listed.nodes if n.node == node for g in n.gpus if g.index == int(name[3:])]
-            if not there:
-                raise InvalidInput(f"there is no GPU {place}", fix="list them:  sublet nodes")
-            uuid = there[0].gpu_uuid
-        return await client.reinstate_gpu(node, uuid)
 
-    answer = session.run(reinstate)
+def _told(session: Session, schema: str, place: str, answer: contract.CommandAnswered) -> None:
     if session.is_json:
-        session.emit("sublet.gpu_reinstate.v1", {"gpu": place, **contract.plain(answer)})
+        session.emit(schema, {"gpu": place, **contract.plain(answer)})
     else:
         session.show(answer.message)
 

@@ -42,6 +42,7 @@ SENT: dict[str, Callable[[Client], Awaitable[Any]]] = {
     "inbox.repack_requested.v1": lambda client: client.repack(move_count_max=3),
     "inbox.quota_requested.v1": lambda client: client.set_quota("acme", gpu_quota=2.5, over_quota_weight=2.0),
     "inbox.gpu_reinstate_requested.v1": lambda client: client.reinstate_gpu("host-1", "GPU-4"),
+    "inbox.gpu_close_requested.v1": lambda client: client.close_gpu("host-1", "GPU-4", is_draining=True, reason="fan"),
     "inbox.key_create_requested.v1": lambda client: client.create_key("laptop"),
     "inbox.key_revoke_requested.v1": lambda client: client.revoke_key("key-1"),
 }  # fmt: skip

@@ -136,6 +136,20 @@ def test_a_lost_gpus_model_answers_from_another_one_and_the_gpu_returns(own_stac
     eventually(lambda: own_stack.state_of("large") == "", "it is still there", timeout_s=SEEN_S)
 
 
+def test_a_gpu_that_an_operator_wants_empty_is_emptied_while_its_model_answers(own_stack: RunningStack) -> None:
+    index = index_of_chat(own_stack)
+    with own_stack.client() as client:
+        ((node, uuid),) = [(n.node, g.gpu_uuid) for n in client.nodes().nodes for g in n.gpus if g.index == index]
+        client.close_gpu(node, uuid, is_draining=True, reason="a new fan")
+
+    eventually(lambda: index_of_chat(own_stack) != index, "it was not moved", timeout_s=SEEN_S)
+    eventually(lambda: own_stack.state_of("chat") == "resident", "it does not serve", timeout_s=SEEN_S)
+
+    assert "an operator closed it: a new fan" == gpus(own_stack)[uuid]
+    assert chat(own_stack.openai(), "chat")
+    reopen(own_stack)
+
+
 def test_memory_errors_close_a_gpu_and_what_serves_there_goes_on(own_stack: RunningStack) -> None:
     index, before = index_of_chat(own_stack), len(told(own_stack, GpuQuarantined))
 

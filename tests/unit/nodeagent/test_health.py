@@ -19,7 +19,7 @@ from schemas.nodes import (
     ReplicaDraining,
     WakeRefused,
 )
-from schemas.placement import GpuReinstateAsked
+from schemas.placement import GpuCloseAsked, GpuReinstateAsked
 from schemas.units import GiB
 from services.nodeagent.gpu_inputs import (
     GpuBack,
@@ -299,6 +299,38 @@ def test_each_quarantine_lasts_longer_and_the_last_one_until_an_operator_says_so
     asked = GpuReinstateAsked(at_s=0.0, inbox_seq=1, command_id="c", tenant="default", node=NODE, gpu_uuid=GPU)
     (back,) = agent.handle(asked)
     assert isinstance(back, GpuReinstated)
+
+
+def closing(reason: str = "a new fan") -> GpuCloseAsked:
+    return GpuCloseAsked(
+        at_s=0.0, inbox_seq=1, command_id="c", tenant="default", node=NODE, gpu_uuid=GPU, reason=reason
+    )
+
+
+def test_what_an_operator_closed_only_an_operator_opens() -> None:
+    agent = Agent()
+
+    (fact,) = of_kind(agent.handle(closing()), GpuQuarantined)
+    again = agent.handle(closing())
+    fault = agent.handle(GpuFaultSeen(gpu_uuid=GPU, code=95))
+
+    assert ("an operator closed it: a new fan", 0, 0.0) == (fact.reason, fact.fault_count, fact.quarantine_s)
+    assert [] == again
+    assert not of_kind(fault, GpuQuarantined)
+    assert of_kind(agent.handle(proposal(replica("b", 1))), LeaseRefused)
+
+
+def test_a_trial_that_was_under_way_does_not_open_what_an_operator_closed_meanwhile() -> None:
+    agent = Agent()
+    first = quarantined(agent)
+    agent.now_s += first.quarantine_s
+    agent.handle(QuarantineOver(gpu_uuid=GPU, fault_count=1))
+
+    (fact,) = of_kind(agent.handle(closing()), GpuQuarantined)
+    tried = agent.handle(GpuTried(gpu_uuid=GPU, fault_count=1))
+
+    assert (1, 0.0) == (fact.fault_count, fact.quarantine_s), "a wish is no fault: the next real one lasts no longer"
+    assert [] == tried
 
 
 def test_a_gpu_that_was_well_for_a_day_begins_anew() -> None:

@@ -4,13 +4,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from schemas.inbox import GpuReinstateRequested
+from schemas.inbox import GpuCloseRequested, GpuReinstateRequested
 from schemas.nodes import GpuObserved, GpuOffer, GpuQuarantined, GpuReinstated
-from schemas.placement import GpuReinstateAsked, PlacementFailed, PlacementProposed, ReasonCode
+from schemas.placement import GpuCloseAsked, GpuReinstateAsked, PlacementFailed, PlacementProposed, ReasonCode
 from schemas.queries import Explain, ListNodes, PlanDeployments
 from schemas.units import GiB
 from services.placement.index import Index
-from tests.unit.placement.builders import Placement, failure, gpu, kinds, proposal, spec, verdict
+from tests.unit.placement.builders import Placement, failure, gpu, kinds, message, proposal, spec, verdict
 
 NODE = "node-0"
 
@@ -149,6 +149,30 @@ def test_only_the_operator_opens_gpus_and_only_those_that_are_closed() -> None:
 
     assert ("CommandRejected", "rejected", "SUB-OPR-002") == verdict(unclear)
     assert ("CommandDuplicated", "duplicate", "") == verdict(open_one)
+    assert ("CommandRejected", "rejected", "SUB-OPR-001") == verdict(stranger)
+
+
+def test_an_operator_closes_a_gpu_that_is_well() -> None:
+    placement = Placement()
+    placement.join(gpu("gpu-0"))
+
+    outcomes = placement.handle(GpuCloseRequested(command_id="1", node=NODE, gpu_uuid="gpu", reason="a new fan"))
+
+    asked = outcomes[0]
+    assert isinstance(asked, GpuCloseAsked)
+    assert (NODE, "gpu-0", False, "a new fan") == (asked.node, asked.gpu_uuid, asked.is_draining, asked.reason)
+    assert "node-0/gpu0 takes no new replicas until it is reinstated" == message(outcomes)
+
+
+def test_only_the_operator_closes_gpus_and_only_one_at_a_time() -> None:
+    placement = Placement()
+    placement.join(gpu("gpu-0"), gpu("gpu-1"))
+
+    unclear = placement.handle(GpuCloseRequested(command_id="1", node=NODE, gpu_uuid="gpu"))
+    placement.tenant = "somebody"
+    stranger = placement.handle(GpuCloseRequested(command_id="2", node=NODE, gpu_uuid="gpu-0"))
+
+    assert ("CommandRejected", "rejected", "SUB-OPR-002") == verdict(unclear)
     assert ("CommandRejected", "rejected", "SUB-OPR-001") == verdict(stranger)
 
 

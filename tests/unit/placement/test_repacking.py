@@ -9,8 +9,8 @@ from kit.outcomes import Context, Outcome, Timer
 from kit.service import digest
 from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, Strategy, WorkloadKind
 from schemas.gateways import LoadSampled, ModelLoad
-from schemas.inbox import RepackRequested, RetireRequested
-from schemas.nodes import Ready, ReplicaReady, ReplicaStarting
+from schemas.inbox import GpuCloseRequested, RepackRequested, RetireRequested
+from schemas.nodes import GpuQuarantined, GpuReinstated, Ready, ReplicaReady, ReplicaStarting
 from schemas.placement import (
     DeploymentAdmitted,
     MoveDecided,
@@ -335,3 +335,79 @@ def test_a_gpu_whose_last_replica_is_about_to_end_is_no_target() -> None:
     placement.handle(RetireRequested(command_id="r", model="small"))
 
     assert [("gpu-0",)] == [targets for _, targets in moved(placement.ask())]
+
+
+# --- A GPU that an operator wants empty -------------------------------------------------------------------------------
+
+
+def closed(placement: Repacking, gpu_uuid: str, *, is_draining: bool = True) -> tuple[str, list[Outcome]]:
+    """The answer, and what follows when the node has closed it and the due timers have come."""
+    command = GpuCloseRequested(
+        command_id=f"close-{gpu_uuid}", node="node-0", gpu_uuid=gpu_uuid, is_draining=is_draining
+    )
+    told = message(placement.handle(command))
+    quarantined = GpuQuarantined(
+        node="node-0", at_s=placement.now_s, gpu_uuid=gpu_uuid, reason="an operator closed it",
+        fault_count=0, quarantine_s=0.0,
+    )  # fmt: skip
+    due = [o.input for o in placement.handle(quarantined) if isinstance(o, Timer) and isinstance(o.input, MoveOn)]
+    return told, [outcome for each in due for outcome in placement.handle(each)]
+
+
+def test_what_is_on_a_gpu_that_is_to_be_empty_moves_though_it_serves_and_breaks_a_whole_gpu() -> None:
+    placement = Repacking(gpu_count=3)
+    busy = placement.put(spec("busy", 40), "gpu-1")
+    placement.now_s += 1000.0
+    placement.hear("busy", "small")
+
+    told, outcomes = closed(placement, "gpu-1")
+
+    assert "; 2 of 2 replicas there are moved where there is room" in told
+    assert {busy: ("gpu-2",), placement.small: ("gpu-0",)} == dict(moved(outcomes))
+    assert () == placement.state.move_times_s, "the budget of the hour is for what nobody asked for"
+
+
+def test_who_may_not_be_moved_stays_and_is_named_and_the_others_leave() -> None:
+    placement = Repacking(gpu_count=3)
+    beside = placement.put(spec("beside", 20), "gpu-0")
+    placement.now_s += 1000.0
+
+    told, outcomes = closed(placement, "gpu-0")
+
+    assert f"1 of 2 replicas there are moved where there is room; until they end, these stay: {placement.still}" in told
+    assert [beside] == [replica_id for replica_id, _ in moved(outcomes)]
+
+
+def test_a_gpu_that_is_only_closed_keeps_what_it_has_until_somebody_wants_it_empty() -> None:
+    placement = Repacking(gpu_count=3)
+
+    _, only_closed = closed(placement, "gpu-1", is_draining=False)
+    idle = placement.tidy()
+    placement.seq += 1
+    again = GpuCloseRequested(command_id="again", node="node-0", gpu_uuid="gpu-1", is_draining=True)
+    placement.handle(again)
+
+    assert [] == moved([*only_closed, *idle])
+    assert [placement.small] == [replica_id for replica_id, _ in moved(placement.tidy())]
+
+
+def test_when_there_is_no_room_it_waits_and_goes_on_when_there_is() -> None:
+    placement = Repacking()
+    filler = placement.put(spec("filler", 25), "gpu-0")
+    placement.now_s += 1000.0
+
+    _, outcomes = closed(placement, "gpu-1")
+    placement.handle(RetireRequested(command_id="retire", model="filler"))
+    placement.release(filler)
+
+    assert [] == moved(outcomes)
+    assert [(placement.small, ("gpu-0",))] == moved(placement.tidy())
+
+
+def test_an_operator_who_opens_it_again_ends_the_emptying() -> None:
+    placement = Repacking(gpu_count=3)
+    closed(placement, "gpu-0")
+
+    placement.handle(GpuReinstated(node="node-0", at_s=placement.now_s, gpu_uuid="gpu-0", away_s=1.0))
+
+    assert {} == placement.state.draining
