@@ -43,7 +43,6 @@ from services.nodeagent.inputs import (
     AliveDue,
     EngineEffect,
     EngineInput,
-    GangHoldOver,
     LookAtEngine,
     NodeProbed,
     ParkEngine,
@@ -54,6 +53,7 @@ from services.nodeagent.inputs import (
     WakeEngine,
 )
 from services.nodeagent.state import NodeState, Replica
+from services.nodeagent.timers import timers_of
 from services.nodeagent.transitions import STATES, Residency, allowed_s
 
 T = TypeVar("T", bound=EngineEffect)
@@ -70,7 +70,7 @@ def reads(node: str) -> Sequence[str]:
 def on_start(state: NodeState, ctx: Context) -> Sequence[Outcome]:
     """Look at the node before anything is taken up; what is begun meanwhile is not begun a second time."""
     state.observed.left = {replica_id: replica.step for replica_id, replica in state.replicas.items()}
-    timers = (*hold_timers(state), *_step_timers(state, ctx), *quarantines.timers(state, ctx))
+    timers = (*timers_of(state, ctx), *quarantines.timers(state, ctx))
     return [ProbeNode(), *timers, *bursting.first_look(state, ctx), *_alive_later(state, ctx, after_s=0.0)]
 
 
@@ -198,28 +198,6 @@ def resume(state: NodeState, gpu_uuids: Collection[str]) -> Iterator[Outcome]:
                 )
             case _:
                 continue
-
-
-def _step_timers(state: NodeState, ctx: Context) -> Iterator[Timer]:
-    """For every step that an earlier life left; each gets a while at least, to be taken up by this one."""
-    shortest_s = state.settings.wake_deadline_s
-    for replica in state.replicas.values():
-        if replica.deadline_s > 0:
-            yield Timer(
-                due_s=max(replica.deadline_s, ctx.now_s + shortest_s),
-                input=StepOverdue(
-                    replica_id=replica.proposal.replica_id,
-                    lease_epoch=replica.lease_epoch,
-                    deadline_s=replica.deadline_s,
-                ),
-            )
-
-
-def hold_timers(state: NodeState) -> Iterator[Timer]:
-    """One for each gang whose leases are held here: when their hold ends, counted from the grant, not from now."""
-    ends_s = {replica.held_for: replica.hold_ends_s for replica in state.replicas.values() if replica.held_for}
-    for gang_id, due_s in ends_s.items():
-        yield Timer(due_s=due_s, input=GangHoldOver(gang_id=gang_id))
 
 
 # --- Small parts ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from kit.outcomes import Context, Outcome, Timer
+from kit.outcomes import Context, Outcome
 from schemas.nodes import (
     ParkAbandoned,
     Ready,
@@ -33,6 +33,7 @@ from services.nodeagent.inputs import (
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.quarantines import bad_start, barred
 from services.nodeagent.state import NodeState, Replica
+from services.nodeagent.timers import restart, restart_pause_s
 from services.nodeagent.transitions import Residency
 
 PAUSE_DOUBLINGS_MAX: Final = 3
@@ -71,7 +72,7 @@ def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Ou
         return [released(state, replica, lost.reason, ctx), *next_wakes(state, ctx, freed=replica)]
     attempt_count = replica.attempt_count + 1
     is_final = attempt_count >= state.settings.start_attempt_count
-    backoff_s = 0.0 if is_final else state.settings.restart_backoff_s * 2 ** (attempt_count - 1)
+    backoff_s = 0.0 if is_final else restart_pause_s(state.settings, attempt_count)
     failed = ReplicaFailed(
         **names(state, replica, ctx),
         reason=lost.reason,
@@ -82,8 +83,7 @@ def engine_lost(state: NodeState, lost: EngineLost, ctx: Context) -> Sequence[Ou
     )
     outcomes: list[Outcome] = [failed]
     if not is_final:
-        due = RestartDue(replica_id=lost.replica_id, lease_epoch=replica.lease_epoch + 1)
-        outcomes.append(Timer(due_s=ctx.now_s + backoff_s, input=due))
+        outcomes.append(restart(replica, lease_epoch=replica.lease_epoch + 1, due_s=ctx.now_s + backoff_s))
     if Residency.STARTING in (replica.residency, replica.suspect_from):
         outcomes += bad_start(state, replica, ctx)
     shaken = [state.replicas[name] for name in lost.shaken_ids if name in state.replicas]

@@ -2,9 +2,10 @@
 
 import pytest
 
-from kit.outcomes import Timer
+from kit.outcomes import Context, Timer
 from schemas.nodes import ParkAbandoned, ReplicaFailed, ReplicaParked, ReplicaResident, WakeRefused
 from schemas.units import GiB
+from services.nodeagent.core import SERVICE
 from services.nodeagent.inputs import EngineStarted, ParkEngine, RestartDue, WakeEngine
 from tests.unit.nodeagent.builders import Agent, outline
 from tests.unit.nodeagent.test_leases import agent_with
@@ -347,3 +348,27 @@ def test_a_failed_engine_is_expected_to_leave_what_it_left_when_it_was_measured(
     agent.handle(agent.lost("a"))
 
     assert {"gpu-0": 0} == agent.lease("a").residue_bytes
+
+
+@pytest.mark.parametrize("away_s", [0.0, 0.4, 60.0])
+def test_a_pause_before_a_restart_goes_on_over_the_agents_own_return(away_s: float) -> None:
+    """A replica that waits for its next start is not forgotten, and does not begin its pause anew."""
+    agent = agent_with("a", "starting")
+    (timer,) = [o for o in agent.handle(agent.lost("a")) if isinstance(o, Timer)]
+    agent.now_s += away_s
+
+    started = SERVICE.on_start(agent.state, Context(now_s=agent.now_s, writer_epoch=2))
+
+    (again,) = [o for o in started if isinstance(o, Timer) and isinstance(o.input, RestartDue)]
+    assert timer.input == again.input
+    assert max(agent.now_s, timer.due_s) == again.due_s
+    assert ["ReplicaStarting a", "StartEngine a"] == outline(agent.handle(again.input))
+
+
+@pytest.mark.parametrize("step", ["granted", "starting", "resident", "parked", "waiting", "failed"])
+def test_what_waits_for_no_restart_gets_none_at_a_return(step: str) -> None:
+    agent = agent_with("a", step)
+
+    started = SERVICE.on_start(agent.state, Context(now_s=agent.now_s, writer_epoch=2))
+
+    assert not [o for o in started if isinstance(o, Timer) and isinstance(o.input, RestartDue)]
