@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -115,7 +115,7 @@ class Clients:
     def waiting_count(self) -> int:
         return len(self.requests) - self.answered_count - self.failures.total()
 
-    async def run(self, plan: Sequence[Planned]) -> None:
+    async def run(self, plan: Iterable[Planned]) -> None:
         """Returns when the last request has ended."""
         self._began_s = time.monotonic()
         timeout = aiohttp.ClientTimeout(total=REQUEST_S_MAX)

@@ -30,5 +30,7 @@ class StackSettings:
     """``{"swapper": {"tick_s": 0.1}}``: any setting of any service, over the stack's own."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """More variables for every service, for example ``SUBLET_TRACE_FILE`` or ``OTEL_EXPORTER_OTLP_ENDPOINT``."""
+    restart_longest_s: float = 5.0
+    """Between a part's death and its next start, however soon it dies again: it doubles from a tenth of a second."""
     handles_signals: bool = True
     """SIGINT and SIGTERM cancel the block and stop the stack."""

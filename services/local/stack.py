@@ -117,7 +117,7 @@ async def running(
                 specs,
                 on_event=note,
                 ready_timeout_s=READY_TIMEOUT_S,
-                backoff=Backoff(first_s=RESTART_FIRST_S),
+                backoff=Backoff(first_s=RESTART_FIRST_S, longest_s=settings.restart_longest_s),
                 handles_signals=settings.handles_signals,
             ) as supervisor:
                 stack.supervisor = supervisor
