@@ -272,9 +272,13 @@ def fold_move_decided(state: ClusterState, fact: MoveDecided) -> None:
 
 
 def fold_move_ended(state: ClusterState, fact: MoveEnded) -> None:
-    """What did not succeed is not tried again soon: it costs a start each time."""
+    """What was moved rests. What did not succeed is not tried again soon: it costs a start each time."""
     move = state.moves.pop(fact.move_id, None)
-    deployment = state.deployments.get(move.deployment_id) if move is not None else None
+    if move is None:
+        return
+    deployment, replacement = state.deployments.get(move.deployment_id), state.replicas.get(move.replacement_id)
+    if fact.is_done and replacement is not None:
+        replacement.moved_at_s = fact.at_s
     if deployment is not None and not fact.is_done:
         deployment.not_moved_before_s = fact.at_s + state.settings.move_rest_s
 

@@ -170,7 +170,8 @@ def _wish(state: ClusterState, replica: Replica, *, now_s: float, rests_s: float
     ask = None if demand is None else state.index.rooms.ask_of(demand)
     if deployment is None or demand is None or ask is None or is_busy or not is_movable(state, deployment, replica):
         return {"ask": NOWHERE, "is_movable": False}
-    rested_s = now_s - (replica.since_s if replica.ready_at_s is None else replica.ready_at_s)
+    there_since_s = replica.since_s if replica.ready_at_s is None else replica.ready_at_s
+    rested_s = now_s - max(there_since_s, replica.moved_at_s)  # A node's clock may be far behind this one.
     if ReasonCode.ROOM_BY_MOVING in replica.codes:
         rests_s = state.settings.move_rest_s  # Whatever moved a moment ago is where it shall be.
     is_rested = rested_s >= rests_s and now_s >= deployment.not_moved_before_s

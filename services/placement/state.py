@@ -70,7 +70,9 @@ class Replica:
     wake_epoch: int = 0
     endpoint: str = ""
     ready_at_s: float | None = None
-    """When it was ready to serve for the first time."""
+    """When it was ready to serve for the first time, by its node's clock."""
+    moved_at_s: float = 0.0
+    """When it took another's place, by placement's own clock; 0: it did not."""
     last_wake_s: float | None = None
     last_start_s: float | None = None
     problem: str = ""

@@ -64,8 +64,8 @@ class Upkeep:
     moves: dict[str, MoveDecided] = field(default_factory=dict)
     moved_at_s: dict[str, float] = field(default_factory=dict)
     """{replica that took another's place: since when}"""
-    rests_s: float = 500.0
-    """Less than placement's own: it counts from when the copy was ready, which is sooner than the end of the move."""
+    rests_s: float = 600.0
+    """Placement's own, from the end of its move on."""
     done_count: int = 0
 
     def hear(self, stored: Stored, fact: Fact) -> None:

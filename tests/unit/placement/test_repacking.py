@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
 from kit.outcomes import Context, Outcome, Timer
@@ -76,7 +77,8 @@ class Repacking(Placement):
         self.ready(replica_id)
         return replica_id
 
-    def ready(self, replica_id: str) -> list[Outcome]:
+    def ready(self, replica_id: str, *, behind_s: float = 0.0) -> list[Outcome]:
+        """`behind_s`: so far is its node's clock behind placement's."""
         its = self.state.replicas[replica_id]
         ready = Ready(
             replica_id=replica_id,
@@ -87,7 +89,7 @@ class Repacking(Placement):
             start_s=1.0,
             enforced_bytes=0,
         )
-        return self.handle(ReplicaReady(node=its.node, at_s=self.now_s, replicas=(ready,)))
+        return self.handle(ReplicaReady(node=its.node, at_s=self.now_s - behind_s, replicas=(ready,)))
 
     def hear(self, *busy: str, gateway: str = "gw") -> None:
         """A gateway says that these models are busy and all others idle."""
@@ -316,17 +318,22 @@ def test_a_move_that_was_refused_is_not_tried_again_soon() -> None:
     assert 1 == len(moved(placement.tidy()))
 
 
-def test_what_was_moved_a_moment_ago_stays_even_when_an_operator_asks() -> None:
+@pytest.mark.parametrize("behind_s", [0.0, 3000.0])
+def test_what_was_moved_a_moment_ago_stays_whatever_its_nodes_clock_says_and_an_operator_asks(behind_s: float) -> None:
     placement = Repacking()
     proposed = proposal(placement.ask())
     placement.grant(proposed)
-    placement.ready(proposed.replicas[0].replica_id)
-    placement.put(spec("other", 20), "gpu-1")
+    placement.ready(proposed.replicas[0].replica_id, behind_s=behind_s)
     placement.release(placement.small)
+    placement.put(spec("other", 50, placing=CANNOT_MOVE), "gpu-1")
+    placement.handle(RetireRequested(command_id="r", model="still"))
+    placement.release(placement.still)
 
-    again = moved(placement.ask())
+    assert [] == moved(placement.ask())
 
-    assert proposed.replicas[0].replica_id not in [replica_id for replica_id, _ in again]
+    placement.now_s += placement.state.settings.move_rest_s
+
+    assert [(proposed.replicas[0].replica_id, ("gpu-1",))] == moved(placement.ask())
 
 
 def test_a_gpu_whose_last_replica_is_about_to_end_is_no_target() -> None:
