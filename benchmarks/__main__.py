@@ -19,6 +19,7 @@ BENCHMARKS: Final = {
     "power-cut": "the power goes again and again while facts are written: what was acknowledged must be there",
     "scale": "placement on 500 nodes with 4,000 GPUs over a real server, beside KAI's published figures",
     "sim": "the simulator: its speed, equal traces, and thousands of seeds under faults without a violation",
+    "swap": "many models on few GPUs in virtual time: what each swap policy adds to a request, beside a clairvoyant",
     "soak": "thousands of parks and wakes with kills and failing driver calls: nothing leaks, every content is right",
 }
 """{name: what it measures}. The module of the same name (`-` as `_`) has ``main(arguments) -> exit status``."""
