@@ -206,6 +206,8 @@ class Shape:
     delivery more for each placement."""
     burst_tick_s: float = 0.0
     """How often node agents share out what no lease claims. 0: never, so that every grant is its request."""
+    has_checkpoint: bool = False
+    """Whether the nodes' drivers can take a process as it is."""
     placement: PlacementSettings = field(default_factory=PlacementSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     swapper: SwapperSettings = field(default_factory=SwapperSettings)
@@ -295,7 +297,7 @@ class SimulatedSystem:
         host = SimulatedHost(
             simulation,
             node=node,
-            gpus=tuple(h100(index, node=node) for index in range(gpu_count)),
+            gpus=tuple(h100(index, node=node, has_checkpoint=self.shape.has_checkpoint) for index in range(gpu_count)),
             host_budget_bytes=budget_bytes,
             seed=simulation.seed,
             faults=faults,

@@ -302,6 +302,6 @@ def effect(kind: type[T], replica: Replica, **values: Any) -> T:
         replica=replica.proposal,
         lease_epoch=replica.lease_epoch,
         wake_epoch=replica.wake_epoch,
-        swap_driver=replica.swap_driver,
+        swap_driver=replica.parks_by,
         **values,
     )

@@ -1,7 +1,8 @@
 """Who gives borrowed bytes back when an owner wants them, and by which step; least harm first.
 
-freeze (at what it uses) -> shrink (to what it is asked for) -> park -> stop. A step that has not brought what was asked
-for is followed by the next. The last always brings it, so that nobody waits for ever.
+freeze (at what it uses) -> shrink (to what it is asked for) -> park (by itself) -> checkpoint (by the driver) -> stop.
+A step that has not brought what was asked for is followed by the next. The last always brings it, so that nobody waits
+for ever.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,12 +14,14 @@ from services.nodeagent.core import effect, names, overdue
 from services.nodeagent.core import step as begins
 from services.nodeagent.inputs import EvictEngine, GiveBackDue, ParkEngine, ResizeEngine
 from services.nodeagent.ledger import Ledger
-from services.nodeagent.state import GivingBack, NodeState, Replica, next_step
+from services.nodeagent.state import PARKS, GivingBack, NodeState, Replica, next_step
 from services.nodeagent.transitions import Residency
 
 LATE_S = 0.5
 """So long an effect may be late with the answer that its own deadline has ended."""
 AWAY = "the agent was away"
+DRAINED_S = 1.0
+"""Whoever has had his time to end his requests, for a park, has so long once more for a checkpoint."""
 
 
 def borrowers(state: NodeState, gpu_uuids: Collection[str], *, changed: Replica | None = None) -> list[Replica]:
@@ -185,7 +188,8 @@ def onward(state: NodeState, replica: Replica, end: StepEnd, *, debt_bytes: int,
     assert giving is not None, replica.proposal.replica_id
     assert giving.is_owed, replica.proposal.replica_id
     told = gave_back(state, replica, end, is_enough=False, ctx=ctx)
-    return [told, *_taken(state, replica, giving, next_step(replica, giving.step), debt_bytes=debt_bytes, ctx=ctx)]
+    step = next_step(state, replica, giving.step)
+    return [told, *_taken(state, replica, giving, step, debt_bytes=debt_bytes, ctx=ctx)]
 
 
 def ended(
@@ -202,7 +206,7 @@ def after_stay(state: NodeState, replica: Replica, ledger: Ledger, reason: str, 
     """It did not park. What waits and lacks bytes asks it, or asks it more harshly if the park was its step."""
     giving = replica.giving_back
     staying = replace(replica, residency=Residency.RESIDENT, giving_back=None)
-    if giving is None or giving.step is not GiveBackStep.PARK:
+    if giving is None or giving.step not in PARKS:
         return pursue(state, ledger, ctx, changed=staying)
     end = StepEnd(freed_bytes=0, problem=reason)
     asked = [each for each in borrowers(state, state.gpus) if each.giving_back is not None]
@@ -210,7 +214,24 @@ def after_stay(state: NodeState, replica: Replica, ledger: Ledger, reason: str, 
     debt_bytes = debts[replica.proposal.replica_id]
     if debt_bytes <= 0:
         return [gave_back(state, replica, end, is_enough=True, ctx=ctx)]
-    return list(onward(state, replica, end, debt_bytes=debt_bytes, ctx=ctx))
+    return list(onward(state, replace(staying, giving_back=giving), end, debt_bytes=debt_bytes, ctx=ctx))
+
+
+def comes_back(replica: Replica, *, wake_epoch: int, residues: Mapping[str, int], ctx: Context) -> Replica | None:
+    """As it waits for its own request, if it was checkpointed and is never to be away; None: it comes when wanted."""
+    giving = replica.giving_back
+    if giving is None or giving.step is not GiveBackStep.CHECKPOINT or replica.proposal.deployment.swap.is_parkable:
+        return None
+    return replace(
+        replica,
+        residency=Residency.WAITING,
+        share_bytes=replica.request_bytes,
+        residue_bytes=dict(residues),
+        swap_driver=replica.parks_by,
+        giving_back=None,
+        wake_epoch=wake_epoch,
+        ordered_at_s=ctx.now_s,
+    )
 
 
 def settled(
@@ -242,12 +263,14 @@ def _taken(
     match step:
         case GiveBackStep.SHRINK:
             return shrunk(state, replica, debt_bytes=debt_bytes, asked_at_s=giving.asked_at_s, ctx=ctx)
-        case GiveBackStep.PARK:
+        case GiveBackStep.PARK | GiveBackStep.CHECKPOINT:
             reason = f"did not give back for {name}"
             draining = ReplicaDraining(**begins(state, replica, Residency.DRAINING, ctx), reason=reason)
+            leaving = replace(replica, residency=Residency.DRAINING, giving_back=replace(giving, step=step))
+            drain_s = DRAINED_S if giving.step is GiveBackStep.PARK else state.settings.drain_s
             return [
                 draining,
-                effect(ParkEngine, replica, drain_s=state.settings.drain_s, reason=reason),
+                effect(ParkEngine, leaving, drain_s=drain_s, reason=reason),
                 overdue(draining),
                 parking_due(state, replica, replica.resize_epoch + 2, ctx),
             ]
@@ -277,7 +300,7 @@ def resumed(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
         case GiveBackStep.FREEZE | GiveBackStep.SHRINK:
             asked_bytes = giving.asked_bytes
             return ask(state, replica, for_replica_id=giving.for_replica_id, asked_bytes=asked_bytes, ctx=ctx)
-        case GiveBackStep.PARK:
+        case GiveBackStep.PARK | GiveBackStep.CHECKPOINT:
             return [parking_due(state, replica, replica.resize_epoch, ctx)]
         case _:
             return [effect(EvictEngine, replica, reason=f"it did not give back for {_wanting(giving)}")]

@@ -146,13 +146,17 @@ def engine_parked(state: NodeState, parked: EngineParked, ctx: Context) -> Seque
         drain_s=parked.drain_s,
         reason=parked.reason,
         shard_residue_bytes=parked.residues,
-        swap_driver=parked.swap_driver or replica.swap_driver,
+        swap_driver=parked.swap_driver or replica.parks_by,
         tier=parked.tier,
     )
     residues = dict(zip(replica.share_bytes, parked.residues, strict=True))
     freed = {uuid: size - residues[uuid] for uuid, size in replica.held_bytes.items()}
     brought = giving_back.ended(state, replica, freed, ctx)
-    return [*brought, fact, *next_wakes(state, ctx, freed=replica, residues=residues)]
+    waits: list[Outcome] = []
+    back = giving_back.comes_back(replica, wake_epoch=fact.wake_epoch, residues=residues, ctx=ctx)
+    if back is not None:
+        waits.append(ReplicaWaking(**names(state, replica, ctx), wake_epoch=fact.wake_epoch))
+    return [*brought, fact, *waits, *next_wakes(state, ctx, freed=replica, residues=residues, joins=back)]
 
 
 @SERVICE.on(EngineStayed)
@@ -262,17 +266,39 @@ def _begin(state: NodeState, replica: Replica, ctx: Context) -> list[Outcome]:
     return [ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch), *wake]
 
 
+def come_back(state: NodeState, ledger: Ledger, ctx: Context) -> Iterator[Outcome]:
+    """Those that are never to be away and had to be checkpointed, whose first return did not succeed. Books them."""
+    for replica in state.replicas.values():
+        wanted = replica.wanted_bytes
+        if not replica.is_due_back or replica.residency is not Residency.PARKED:
+            continue
+        if ledger.has_unclaimed(wanted):
+            ledger.hold(wanted)
+            yield from _begin(state, replica, ctx)
+        elif ledger.is_lent(wanted):
+            ledger.claim(wanted)
+            yield ReplicaWaking(**names(state, replica, ctx), wake_epoch=replica.wake_epoch)
+            yield from giving_back.pursue(state, ledger, ctx, for_replica_id=replica.proposal.replica_id)
+
+
 def _start(state: NodeState, replica: Replica, ctx: Context) -> Iterator[Outcome]:
     return starts(state, replica.proposal, lease_epoch=replica.lease_epoch, wake_epoch=replica.wake_epoch, ctx=ctx)
 
 
 def next_wakes(
-    state: NodeState, ctx: Context, *, freed: Replica, residues: Mapping[str, int] | None = None
+    state: NodeState,
+    ctx: Context,
+    *,
+    freed: Replica,
+    residues: Mapping[str, int] | None = None,
+    joins: Replica | None = None,
 ) -> list[Outcome]:
     """Begin waiting wakes, oldest first, with the bytes that `freed` gives back in the fact that precedes this.
 
-    `residues`: what it keeps on each GPU; nothing by default. A wake begins when all its GPUs have what it wants beyond
-    what older ones still wait for there: the oldest of all waits for nobody but its victims, so none waits for ever.
+    `residues`: what it keeps on each GPU; nothing by default. `joins`: as it waits with the others from now on.
+
+    A wake begins when all its GPUs have what it wants beyond what older ones still wait for there: the oldest of all
+    waits for nobody but its victims, so none waits for ever.
     Wakes for which too little is promised now are refused, so that none waits for bytes that nobody will give.
     """
     ledger = Ledger(state, settled=freed)
@@ -280,11 +306,19 @@ def next_wakes(
     ledger.hold({uuid: kept.get(uuid, 0) - size for uuid, size in freed.held_bytes.items()})
     if freed.residency is Residency.WAITING:
         ledger.drop_claim(freed.wanted_bytes)
-    return wakes_from(state, ledger, ctx, without=freed)
+    if joins is not None:
+        ledger.claim(joins.wanted_bytes)
+    return wakes_from(state, ledger, ctx, without=freed, joins=joins)
 
 
 def wakes_from(
-    state: NodeState, ledger: Ledger, ctx: Context, *, without: Replica | None = None, changed: Replica | None = None
+    state: NodeState,
+    ledger: Ledger,
+    ctx: Context,
+    *,
+    without: Replica | None = None,
+    changed: Replica | None = None,
+    joins: Replica | None = None,
 ) -> list[Outcome]:
     """Begin, refuse and pursue as `next_wakes` says, with what this account has.
 
@@ -293,7 +327,7 @@ def wakes_from(
     outcomes: list[Outcome] = []
     queue: list[Replica] = []
     ahead: Counter[str] = Counter()
-    for replica in waiting(state):
+    for replica in [*waiting(state), *([joins] if joins is not None else [])]:
         wanted = replica.wanted_bytes
         if replica is without:
             continue

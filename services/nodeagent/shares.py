@@ -15,7 +15,7 @@ from services.nodeagent import state as fold
 from services.nodeagent.core import SERVICE, current, names
 from services.nodeagent.inputs import BurstDue, EngineNotResized, EngineResized, GiveBackDue
 from services.nodeagent.ledger import Ledger
-from services.nodeagent.residency import wakes_from
+from services.nodeagent.residency import come_back, wakes_from
 from services.nodeagent.state import NodeState, Replica
 from services.nodeagent.transitions import Residency
 
@@ -59,15 +59,16 @@ def burst_due(state: NodeState, due: BurstDue, ctx: Context) -> Sequence[Outcome
     if due.is_first or state.settings.burst_tick_s <= 0:
         return outcomes
     told = accounts.statements(state, now_s=ctx.now_s)
-    return [*outcomes, *told, *_shared_out(state, ctx), *_overdue(state, ctx)]
+    ledger = Ledger(state)
+    returns = list(come_back(state, ledger, ctx))
+    return [*outcomes, *told, *returns, *_shared_out(state, ledger, ctx), *_overdue(state, ctx)]
 
 
-def _shared_out(state: NodeState, ctx: Context) -> Iterator[Outcome]:
+def _shared_out(state: NodeState, ledger: Ledger, ctx: Context) -> Iterator[Outcome]:
     here = bursting.bursters(state, now_s=ctx.now_s)
     if not here:
         return
     step_bytes = state.settings.burst_step_bytes
-    ledger = Ledger(state)
     extras = bursting.fair_extras(here, bursting.room_bytes(ledger, here), step_bytes=step_bytes)
     for burster, extra_bytes, other in bursting.surpluses(here, extras, step_bytes=step_bytes):
         replica = state.replicas[burster.replica_id]

@@ -396,7 +396,7 @@ class SimulatedHost:
             done(0.0, self.lost(effect, "gone while parking"))
             return
         assert not engine.in_flight or self.routes is None, f"{effect.replica.replica_id} sleeps with requests"
-        engine.phase = Phase.ASLEEP
+        engine.fall_asleep(effect.swap_driver)
         if self.clock.now_s >= self.silent_until_s:
             done(0.0, self._parked(effect, engine, drain_s=max(0.0, self.clock.now_s - began_s - 0.02)))
             return

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from kit.outcomes import Input
+from schemas.deployments import SwapDriver
 from schemas.placement import ReplicaProposal
 from schemas.units import MiB
 
@@ -98,6 +99,8 @@ class Engine:
     """By GPU: what the driver lets it have."""
     resize_epoch: int = -1
     """Of the last resize that it was told."""
+    is_checkpointed: bool = False
+    """While it is asleep: the driver has taken all of it, so that nothing stays."""
 
     def __post_init__(self) -> None:
         self.settle_at_request()
@@ -108,6 +111,10 @@ class Engine:
         self.share_bytes = {share.gpu_uuid: share.request_bytes for share in self.replica.shares}
         self.limit_bytes = dict(self.share_bytes)
 
+    def fall_asleep(self, driver: SwapDriver | None) -> None:
+        self.phase = Phase.ASLEEP
+        self.is_checkpointed = driver is SwapDriver.CHECKPOINT
+
     def live_in(self, sizes: Sequence[int]) -> None:
         """Use so much, by shard."""
         self.share_bytes = dict(zip(self.share_bytes, sizes, strict=True))
@@ -117,9 +124,11 @@ class Engine:
         self.limit_bytes = dict(zip(self.limit_bytes, sizes, strict=True))
 
     def used_on(self, gpu_uuid: str) -> int:
-        """What it uses of this GPU now; asleep, a context on each of its GPUs."""
+        """What it uses of this GPU now; asleep, a context on each of its GPUs, or nothing when it is checkpointed."""
         share_bytes = self.share_bytes.get(gpu_uuid, 0)
-        return min(CONTEXT_BYTES, share_bytes) if self.phase is Phase.ASLEEP else share_bytes
+        if self.phase is not Phase.ASLEEP:
+            return share_bytes
+        return 0 if self.is_checkpointed else min(CONTEXT_BYTES, share_bytes)
 
     def serve(self, caller: Caller, *, takes_s: float, clock: Clock) -> None:
         """Answer it, unless the engine dies before."""

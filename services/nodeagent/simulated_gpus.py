@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from kit.outcomes import Input
-from schemas.deployments import IsolationGrade
+from schemas.deployments import IsolationGrade, SwapDriver
 from schemas.nodes import GpuOffer
 from schemas.units import GB, MiB
 from services.nodeagent.gpu_inputs import GpuBack, GpuFaultSeen, GpuGone, GpuMeasured, GpuTried, TryGpu
@@ -123,7 +123,7 @@ class SimulatedEyes:
         self._clock.after(TRIAL_S, tried)
 
 
-def h100(index: int, *, node: str) -> GpuOffer:
+def h100(index: int, *, node: str, has_checkpoint: bool = False) -> GpuOffer:
     """One simulated H100 with 80 GB, as a node offers it."""
     return GpuOffer(
         gpu_uuid=f"GPU-{node}-{index}",
@@ -135,4 +135,5 @@ def h100(index: int, *, node: str) -> GpuOffer:
         grade_reason="simulated",
         link_bytes_per_s=LINK_BYTES_PER_S,
         is_software=True,
+        swap_drivers=(SwapDriver.CHECKPOINT,) if has_checkpoint else (),
     )

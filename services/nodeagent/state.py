@@ -31,6 +31,7 @@ from schemas.nodes import (
 )
 from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
 from services.nodeagent.accounts import Account
+from services.nodeagent.grades import is_brokered
 from services.nodeagent.quarantines import GpuHealth, Watched, start_failed, start_succeeded
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.transitions import STATES, Cause, Holding, Residency, target_of
@@ -99,6 +100,8 @@ class Replica:
     reserved_at_s: float = 0.0
     giving_back: GivingBack | None = None
     """While it must give bytes back; only while it is resident or draining for that."""
+    is_due_back: bool = False
+    """It was checkpointed although it is never to be away: it returns as soon as its request has room."""
     gave_back_at_s: float = 0.0
     """When its grant last became smaller."""
     resize_epoch: int = 0
@@ -125,6 +128,12 @@ class Replica:
     def step(self) -> tuple[Residency, int, int]:
         """Names the effect that is on its way for it."""
         return self.residency, self.lease_epoch, self.wake_epoch
+
+    @property
+    def parks_by(self) -> SwapDriver | None:
+        """How what is on its way parks or wakes it; the ladder's checkpoint is always the driver's."""
+        is_frozen = self.giving_back is not None and self.giving_back.step is GiveBackStep.CHECKPOINT
+        return SwapDriver.CHECKPOINT if is_frozen and self.residency is Residency.DRAINING else self.swap_driver
 
     @property
     def has_process(self) -> bool:
@@ -179,6 +188,10 @@ class Observed:
     """{gpu_uuid: what is seen of it}"""
 
 
+AWAY = frozenset({Residency.DRAINING, Residency.PARKED, Residency.WAITING, Residency.WAKING})
+"""Where even one that is not parkable has an image, or is about to: it had to give back and was checkpointed."""
+
+
 @dataclass(slots=True)
 class NodeState:
     """The fold of this node's facts."""
@@ -203,11 +216,11 @@ class NodeState:
         return sum(replica.held_on(gpu_uuid) for replica in self.replicas.values())
 
     def host_bytes(self) -> int:
-        """Host memory that the sealed weights of all parkable replicas take."""
+        """Host memory that the sealed weights of all parkable replicas take, and the images of others that are away."""
         return sum(
-            parked_host_bytes(self, replica.proposal, replica.swap_driver)
+            parked_host_bytes(self, replica.proposal, replica.parks_by)
             for replica in self.replicas.values()
-            if replica.proposal.deployment.swap.is_parkable
+            if replica.proposal.deployment.swap.is_parkable or replica.residency in AWAY
         )
 
 
@@ -322,7 +335,7 @@ def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
 def fold_draining(state: NodeState, fact: ReplicaDraining) -> None:
     replica = _move(state, fact, Cause.RELEASE_BEGUN if fact.is_release else Cause.PARK_BEGUN)
     replica.resize_epoch += 1
-    is_parking = replica.giving_back is not None and replica.giving_back.step is GiveBackStep.PARK
+    is_parking = replica.giving_back is not None and replica.giving_back.step in PARKS
     replica.giving_back = replica.giving_back if is_parking and not fact.is_release else None
 
 
@@ -354,7 +367,9 @@ def fold_waking(state: NodeState, fact: ReplicaWaking) -> None:
 
 
 def fold_resident(state: NodeState, fact: ReplicaResident) -> None:
-    _move(state, fact, Cause.RESIDENT).endpoint = fact.endpoint
+    replica = _move(state, fact, Cause.RESIDENT)
+    replica.endpoint = fact.endpoint
+    replica.is_due_back = False
 
 
 def fold_wake_refused(state: NodeState, fact: WakeRefused) -> None:
@@ -367,6 +382,8 @@ def fold_suspect(state: NodeState, fact: ReplicaSuspect) -> None:
     """A step of a give-back that it was in has ended with it; what it borrowed it keeps with all else."""
     replica = _move(state, fact, Cause.SUSPECTED)
     replica.look_count = fact.look_count
+    is_frozen = replica.giving_back is not None and replica.giving_back.step is GiveBackStep.CHECKPOINT
+    replica.is_due_back |= is_frozen and not replica.proposal.deployment.swap.is_parkable
     replica.giving_back = None
     replica.resize_epoch += 1
 
@@ -379,21 +396,52 @@ def fold_failed(state: NodeState, fact: ReplicaFailed) -> None:
     replica.lease_epoch += 1
     replica.wake_epoch = fact.wake_epoch
     replica.attempt_count = fact.attempt_count
-    replica.is_started = False
+    replica.is_started = replica.is_due_back = False
     replica.endpoint = ""
     replica.settle_at_request()
     replica.swap_driver = swap_driver_of(state, replica.proposal)
 
 
-LADDER = (GiveBackStep.FREEZE, GiveBackStep.SHRINK, GiveBackStep.PARK, GiveBackStep.STOP)
+LADDER = tuple(GiveBackStep)
+PARKS = (GiveBackStep.PARK, GiveBackStep.CHECKPOINT)
+"""Steps that it is draining for."""
 
 
-def next_step(replica: Replica, step: GiveBackStep) -> GiveBackStep:
-    """What follows on the ladder, least harm first; a step that this replica cannot take is left out."""
+def next_step(state: NodeState, replica: Replica, step: GiveBackStep) -> GiveBackStep:
+    """What follows on the ladder, least harm first; a step that this replica cannot take is left out.
+
+    One that drains and has no end can only be stopped: what was begun for it may still happen.
+    """
+    if replica.residency is Residency.DRAINING:
+        return GiveBackStep.STOP
     spec = replica.proposal.deployment
-    takes = {GiveBackStep.SHRINK: is_elastic(spec), GiveBackStep.PARK: spec.swap.is_parkable, GiveBackStep.STOP: True}
-    later = LADDER[LADDER.index(step) + 1 :]
-    return next((each for each in later if takes[each]), GiveBackStep.STOP)
+    is_asleep_by_itself = spec.swap.is_parkable and replica.swap_driver is not SwapDriver.CHECKPOINT
+    takes = {
+        GiveBackStep.SHRINK: is_elastic(spec),
+        GiveBackStep.PARK: is_asleep_by_itself,
+        GiveBackStep.CHECKPOINT: can_checkpoint(state, replica),
+        GiveBackStep.STOP: True,
+    }
+    return next(each for each in LADDER[LADDER.index(step) + 1 :] or LADDER[-1:] if takes[each])
+
+
+def can_checkpoint(state: NodeState, replica: Replica) -> bool:
+    """Whether this node's driver can take its process as it is, without the engine, and host memory has room for that.
+
+    Not where the memory broker holds a part of its memory: that is not the process's own.
+    """
+    engine = replica.proposal.deployment.engine
+    gpus = [state.gpus.get(gpu_uuid) for gpu_uuid in replica.share_bytes]
+    is_offered = all(gpu is not None and SwapDriver.CHECKPOINT in gpu.swap_drivers for gpu in gpus)
+    if not is_offered or SwapDriver.CHECKPOINT not in ABILITIES[engine.kind].swap_drivers:
+        return False
+    is_broker_there = any(gpu is not None and SwapDriver.STORE in gpu.swap_drivers for gpu in gpus)
+    if replica.swap_driver is SwapDriver.STORE or (is_broker_there and is_brokered(engine)):
+        return False
+    image = parked_host_bytes(state, replica.proposal, SwapDriver.CHECKPOINT)
+    is_counted = replica.proposal.deployment.swap.is_parkable or replica.residency in AWAY
+    counted = parked_host_bytes(state, replica.proposal, replica.parks_by) if is_counted else 0
+    return state.host_bytes() - counted + image <= state.host_budget_bytes
 
 
 def fold_resized(state: NodeState, fact: LeaseResized) -> None:
@@ -427,7 +475,10 @@ def fold_gave_back(state: NodeState, fact: GaveBack) -> None:
         return
     replica.resize_epoch += 1
     replica.gave_back_at_s = fact.at_s
+    if fact.is_enough and fact.step is GiveBackStep.CHECKPOINT:
+        replica.is_due_back = not replica.proposal.deployment.swap.is_parkable
     if fact.is_enough or not replica.giving_back.is_owed:
         replica.giving_back = None
     else:
-        replica.giving_back = replace(replica.giving_back, step=next_step(replica, fact.step), step_at_s=fact.at_s)
+        step = next_step(state, replica, fact.step)
+        replica.giving_back = replace(replica.giving_back, step=step, step_at_s=fact.at_s)

@@ -94,6 +94,8 @@ class Plan:
     faults: Faults
     host_faults: HostFaults
     steps: tuple[Step, ...] = field(default=())
+    has_checkpoint: bool = False
+    """Whether the nodes' drivers can take a process as it is."""
 
     def only(self, numbers: frozenset[int]) -> "Plan":
         return replace(self, steps=tuple(step for step in self.steps if step.number in numbers))
@@ -106,7 +108,8 @@ class Plan:
         chances = {**_nonzero(self.faults, Faults()), **_nonzero(self.host_faults, HostFaults())}
         lines = [
             f"seed {self.seed}: {self.node_count} nodes of {self.gpu_count} GPUs, {self.lasts_s:.0f} s",
-            f"{self.gateway_count} gateways, {'with' if self.has_standbys else 'no'} standbys",
+            f"{self.gateway_count} gateways, {'with' if self.has_standbys else 'no'} standbys"
+            + (", drivers with checkpoints" if self.has_checkpoint else ""),
             f"chances: {chances or 'none'}",
         ]
         lines += [
@@ -174,7 +177,8 @@ def draw_plan(seed: int, *, lasts_s: float = 3600.0, faults_min: int = 10) -> Pl
     gateway_count = draw.choice([1, 2, 2, 3])
     bursts = random.Random(f"{seed}/bursts")  # Apart, so that what was drawn before bursts were is drawn still.
     models = tuple(_bursting(bursts, _model(draw, number)) for number in range(draw.randint(3, 8)))
-    return Plan(
+    has_checkpoint = random.Random(f"{seed}/checkpoints").random() < 0.4  # Apart too.
+    plan = Plan(
         seed=seed,
         lasts_s=lasts_s,
         node_count=draw.choice([1, 1, 2, 3]),
@@ -195,7 +199,14 @@ def draw_plan(seed: int, *, lasts_s: float = 3600.0, faults_min: int = 10) -> Pl
             gives_nothing_fraction=bursts.choice([0, 0, 0.1]),
         ),
         steps=_steps(draw, models, lasts_s=lasts_s, faults_min=faults_min),
+        has_checkpoint=has_checkpoint,
     )
+    return replace(plan, host_faults=_disobedient(plan.host_faults)) if has_checkpoint else plan
+
+
+def _disobedient(faults: HostFaults) -> HostFaults:
+    """The same, and borrowers go down the ladder as far as the driver's checkpoint and beyond."""
+    return replace(faults, gives_nothing_fraction=0.5, park_stays_fraction=0.2)
 
 
 def _chances(draw: random.Random) -> Faults:

@@ -29,6 +29,7 @@ from services.swarm.checks import Books, Conduct, check_ends, disagreement, is_a
 from services.swarm.displacement import Displacement
 from services.swarm.gangs import Gangs
 from services.swarm.gpu_rules import GpuRules
+from services.swarm.ladders import Ladders
 from services.swarm.plan import TRAFFIC, Plan, Step, point_of
 from services.swarm.upkeep import Upkeep
 
@@ -79,13 +80,20 @@ class Outcome:
 
 def shape_of(plan: Plan) -> Shape:
     if plan.is_at_real_pace:
-        return Shape(gateway_count=plan.gateway_count, has_standbys=plan.has_standbys, alive_s=2.0, burst_tick_s=1.0)
+        return Shape(
+            gateway_count=plan.gateway_count,
+            has_standbys=plan.has_standbys,
+            alive_s=2.0,
+            burst_tick_s=1.0,
+            has_checkpoint=plan.has_checkpoint,
+        )
     return Shape(
         gateway_count=plan.gateway_count,
         has_standbys=plan.has_standbys,
         route_term_s=10.0,
         alive_s=5.0,
         burst_tick_s=3.0,
+        has_checkpoint=plan.has_checkpoint,
         placement=PlacementSettings(presence_tick_s=4.0, load_fresh_s=6.0, gateway_gone_s=20.0),
         gateway=GatewaySettings(lease_wait_s=4.0, sample_every_s=2.0),
         swapper=SwapperSettings(tick_s=1.0, load_fresh_s=6.0, gateway_gone_s=20.0),
@@ -100,7 +108,7 @@ class Run:
         self.plan = plan
         self.outcome = Outcome(plan=plan)
         shape = shape_of(plan)
-        self.books, self.upkeep = Books(), Upkeep()
+        self.books, self.upkeep, self.ladders = Books(), Upkeep(), Ladders()
         self.gangs, self.displacement, self.gpu_rules = Gangs(), Displacement(), GpuRules(self.books)
         self.conduct = Conduct(load_fresh_s=shape.swapper.load_fresh_s + plan.faults.late_s + 1.0)
         self.system = SimulatedSystem(
@@ -227,6 +235,7 @@ class Run:
 
     def _hear(self, stored: Stored, fact: Fact) -> None:
         self.books.hear(fact)
+        self.ladders.hear(fact)
         self.gpu_rules.hear(stored, fact)
         self.gangs.hear(fact, stored)
         self.conduct.hear(stored, fact)

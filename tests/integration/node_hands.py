@@ -18,6 +18,7 @@ import softgpu
 from devices.nvml import NvmlInventory
 from kit.outcomes import Input
 from kit.telemetry import Tracer
+from schemas.deployments import SwapDriver
 from schemas.nodes import ResizeReason
 from schemas.placement import ReplicaProposal
 from schemas.units import MiB
@@ -68,6 +69,11 @@ def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect | TryGpu:
             return ParkEngine(**common, drain_s=DRAIN_S, reason="the test says so")
         case "wake":
             return WakeEngine(**common)
+        case "checkpoint":
+            frozen = common | {"swap_driver": SwapDriver.CHECKPOINT}
+            return ParkEngine(**frozen, drain_s=DRAIN_S, reason="it did not give back")
+        case "thaw":
+            return WakeEngine(**(common | {"swap_driver": SwapDriver.CHECKPOINT}))
         case "adopt-parked" | "adopt-resident":
             return AdoptEngine(**common, should_be_parked=word == "adopt-parked")
         case "look resident" | "look parked" | "look and end":

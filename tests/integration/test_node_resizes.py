@@ -9,7 +9,7 @@ import softgpu
 from schemas.deployments import EngineKind
 from schemas.placement import ReplicaProposal
 from schemas.units import MiB
-from tests.integration.test_node_several_gpus import SHARE_BYTES, hands_on, host, replica
+from tests.integration.test_node_several_gpus import CONTEXT_BYTES, SHARE_BYTES, hands_on, host, replica
 
 pytestmark = pytest.mark.anyio
 __all__ = ["host"]
@@ -53,4 +53,25 @@ async def test_an_engine_grows_to_its_grant_freezes_shrinks_and_comes_back_from_
         woken = await hands.do("wake")
         assert "EngineWoken" == woken["kind"], woken
         assert all(used <= SHARE_BYTES for used in woken["used"])
+        assert "EngineStopped" == (await hands.do("stop"))["kind"]
+
+
+async def test_a_borrower_is_checkpointed_with_what_it_holds_within_its_request_and_comes_back_so(
+    tmp_path: Path, host: softgpu.Host, elastic: ReplicaProposal
+) -> None:
+    """Its own way to park is the engine's sleep; the ladder's step is the driver's, and leaves nothing."""
+    images = {"images_dir": str(tmp_path / "images"), "lock_timeout_s": 1.0}
+    async with hands_on(tmp_path, host, elastic, **images) as hands:
+        started = await hands.do("start")
+        assert "EngineStarted" == started["kind"], started
+        assert "EngineResized" == (await hands.do(f"resize burst 1 {GRANT_MIB} {REQUEST_MIB}"))["kind"]
+
+        parked = await hands.do("checkpoint")
+        assert "EngineParked" == parked["kind"], parked
+        assert ([0, 0], "checkpoint") == (parked["result"]["residues"], parked["result"]["swap_driver"])
+        assert parked["result"]["copied_bytes"] > 0
+
+        woken = await hands.do("thaw")
+        assert "EngineWoken" == woken["kind"], woken
+        assert all(CONTEXT_BYTES < used <= SHARE_BYTES + CONTEXT_BYTES for used in woken["used"]), woken
         assert "EngineStopped" == (await hands.do("stop"))["kind"]

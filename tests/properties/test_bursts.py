@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.deployments import SwapDriver
 from schemas.nodes import ResizeReason
 from schemas.units import GiB
-from services.nodeagent.inputs import BurstDue, EngineEffect, EvictEngine, GiveBackDue, ResizeEngine
+from services.nodeagent.inputs import BurstDue, EngineEffect, EvictEngine, GiveBackDue, ParkEngine, ResizeEngine
 from services.nodeagent.transitions import Residency
 from tests.properties.wide import GPUS, STEPS, Alone
 from tests.unit.nodeagent import builders as nodes
@@ -27,6 +28,7 @@ class Bursting(Alone):
     """The same agent, whose replicas may have more than their request and do not always give it back."""
 
     is_obedient = False
+    swap_drivers = (SwapDriver.CHECKPOINT,)
 
     def play(self, step_count: int) -> None:
         for _ in range(step_count):
@@ -74,6 +76,8 @@ class Bursting(Alone):
             self._handle(self.agent.lost(name))
         elif isinstance(effect, ResizeEngine):
             self._handle(self._resized(effect))
+        elif isinstance(effect, ParkEngine) and effect.swap_driver is SwapDriver.CHECKPOINT:
+            self._handle(self.agent.has_parked(name, residue_gib=0))
         else:
             super()._end(effect)
 

@@ -10,12 +10,14 @@ from typing import Any, Final, TypeVar
 from kit.outcomes import Effect, Input, Outcome, Timer
 from kit.service import Service
 from schemas.catalogue import decode, encode
+from schemas.deployments import SwapDriver
 from schemas.messages import Fact
 from schemas.placement import GangAbandoned, GangCommitted, PlacementProposed
 from services.nodeagent.core import SERVICE
 from services.nodeagent.inputs import AliveDue, BurstDue, EngineEffect, ParkEngine, StartEngine, StopEngine, WakeEngine
 from services.swarm.checks import Books
 from services.swarm.gangs import Gangs
+from services.swarm.ladders import Ladders
 from tests.unit.nodeagent import builders as nodes
 
 T = TypeVar("T")
@@ -34,10 +36,14 @@ STEPS: Final = (
 class Alone:
     """One agent and what is on its way for it."""
 
+    swap_drivers: tuple[SwapDriver, ...] = ()
+
     def __init__(self, choose: Choose, service: Service[Any] = SERVICE) -> None:
         self.service = service
-        self.agent = nodes.Agent(*(nodes.gpu(index) for index in range(len(GPUS))), service=service)
-        self.books = Books(gpus={uuid: nodes.gpu(index) for index, uuid in enumerate(GPUS)})
+        gpus = [nodes.gpu(index, swap_drivers=self.swap_drivers) for index in range(len(GPUS))]
+        self.agent = nodes.Agent(*gpus, service=service)
+        self.books = Books(gpus={gpu.gpu_uuid: gpu for gpu in gpus})
+        self.ladders = Ladders()
         self.gangs = Gangs()
         self.effects: list[EngineEffect] = []
         self.timers: list[Timer] = []
@@ -174,6 +180,7 @@ class Alone:
         for outcome in outcomes:
             if isinstance(outcome, Fact):
                 self.books.hear(outcome)
+                self.ladders.hear(outcome)
                 self.gangs.hear(outcome)
             elif isinstance(outcome, EngineEffect):
                 self.effects.append(outcome)

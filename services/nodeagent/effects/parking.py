@@ -12,7 +12,7 @@ from schemas.nodes import ParkTier
 from schemas.units import MiB
 from services.nodeagent.effects.ending import end, unwatch
 from services.nodeagent.effects.hands import Gone, Hands
-from services.nodeagent.effects.resizing import live_in_request
+from services.nodeagent.effects.resizing import is_beyond_request, live_in_request
 from services.nodeagent.engine_client import EngineProblem
 from services.nodeagent.inputs import EngineEffect, EngineParked, EngineStayed, ParkEngine
 from services.nodeagent.mover.driver import Broken, Parked, StillResident
@@ -39,6 +39,8 @@ async def park(hands: Hands, effect: ParkEngine, traceparent: str) -> Input:
     if driver.name is not SwapDriver.RESTART:
         await hands.note_proof(effect, endpoint)
     await live_in_request(hands, effect, engine)
+    if driver.name is SwapDriver.CHECKPOINT and (problem := await is_beyond_request(hands, effect, engine)):
+        return await _stays(hands, effect, engine, problem)
     with hands.tracer.span(f"park by {driver.name}", parent=traceparent):
         try:
             parked = await driver.park(hands.target(effect, engine))

@@ -98,6 +98,21 @@ async def live_in_request(hands: Hands, effect: EngineEffect, engine: EngineView
         await _told(hands, engine, requests(effect.replica), timeout_s=TELL_S)
 
 
+async def is_beyond_request(hands: Hands, effect: EngineEffect, engine: EngineView) -> str:
+    """Why its image would not fit into its request when it returns; empty when it does. Asked after it was told."""
+    if not _may_burst(effect):
+        return ""
+    used: tuple[int, ...] | None = None
+    with anyio.move_on_after(TELL_S):
+        while True:
+            used = await used_bytes(hands, effect, engine)
+            if _fits(used, requests(effect.replica)):
+                return ""
+            await anyio.sleep(PROOF_POLL_S)
+    told = "what it uses cannot be measured" if used is None else f"it uses {used} bytes"
+    return f"{told}, and must come back in its request of {requests(effect.replica)}"
+
+
 def _may_burst(effect: EngineEffect) -> bool:
     """Whether it can ever have had another grant than its request."""
     has_room = all(share.limit_bytes > share.request_bytes for share in effect.replica.shares)

@@ -10,16 +10,18 @@ from msgspec.structs import replace as changed
 
 from kit.outcomes import Context, Outcome
 from kit.service import Service
-from schemas.nodes import GaveBack, LeaseResized, ResizeReason
+from schemas.nodes import GaveBack, GiveBackStep, LeaseResized, ReplicaWaking, ResizeReason
 from services.nodeagent.core import SERVICE
 from services.nodeagent.inputs import (
     BurstDue,
     EngineNotResized,
+    EngineParked,
     EngineResized,
     EvictEngine,
     GiveBackDue,
+    WakeEngine,
 )
-from tests.properties.planted.bug import Bug, with_handler, without
+from tests.properties.planted.bug import Bug, with_fold, with_handler, without
 from tests.properties.test_bursts import Bursting
 
 STEP_COUNT = 120
@@ -79,6 +81,24 @@ def a_ladder_that_never_ends() -> Service[Any]:
     return service
 
 
+def a_checkpoint_that_nobody_brings_back() -> Service[Any]:
+    """A borrower that is never to be away is parked with its state, and left so."""
+    return without(SERVICE, EngineParked, ReplicaWaking, WakeEngine)
+
+
+def a_ladder_that_parks_whom_it_may_not() -> Service[Any]:
+    """The engine's own sleep, for one that is guaranteed its place."""
+
+    def fold(state: Any, fact: GaveBack) -> None:
+        SERVICE.folds[GaveBack](state, fact)
+        replica = state.replicas.get(fact.replica_id)
+        giving = replica.giving_back if replica is not None else None
+        if giving is not None and giving.step is GiveBackStep.CHECKPOINT:
+            replica.giving_back = replace(giving, step=GiveBackStep.PARK)
+
+    return with_fold(SERVICE, GaveBack, fold)
+
+
 def a_grant_that_shrinks_untold() -> Service[Any]:
     """Bytes are promised to the next in line, and no fact says that they were given back."""
     return without(SERVICE, EngineResized, LeaseResized)
@@ -121,6 +141,8 @@ BUGS = (
     _bug(a_burst_of_claimed_bytes, "I1", "the same free bytes go to two; the account of facts exceeds the GPU"),
     _bug(a_grant_that_shrinks_before_its_proof, "I3", "bytes in use are promised; use exceeds the grant"),
     _bug(a_grant_that_shrinks_untold, "I1", "a wake takes bytes that another holds by the facts"),
+    _bug(a_checkpoint_that_nobody_brings_back, "I4", "one that is never to be away stays away; its next fact shows it"),
+    _bug(a_ladder_that_parks_whom_it_may_not, "the ladder", "one that is never to be parked is; its step shows it"),
     _bug(a_freeze_that_is_forgotten, "I4", "the owner waits for ever; the last look finds it"),
     _bug(a_ladder_that_never_ends, "I4", "who disobeys keeps what it owes; the last look finds it"),
 )

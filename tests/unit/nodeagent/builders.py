@@ -5,7 +5,7 @@ from typing import Any
 from kit.outcomes import Context, Effect, Outcome, Timer
 from kit.service import Service
 from schemas.catalogue import decode, encode
-from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, IsolationGrade, ShareSpec, SwapSpec
+from schemas.deployments import DeploymentSpec, EngineKind, EngineSpec, IsolationGrade, ShareSpec, SwapDriver, SwapSpec
 from schemas.messages import Fact
 from schemas.nodes import GpuOffer, LeaseGranted, LeaseRefused, ParkTier, ReplicaReady
 from schemas.orders import ParkOrdered, WakeOrdered
@@ -44,7 +44,13 @@ NODE = "node-0"
 RESIDUE_GIB = 1
 
 
-def gpu(index: int = 0, *, allocatable_gib: int = 80, grade: IsolationGrade = IsolationGrade.DRIVER) -> GpuOffer:
+def gpu(
+    index: int = 0,
+    *,
+    allocatable_gib: int = 80,
+    grade: IsolationGrade = IsolationGrade.DRIVER,
+    swap_drivers: tuple[SwapDriver, ...] = (),
+) -> GpuOffer:
     return GpuOffer(
         gpu_uuid=f"gpu-{index}",
         index=index,
@@ -55,6 +61,7 @@ def gpu(index: int = 0, *, allocatable_gib: int = 80, grade: IsolationGrade = Is
         grade_reason="as the test says",
         link_bytes_per_s=50e9,
         is_software=True,
+        swap_drivers=swap_drivers,
     )
 
 

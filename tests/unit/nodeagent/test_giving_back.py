@@ -3,6 +3,7 @@
 import pytest
 
 from kit.outcomes import Outcome, Timer
+from schemas.deployments import SwapDriver
 from schemas.nodes import GaveBack, GiveBackAsked, GiveBackStep, LeaseResized, ReplicaWaking, ResizeReason
 from schemas.units import GiB
 from services.nodeagent.core import SERVICE
@@ -18,6 +19,8 @@ from services.nodeagent.inputs import (
 )
 from services.nodeagent.ledger import Ledger
 from tests.unit.nodeagent.builders import Agent, effects, gpu, outline, proposal, replica
+
+FREEZES = (SwapDriver.CHECKPOINT,)
 
 
 def lending() -> Agent:
@@ -266,3 +269,92 @@ def test_a_grant_never_goes_below_its_request_or_what_is_proven(uses_gib: int) -
 
     assert agent.granted_gib("a") >= 30
     assert agent.granted_gib("a") == uses_gib
+
+
+# --- The driver's checkpoint ------------------------------------------------------------------------------------------
+
+
+def disobeying(*, is_parkable: bool, host_gib: int = 1000, kind_of_gpu: tuple[SwapDriver, ...] = FREEZES) -> Agent:
+    """`a` has been asked to shrink for `owner`, whose wake waits, and has not; what is tried next is in `next_of`."""
+    agent = Agent(gpu(allocatable_gib=80, swap_drivers=kind_of_gpu), host_gib=host_gib)
+    agent.parked("owner", 40)
+    agent.resident("a", 30, limit_gib=80, is_parkable=is_parkable)
+    agent.tick()
+    return agent
+
+
+def after_shrink(agent: Agent) -> list[Outcome]:
+    (shrink,) = resizes(agent.handle(agent.resized(asked(agent), 79)))
+    return agent.handle(agent.not_resized(shrink))
+
+
+def parks(outcomes: list[Outcome]) -> list[tuple[SwapDriver | None, float]]:
+    return [(e.swap_driver, e.drain_s) for e in effects(outcomes) if isinstance(e, ParkEngine)]
+
+
+def test_one_that_may_not_be_parked_is_checkpointed_and_comes_back_by_itself_behind_the_owner() -> None:
+    agent = disobeying(is_parkable=False)
+
+    outcomes = after_shrink(agent)
+    assert [(SwapDriver.CHECKPOINT, 10.0)] == parks(outcomes)
+
+    parked = agent.handle(agent.has_parked("a", residue_gib=0))
+    assert [(GiveBackStep.CHECKPOINT, True)] == steps(parked)
+    assert ["owner", "a"] == [e.replica.replica_id for e in effects(parked) if isinstance(e, WakeEngine)]
+    assert SwapDriver.CHECKPOINT is effects(parked)[-1].swap_driver  # type: ignore[attr-defined]
+    agent.handle(agent.woken("a"))
+    assert (30, "resident") == (agent.granted_gib("a"), agent.residency("a"))
+
+
+def test_one_that_sleeps_not_when_it_is_asked_is_checkpointed_before_anybody_thinks_of_stopping_it() -> None:
+    agent = disobeying(is_parkable=True)
+    assert [(SwapDriver.HTTP_SLEEP, 10.0)] == parks(after_shrink(agent))
+
+    outcomes = agent.handle(agent.stayed("a"))
+    assert [(GiveBackStep.PARK, False)] == steps(outcomes)
+    assert [(SwapDriver.CHECKPOINT, 1.0)] == parks(outcomes)
+
+    parked = agent.handle(agent.has_parked("a", residue_gib=0))
+    assert [(GiveBackStep.CHECKPOINT, True)] == steps(parked)
+    assert "parked" == agent.residency("a")
+    assert SwapDriver.CHECKPOINT is agent.lease("a").swap_driver
+
+
+def test_one_that_cannot_be_checkpointed_after_all_is_stopped() -> None:
+    agent = disobeying(is_parkable=False)
+    after_shrink(agent)
+
+    outcomes = agent.handle(agent.stayed("a"))
+
+    assert [(GiveBackStep.CHECKPOINT, False)] == steps(outcomes)
+    assert [EvictEngine] == [type(e) for e in effects(outcomes)]
+    assert [(GiveBackStep.STOP, True)] == steps(agent.handle(agent.lost("a")))
+
+
+@pytest.mark.parametrize(
+    ("host_gib", "drivers"),
+    [(39, FREEZES), (1000, ()), (1000, (SwapDriver.STORE, SwapDriver.CHECKPOINT))],
+    ids=["no host memory for its image", "a driver without checkpoints", "a broker that holds its memory"],
+)
+def test_what_a_node_cannot_checkpoint_is_stopped(host_gib: int, drivers: tuple[SwapDriver, ...]) -> None:
+    agent = disobeying(is_parkable=False, host_gib=host_gib, kind_of_gpu=drivers)
+
+    assert [EvictEngine] == [type(e) for e in effects(after_shrink(agent))]
+
+
+def test_a_return_that_was_rolled_back_is_tried_again_at_the_next_look() -> None:
+    agent = disobeying(is_parkable=False)
+    after_shrink(agent)
+    agent.handle(agent.has_parked("a", residue_gib=0))
+    agent.handle(agent.not_woken("a"))
+    assert "parked" == agent.residency("a")
+
+    assert ["a"] == [e.replica.replica_id for e in effects(agent.tick()) if isinstance(e, WakeEngine)]
+
+
+def test_a_restarted_agent_goes_on_with_the_checkpoint_and_not_with_another_park() -> None:
+    agent = disobeying(is_parkable=False)
+    after_shrink(agent)
+    SERVICE.on_start(agent.state, agent.context())
+
+    assert [(SwapDriver.CHECKPOINT, 10.0)] == parks(agent.handle(agent.probed()))
