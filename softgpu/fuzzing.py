@@ -97,14 +97,44 @@ def run_program(host: Host, *arguments: str, instrument: str, progress: Callable
     return FuzzResult(process.returncode == 0 and not findings, findings, figures)
 
 
+@dataclass(frozen=True)
+class Harshness:
+    """After how many operations of all workers together something befalls them: the first two on average."""
+
+    kill_every: int = 600
+    break_every: int = 3000
+    check_every: int = 50_000
+    failing: tuple[str, ...] = ()
+    """Only these functions fail, and no device is lost; empty: any that the fuzzer knows, and devices get lost."""
+
+    def arguments(self) -> list[str]:
+        return [str(self.kill_every), str(self.break_every), str(self.check_every), ",".join(self.failing)]
+
+    def flags(self) -> str:
+        """As on the command line; empty for the usual harshness."""
+        text = ""
+        for name in ("kill_every", "break_every", "check_every"):
+            if getattr(self, name) != getattr(USUAL, name):
+                text += f" --{name.replace('_', '-')} {getattr(self, name)}"
+        return text + (f" --failing {','.join(self.failing)}" if self.failing else "")
+
+
+USUAL = Harshness()
+
+
 def fuzz(
-    seed: int, operations: int, workers: int, *, instrument: str = "none", progress: Callable[[str], None] = in_silence
+    seed: int,
+    operations: int,
+    workers: int,
+    *,
+    harshness: Harshness = USUAL,
+    instrument: str = "none",
+    progress: Callable[[str], None] = in_silence,
 ) -> FuzzResult:
     """So many random operations by so many processes, with kills; the shared state is checked between and after."""
+    arguments = ("run", str(seed), str(operations), str(workers), *harshness.arguments())
     with fuzz_host() as host:
-        result = run_program(
-            host, "run", str(seed), str(operations), str(workers), instrument=instrument, progress=progress
-        )
+        result = run_program(host, *arguments, instrument=instrument, progress=progress)
         if not result.is_clean:
             raise_findings(host, result)
     return result
@@ -146,6 +176,10 @@ def add_fuzz(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=8, help="processes, 1 to 64")
+    parser.add_argument("--kill-every", type=int, default=USUAL.kill_every, help="operations from kill to kill")
+    parser.add_argument("--break-every", type=int, default=USUAL.break_every, help="from failure to failure")
+    parser.add_argument("--check-every", type=int, default=USUAL.check_every, help="from check to check")
+    parser.add_argument("--failing", default="", metavar="FUNCTIONS", help="only these fail, apart by commas")
     parser.add_argument(
         "--steps", nargs="?", const="all", metavar="OPERATION", help="kill at each step: of one, quick or all"
     )
@@ -156,8 +190,14 @@ def add_fuzz(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.set_defaults(run=run_fuzz)
 
 
+def harshness_of(options: argparse.Namespace) -> Harshness:
+    failing = tuple(name for name in options.failing.split(",") if name)
+    return Harshness(options.kill_every, options.break_every, options.check_every, failing)
+
+
 def replay_line(options: argparse.Namespace) -> str:
     line = f"python -m softgpu fuzz --seed {options.seed} --operations {options.operations} --workers {options.workers}"
+    line += harshness_of(options).flags()
     if options.steps:
         line = f"python -m softgpu fuzz --steps '{options.steps}'" + " --every-instruction" * options.every_instruction
     return line + (f" --instrument {options.instrument}" if options.instrument != "none" else "")
@@ -179,8 +219,9 @@ def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
 
 
 def run_fuzz(options: argparse.Namespace) -> None:
-    if not 1 <= options.workers <= 64 or options.operations < 1 or options.stride < 1:
-        raise HostError("there are 1 to 64 workers, and at least one operation and a stride of one")
+    counts = (options.operations, options.stride, options.kill_every, options.break_every, options.check_every)
+    if not 1 <= options.workers <= 64 or min(counts) < 1:
+        raise HostError("there are 1 to 64 workers, and all else that is counted is at least one")
     progress = show_progress(options)
     try:
         if options.steps:
@@ -193,7 +234,12 @@ def run_fuzz(options: argparse.Namespace) -> None:
             )
         else:
             result = fuzz(
-                options.seed, options.operations, options.workers, instrument=options.instrument, progress=progress
+                options.seed,
+                options.operations,
+                options.workers,
+                harshness=harshness_of(options),
+                instrument=options.instrument,
+                progress=progress,
             )
     except FuzzFinding as finding:
         write_figures(options.json, finding.result.figures)

@@ -32,6 +32,7 @@ typedef struct {
     uint64_t instructions;             /* of the last that counted: used where there is one at a time */
     int descriptor;                    /* of the witness's chunk, in the witness */
     uint64_t operations[WORKER_MAX];   /* of the incarnation that runs */
+    const char *doing[WORKER_MAX];     /* the operation's name: all are one program, so it is one address */
     uint64_t counts[OPERATION_MAX];    /* of each kind that did what it was asked */
     uint64_t refusals[OPERATION_MAX];  /* out of memory, injected, device lost */
     int has_failed;
@@ -44,7 +45,9 @@ extern board *shared;
 
 typedef struct {
     uint64_t seed, operations;
-    int workers, is_verbose;
+    int workers;
+    uint64_t kill_every, break_every, check_every; /* so many operations: the first two on average */
+    const char *failing; /* the functions that fail, apart by commas; empty: any, and devices get lost */
 } fuzz_options;
 
 /* random.c */
@@ -88,6 +91,16 @@ void trace_start(trace_plan plan); /* of the calling thread */
 void trace_list(place_list *list, int is_every_instruction); /* lists the places instead of dying */
 void trace_end(void);
 int trace_await(place chosen); /* dies there; -1 when its code cannot be written to */
+
+/* patience.c */
+typedef struct {
+    uint64_t looked_ns, used_ns;
+    uint64_t ran_ns[WORKER_MAX], delayed_ns[WORKER_MAX]; /* of each since it started: on a processor, waiting for one */
+} patience;
+void patience_renew(patience *left);
+int patience_is_over(patience *left, uint64_t allowed_ns); /* to be asked again and again */
+void print_hang(void); /* what every worker does and waits for, as findings */
+int try_patience(void); /* with a worker that hangs, and one that does not: the exit status */
 
 /* check.c */
 int check_host(int is_quiet, const char *when); /* findings; each is printed */

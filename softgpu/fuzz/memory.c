@@ -89,10 +89,7 @@ static int retain(void) {
             return 0;
         self.primary[device] = retained;
     }
-    if (!did(cuCtxSetCurrent(self.primary[device])))
-        return 0;
-    self.device = device;
-    return 1;
+    return did(cuCtxSetCurrent(self.primary[device]));
 }
 
 static void leave_context(CUcontext left, int device) {
@@ -120,9 +117,7 @@ static int create_or_destroy(void) {
             return 0;
         }
         CUcontext pushed; /* the stack must not grow: the new one takes the place of the current one */
-        if (cuCtxPopCurrent_v2(&pushed) == CUDA_SUCCESS && cuCtxSetCurrent(self.created) == CUDA_SUCCESS)
-            self.device = device;
-        return 1;
+        return cuCtxPopCurrent_v2(&pushed) == CUDA_SUCCESS && cuCtxSetCurrent(self.created) == CUDA_SUCCESS;
     }
     settle_streams();
     if (!did(cuCtxDestroy_v2(self.created)))
@@ -181,9 +176,11 @@ static int allocate(void) {
     CUcontext now = NULL;
     uint64_t bytes = some_bytes();
     CUdeviceptr address = 0;
-    if (!row || !did(cuCtxGetCurrent(&now)) || !now || !got_memory(take(&address, &bytes)))
+    int device;
+    if (!row || !did(cuCtxGetCurrent(&now)) || !now || !did(cuCtxGetDevice(&device)) ||
+        !got_memory(take(&address, &bytes)))
         return 0;
-    *row = (block){.address = address, .bytes = bytes, .device = self.device, .context = now};
+    *row = (block){.address = address, .bytes = bytes, .device = device, .context = now};
     return 1;
 }
 
@@ -242,10 +239,15 @@ static int ask_about_block(void) {
     CUdeviceptr base;
     size_t bytes;
     int device;
-    if (!row || !did(cuMemGetAddressRange_v2(&base, &bytes, row->address + row->bytes - 1)))
+    uint64_t last = row && row->bytes ? row->bytes - 1 : 0;
+    if (!row || !did(cuMemGetAddressRange_v2(&base, &bytes, row->address + last)))
         return 0;
+    if (row->is_ipc && !row->bytes)
+        row->bytes = bytes;
     if (base != row->address || bytes != row->bytes)
-        fail("the range of a block is another's");
+        fail("the range of a block of %llu bytes at %llx%s is %zu bytes at %llx", (unsigned long long)row->bytes,
+             (unsigned long long)row->address, row->is_ipc ? ", from another process," : "", bytes,
+             (unsigned long long)base);
     if (did(cuPointerGetAttribute(&device, 9, row->address)) && device != row->device && !row->is_ipc)
         fail("a block lies on GPU %d instead of %d", device, row->device);
     return 1;
@@ -295,7 +297,6 @@ static int open_token(void) {
     block *row = some_block(0);
     CUipcMemHandle token;
     CUdeviceptr address;
-    size_t bytes;
     uint32_t version = __atomic_load_n(&slot->version, __ATOMIC_ACQUIRE);
     if (!row || !has_context() || version % 2 || !version)
         return 0;
@@ -306,12 +307,6 @@ static int open_token(void) {
     if (result == CUDA_ERROR_INVALID_VALUE || !did(result)) /* freed meanwhile, or our own */
         return 0;
     *row = (block){.address = address, .is_ipc = 1, .device = -1};
-    if (did(cuMemGetAddressRange_v2(NULL, &bytes, address)))
-        row->bytes = bytes;
-    else if (cuIpcCloseMemHandle(address) == CUDA_SUCCESS)
-        row->address = 0;
-    else
-        row->bytes = STAMP_BYTES;
     return 1;
 }
 

@@ -324,7 +324,7 @@ static int unmap_all(range *row) {
 }
 
 int end_orderly(void) {
-    self.doing = "end in order";
+    now_doing("end in order");
     settle_streams();
     int is_done = 1;
     for (int i = 0; i < BLOCK_MAX; i++)

@@ -15,7 +15,7 @@
 
 board *shared;
 
-enum { EPOCH_OPERATIONS = 50000, KILL_OPERATIONS = 600, BREAK_OPERATIONS = 3000, LOST_OPERATIONS = 300 };
+enum { LOST_OPERATIONS = 300 };
 #define PATIENCE_NS 60000000000ull
 #define LOST_NS 50000000ull
 #define ALL_LOCKED_NS 300000000ull
@@ -117,6 +117,11 @@ static void set_failure(const char *text) {
         snprintf(shared->failure, sizeof shared->failure, "%s", text);
 }
 
+static void set_hang(const char *text) {
+    print_hang();
+    set_failure(text);
+}
+
 static void return_lost_devices(void) {
     for (uint32_t d = 0; d < host->device_count; d++)
         host->devices[d].is_lost = 0;
@@ -136,41 +141,69 @@ static void epoch(int workers) {
     snprintf(when, sizeof when, "after epoch %llu", (unsigned long long)++run.epochs);
     mend_devices();
     __atomic_store_n(&shared->is_paused, 1, __ATOMIC_RELEASE);
-    uint64_t deadline_ns = clock_ns() + PATIENCE_NS;
+    patience left;
+    patience_renew(&left);
     for (int round = 0; !are_all_waiting(workers) && !shared->has_failed; round++) {
         look_after_workers(0, workers);
         if (round % 500 == 499)
             kill_locked(workers);
         usleep(200);
-        if (clock_ns() > deadline_ns)
-            set_failure("a worker hangs: it does not come to the end of its operation");
+        if (patience_is_over(&left, PATIENCE_NS))
+            set_hang("a worker hangs: it does not come to the end of its operation");
     }
     if (!shared->has_failed)
         run.findings += (uint64_t)check_host(1, when);
     __atomic_store_n(&shared->is_paused, 0, __ATOMIC_RELEASE);
 }
 
-static const char *const breakable[] = {"cuMemAlloc",  "cuMemFree",     "cuMemCreate",   "cuMemMap",
-                                        "cuMemUnmap",  "cuMemRelease",  "cuMemcpyHtoD",  "cuIpcOpenMemHandle",
-                                        "cuCtxCreate", "cuStreamQuery", "nvmlDeviceGetMemoryInfo",
-                                        "cuMemSetAccess", "cuCheckpointProcessCheckpoint", "cuCheckpointProcessRestore", "cuDevicePrimaryCtxRetain", "cuMemExportToShareableHandle"};
+static const char *const breakable[] = {"cuMemAlloc",
+                                        "cuMemFree",
+                                        "cuMemCreate",
+                                        "cuMemMap",
+                                        "cuMemUnmap",
+                                        "cuMemRelease",
+                                        "cuMemcpyHtoD",
+                                        "cuMemGetAddressRange",
+                                        "cuIpcOpenMemHandle",
+                                        "cuIpcCloseMemHandle",
+                                        "cuCtxCreate",
+                                        "cuCtxPopCurrent",
+                                        "cuStreamQuery",
+                                        "nvmlDeviceGetMemoryInfo",
+                                        "cuMemSetAccess",
+                                        "cuCheckpointProcessCheckpoint",
+                                        "cuCheckpointProcessRestore",
+                                        "cuDevicePrimaryCtxRetain",
+                                        "cuMemExportToShareableHandle"};
 
-static void break_something(void) {
+/* One of those that the options name, apart by commas; without any, one of those above. */
+static void choose_breakable(const char *named, char *chosen, size_t size) {
+    uint64_t count = 1;
+    for (const char *at = named; *at; at++)
+        count += *at == ',';
+    for (uint64_t left = below(&run.random, count); left; left--)
+        named = strchr(named, ',') + 1;
+    snprintf(chosen, size, "%.*s", (int)strcspn(named, ","), named);
+    if (!*chosen)
+        snprintf(chosen, size, "%s", breakable[below(&run.random, sizeof breakable / sizeof *breakable)]);
+}
+
+/* Where the options name functions, only they fail, and no device is lost. */
+static void break_something(const char *named) {
     generator *random = &run.random;
     host_lock();
-    if (below(random, 4) == 0) {
+    if (!*named && below(random, 4) == 0) {
         device *gpu = &host->devices[below(random, host->device_count)];
         gpu->is_lost = 1;
         run.losses++;
     } else {
         fault_record *fault = &host->faults[below(random, FAULT_MAX)];
         host->fault_count += !fault->function[0];
-        fault->after = (int32_t)below(random, 50);
+        fault->after = (int32_t)below(random, *named ? 5 : 50);
         fault->times = 1 + (int32_t)below(random, 3);
         fault->kind = FAULT_CODE;
         fault->value = INJECTED_CODE;
-        snprintf(fault->function, sizeof fault->function, "%s",
-                 breakable[below(random, sizeof breakable / sizeof *breakable)]);
+        choose_breakable(named, fault->function, sizeof fault->function);
         run.faults++;
     }
     host->events[host->event_count % EVENT_MAX] =
@@ -198,16 +231,17 @@ static void finish(int workers) {
         if (run.pids[i])
             kill_worker(i);
     __atomic_store_n(&shared->is_finishing, 1, __ATOMIC_RELEASE);
-    uint64_t deadline_ns = clock_ns() + PATIENCE_NS;
-    for (int left = 1, round = 0; left; round++) {
-        left = 0;
+    patience left;
+    patience_renew(&left);
+    for (int count = 1, round = 0; count; round++) {
+        count = 0;
         look_after_workers(0, workers);
         if (round % 200 == 199)
             kill_locked(workers);
         for (int i = 0; i < workers; i++)
-            left += run.pids[i] != 0;
-        if (left && clock_ns() > deadline_ns)
-            set_failure("a worker hangs: it does not end");
+            count += run.pids[i] != 0;
+        if (count && patience_is_over(&left, PATIENCE_NS))
+            set_hang("a worker hangs: it does not end");
         if (shared->has_failed)
             break;
         usleep(500);
@@ -251,17 +285,20 @@ static int make_board(const fuzz_options *options) {
 }
 
 static void drive(const fuzz_options *options) {
-    uint64_t next_kill = KILL_OPERATIONS, next_epoch = EPOCH_OPERATIONS, next_break = BREAK_OPERATIONS;
+    uint64_t next_kill = options->kill_every, next_epoch = options->check_every, next_break = options->break_every;
     uint64_t next_return = 0, return_ns = 0;
     uint64_t progress_ns = clock_ns(), seen = 0;
+    patience left;
+    patience_renew(&left);
     while (!shared->has_failed && !run.findings) {
         look_after_workers(1, options->workers);
         uint64_t done = operations_so_far(options->workers);
         if (done != seen) {
             seen = done;
             progress_ns = clock_ns();
-        } else if (clock_ns() > progress_ns + PATIENCE_NS) {
-            set_failure("nothing moves any more");
+            patience_renew(&left);
+        } else if (patience_is_over(&left, PATIENCE_NS)) {
+            set_hang("nothing moves any more");
         } else if (clock_ns() > progress_ns + ALL_LOCKED_NS) {
             kill_locked(options->workers); /* they locked each other, or their lockers are dead */
         }
@@ -273,12 +310,12 @@ static void drive(const fuzz_options *options) {
                 kill_worker(victim);
                 run.kills++;
             }
-            next_kill = done + below(&run.random, 2 * KILL_OPERATIONS);
+            next_kill = done + below(&run.random, 2 * options->kill_every);
         }
         kill_failed(options->workers);
         if (done >= next_break) {
-            break_something();
-            next_break = done + below(&run.random, 2 * BREAK_OPERATIONS);
+            break_something(options->failing);
+            next_break = done + below(&run.random, 2 * options->break_every);
             next_return = done + LOST_OPERATIONS;
             return_ns = clock_ns() + LOST_NS;
         }
@@ -288,7 +325,7 @@ static void drive(const fuzz_options *options) {
         }
         if (done >= next_epoch) {
             epoch(options->workers);
-            next_epoch = done + EPOCH_OPERATIONS;
+            next_epoch = done + options->check_every;
             printf("PROGRESS %llu\n", (unsigned long long)done);
             fflush(stdout);
         }

@@ -34,6 +34,8 @@ const char *operation_name(int kind) {
 
 uint64_t chance(uint64_t limit) { return below(&self.random, limit); }
 
+void now_doing(const char *what) { __atomic_store_n(&shared->doing[self.number], what, __ATOMIC_RELAXED); }
+
 void fail(const char *form, ...) {
     char text[300];
     va_list values;
@@ -43,7 +45,7 @@ void fail(const char *form, ...) {
     if (!__atomic_exchange_n(&shared->has_failed, 1, __ATOMIC_ACQ_REL))
         snprintf(shared->failure, sizeof shared->failure, "worker %d, life %llu, operation %llu, %s: %s",
                  self.number, (unsigned long long)self.incarnation, (unsigned long long)self.operation,
-                 self.doing, text);
+                 shared->doing[self.number], text);
     _exit(3);
 }
 
@@ -87,7 +89,7 @@ static void start(int number, uint64_t incarnation) {
     self.process = getpid();
     self.incarnation = incarnation;
     self.random = generator_of(shared->seed, (uint64_t)number, incarnation);
-    self.doing = "start";
+    now_doing("start");
     self.scratch = malloc(BUFFER_BYTES);
     self.registered = aligned_alloc(4096, BUFFER_BYTES);
     while (!did(cuInit(0))) {
@@ -123,7 +125,7 @@ static void do_one(void) {
     self.operation++;
     do {
         kind = choose();
-        self.doing = kinds[kind]->name;
+        now_doing(kinds[kind]->name);
         is_done = kinds[kind]->run();
     } while (!is_done && self.answers == answers);
     __atomic_fetch_add(is_done ? &shared->counts[kind] : &shared->refusals[kind], 1, __ATOMIC_RELAXED);

@@ -29,7 +29,7 @@ typedef struct {
 
 typedef struct {
     CUdeviceptr address; /* 0: the row is free */
-    uint64_t bytes;
+    uint64_t bytes; /* 0: of another process, and not asked for yet */
     int device, is_ipc, is_shared;
     CUcontext context;
     content holds;
@@ -50,11 +50,10 @@ typedef struct {
 
 typedef struct {
     generator random;
-    int number, device; /* of the context that is current */
+    int number;
     pid_t process;
     uint64_t incarnation, operation;
     uint64_t answers; /* that calls gave so far */
-    const char *doing;
     CUcontext primary[GPU_MAX], created;
     int pool_is_made, has_shared;
     CUmemoryPool pool;
@@ -74,6 +73,7 @@ extern worker self;
 
 uint64_t chance(uint64_t limit);
 _Noreturn void fail(const char *form, ...);
+void now_doing(const char *what);
 int did(CUresult result); /* 1 when it succeeded; 0 when refused for a reason that may be; else the run fails */
 int got_memory(CUresult result);         /* the same, where running out of memory is a good reason */
 int refused(CUresult result, CUresult expected); /* it must be refused, with this */

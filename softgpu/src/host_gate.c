@@ -11,8 +11,18 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A wake-up is lost when the one who opened the gate dies before it calls; so nobody sleeps for longer. */
+/* A wake-up is lost when the one who opened the gate dies before it calls, or who shut it dies and nobody else
+ * calls the driver; so nobody sleeps for longer. */
 static const struct timespec sleep_max = {.tv_nsec = 50000000};
+
+static void look_after_locker(const process_record *process) {
+    int by = __atomic_load_n(&process->checkpointer, __ATOMIC_RELAXED);
+    if (by == NOBODY || process_pid(by) >= 0)
+        return;
+    host_lock();
+    host_reap();
+    host_unlock();
+}
 
 void gate_enter(process_record *process) {
     for (;;) {
@@ -21,6 +31,7 @@ void gate_enter(process_record *process) {
             return;
         gate_leave(process);
         syscall(SYS_futex, &process->gate, FUTEX_WAIT, 1, &sleep_max, NULL, 0);
+        look_after_locker(process);
     }
 }
 
