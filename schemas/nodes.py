@@ -315,6 +315,11 @@ class LeaseResized(ReplicaFact, frozen=True, tag="nodes.lease_resized.v1"):
     reason: ResizeReason
     resize_s: Seconds = 0.0
     """From the decision until the engine lived in the new grant."""
+    problem: str = ""
+    """Not empty: it was to grow and could not, so that it has what it had."""
+    is_able: bool = True
+    """False: its engine has nothing that takes another grant while it serves, and is not asked again before its next
+    start."""
 
 
 class GiveBackStep(StrEnum):

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kit.outcomes import Context, Timer
+from services.nodeagent.growth import is_elastic
 from services.nodeagent.inputs import BurstDue
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.quarantines import barred
-from services.nodeagent.state import NodeState, Replica, is_elastic
+from services.nodeagent.state import NodeState, Replica
 from services.nodeagent.transitions import Residency
 
 
@@ -46,7 +47,7 @@ def bursters(state: NodeState, *, now_s: float) -> list[Burster]:
             weight=replica.proposal.deployment.share.burst_weight,
             extra_bytes=min(replica.borrowed_bytes.values()),
             most_bytes=most_bytes(replica),
-            is_resting=now_s < replica.gave_back_at_s + state.settings.burst_rest_s
+            is_resting=now_s < replica.gave_back_at_s + replica.growth.rest_s(state.settings.burst_rest_s)
             or bool(barred(state, replica.share_bytes)),
         )
         for replica_id, replica in sorted(state.replicas.items())
@@ -55,7 +56,7 @@ def bursters(state: NodeState, *, now_s: float) -> list[Burster]:
 
 
 def may_burst(replica: Replica) -> bool:
-    is_here = replica.residency is Residency.RESIDENT
+    is_here = replica.residency is Residency.RESIDENT and replica.growth.is_able
     return is_here and is_elastic(replica.proposal.deployment) and most_bytes(replica) > 0
 
 

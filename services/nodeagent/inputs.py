@@ -266,6 +266,8 @@ class EngineNotResized(EngineInput):
     resize_epoch: int
     resize_s: float
     problem: str
+    is_able: bool = True
+    """False: it has nothing that takes another grant, and needs not be asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,13 +108,21 @@ def _granted(replica: Replica, extra_bytes: int) -> tuple[int, ...]:
 
 
 def _told(
-    state: NodeState, replica: Replica, granted: tuple[int, ...], reason: ResizeReason, resize_s: float, ctx: Context
+    state: NodeState,
+    replica: Replica,
+    granted: tuple[int, ...],
+    reason: ResizeReason,
+    resize_s: float,
+    ctx: Context,
+    failed: EngineNotResized | None = None,
 ) -> LeaseResized:
     return LeaseResized(
         **names(state, replica, ctx),
         granted_bytes=granted,
         reason=reason,
         resize_s=resize_s,
+        problem=failed.problem if failed is not None else "",
+        is_able=failed is None or failed.is_able,
     )
 
 
@@ -166,9 +174,11 @@ def _settled(
     granted = _granted(replica, max(0, min(proven, *replica.borrowed_bytes.values())))
     outcomes: list[Outcome] = []
     ledger = Ledger(state)
-    if granted != replica.granted_bytes:
-        reason = ResizeReason.GIVE_BACK if result.reason is ResizeReason.BURST else result.reason
-        outcomes.append(_told(state, replica, granted, reason, result.resize_s, ctx))
+    is_growth = result.reason is ResizeReason.BURST
+    if granted != replica.granted_bytes or is_growth:
+        reason = ResizeReason.GIVE_BACK if is_growth else result.reason
+        failed = result if is_growth and isinstance(result, EngineNotResized) else None
+        outcomes.append(_told(state, replica, granted, reason, result.resize_s, ctx, failed))
         freed = {
             gpu_uuid: before - after
             for (gpu_uuid, before), after in zip(replica.share_bytes.items(), granted, strict=True)

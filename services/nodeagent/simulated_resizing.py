@@ -20,6 +20,8 @@ from services.nodeagent.simulated_engine import Clock, Done, Engine, Phase
 GROW_S: Final = 0.05
 FREEZE_S: Final = 0.005
 SHRINK_S: Final = (0.01, 0.25)
+ABLE_FRACTION: Final = 0.8
+"""Of those whose growth fails; the others have nothing that takes another grant."""
 LATE_S: Final = 3.0
 """How long after its deadline a slow engine has shrunk after all."""
 
@@ -97,7 +99,8 @@ class Resizing:
                 self.engine.live_in(before)
                 if self.done.is_alive():
                     self.engine.limit_to(self.effect.before_bytes)
-                    self._not(0.0, self.effect.before_bytes, "it did not get the memory")
+                    is_able = not fails or self.host.random.random() < ABLE_FRACTION
+                    self._not(0.0, self.effect.before_bytes, "it did not get the memory", is_able=is_able)
                 return
             self.host.check()
             self._told(self.effect.granted_bytes, GROW_S)
@@ -158,7 +161,7 @@ class Resizing:
         )
         self.done(0.0, resized)
 
-    def _not(self, after_s: float, granted: tuple[int, ...], problem: str) -> None:
+    def _not(self, after_s: float, granted: tuple[int, ...], problem: str, *, is_able: bool = True) -> None:
         failed = EngineNotResized(
             replica_id=self.effect.replica.replica_id,
             lease_epoch=self.effect.lease_epoch,
@@ -167,6 +170,7 @@ class Resizing:
             resize_epoch=self.effect.resize_epoch,
             resize_s=after_s,
             problem=problem,
+            is_able=is_able,
         )
         self.done(after_s, failed)
 

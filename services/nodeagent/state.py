@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from schemas.abilities import ABILITIES, NoSwapDriver, image_bytes, swap_driver_for
-from schemas.deployments import DeploymentSpec, IsolationGrade, SwapDriver
+from schemas.deployments import IsolationGrade, SwapDriver
 from schemas.nodes import (
     GaveBack,
     GiveBackAsked,
@@ -32,15 +32,10 @@ from schemas.nodes import (
 from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
 from services.nodeagent.accounts import Account
 from services.nodeagent.grades import is_brokered
+from services.nodeagent.growth import Growth, is_elastic
 from services.nodeagent.quarantines import GpuHealth, Watched, start_failed, start_succeeded
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.transitions import STATES, Cause, Holding, Residency, target_of
-
-
-def is_elastic(spec: DeploymentSpec) -> bool:
-    """Whether its engine can live in another grant without a restart: as it says, else as its kind usually is."""
-    said = spec.engine.is_elastic
-    return ABILITIES[spec.engine.kind].is_elastic if said is None else said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +95,8 @@ class Replica:
     reserved_at_s: float = 0.0
     giving_back: GivingBack | None = None
     """While it must give bytes back; only while it is resident or draining for that."""
+    growth: Growth = field(default_factory=Growth)
+    """What its engine has made of larger grants since its start."""
     is_due_back: bool = False
     """It was checkpointed although it is never to be away: it returns as soon as its request has room."""
     gave_back_at_s: float = 0.0
@@ -318,7 +315,7 @@ def _moved(state: NodeState, replica_id: str, cause: Cause, *, at_s: float, ends
 
 
 def fold_starting(state: NodeState, fact: ReplicaStarting) -> None:
-    _move(state, fact, Cause.START_BEGUN)
+    _move(state, fact, Cause.START_BEGUN).growth = Growth()
 
 
 def fold_ready(state: NodeState, fact: ReplicaReady) -> None:
@@ -417,7 +414,7 @@ def next_step(state: NodeState, replica: Replica, step: GiveBackStep) -> GiveBac
     spec = replica.proposal.deployment
     is_asleep_by_itself = spec.swap.is_parkable and replica.swap_driver is not SwapDriver.CHECKPOINT
     takes = {
-        GiveBackStep.SHRINK: is_elastic(spec),
+        GiveBackStep.SHRINK: is_elastic(spec) and replica.growth.is_able,
         GiveBackStep.PARK: is_asleep_by_itself,
         GiveBackStep.CHECKPOINT: can_checkpoint(state, replica),
         GiveBackStep.STOP: True,
@@ -451,8 +448,11 @@ def fold_resized(state: NodeState, fact: LeaseResized) -> None:
     replica.share_bytes = dict(zip(replica.share_bytes, fact.granted_bytes, strict=True))
     if fact.reason is ResizeReason.BURST:
         replica.resize_epoch += 1
+        replica.growth = replica.growth.begun()
     else:
         replica.gave_back_at_s = fact.at_s
+    if fact.problem:
+        replica.growth = replica.growth.failed(is_able=fact.is_able)
 
 
 def fold_asked(state: NodeState, fact: GiveBackAsked) -> None:

@@ -134,7 +134,14 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
     ),
     GpuReinstated: lambda f: f"{f.gpu_uuid} is well again after {f.away_s:.0f} s",
     ReplicaSuspect: lambda f: f"suspect: {f.reason}",
-    LeaseResized: lambda f: f"{gib(sum(f.granted_bytes))} granted now: {f.reason.value.replace('_', ' ')}",
+    LeaseResized: lambda f: (
+        f"{gib(sum(f.granted_bytes))} granted now: {f.reason.value.replace('_', ' ')}"
+        + (
+            f"; it could not grow{'' if f.is_able else ' and will not be asked again'}: {f.problem}"
+            if f.problem
+            else ""
+        )
+    ),
     GiveBackAsked: lambda f: (
         f"must give back: {gib(f.asked_bytes)} are missing for {f.for_replica_id}"
         if f.is_owed

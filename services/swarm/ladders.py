@@ -11,10 +11,13 @@ from schemas.nodes import (
     GiveBackStep,
     LeaseGranted,
     LeaseReleased,
+    LeaseResized,
     NodeFact,
     ReplicaFailed,
     ReplicaParked,
+    ReplicaStarting,
     ReplicaWaking,
+    ResizeReason,
 )
 
 ORDER: Final = (
@@ -38,6 +41,8 @@ class Ladders:
     """Those whose checkpoint has brought the bytes, until they are told to be parked."""
     due_back: dict[str, str] = field(default_factory=dict)
     """{replica_id: its node}; it is parked and is never to be: the next word of its node is that it waits."""
+    unable: set[str] = field(default_factory=set)
+    """Those whose engine has said that it cannot live in another grant, until the next one is started."""
     checkpoint_count: int = 0
 
     def hear(self, fact: Fact) -> None:
@@ -46,6 +51,10 @@ class Ladders:
         match fact:
             case LeaseGranted():
                 self.is_parkable.update({r.replica_id: r.deployment.swap.is_parkable for r in fact.replicas})
+            case LeaseResized():
+                self._judge_growth(fact)
+            case ReplicaStarting():
+                self.unable.discard(fact.replica_id)
             case GiveBackAsked():
                 self.at.pop(fact.replica_id, None)
             case GaveBack():
@@ -69,6 +78,13 @@ class Ladders:
             self.at[fact.replica_id] = fact.step
         elif fact.step is GiveBackStep.CHECKPOINT:
             self.frozen.add(fact.replica_id)
+
+    def _judge_growth(self, fact: LeaseResized) -> None:
+        """Nobody is granted more than its engine has said that it can live in."""
+        asked_again = fact.reason is ResizeReason.BURST and fact.replica_id in self.unable
+        assert not asked_again, f"its engine cannot grow, and has said so: {fact}"
+        if not fact.is_able:
+            self.unable.add(fact.replica_id)
 
     def _judge_park(self, fact: ReplicaParked) -> None:
         """What was checkpointed keeps nothing on any GPU, and comes back at once if it is never to be away."""

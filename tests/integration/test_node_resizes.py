@@ -75,3 +75,20 @@ async def test_a_borrower_is_checkpointed_with_what_it_holds_within_its_request_
         assert "EngineWoken" == woken["kind"], woken
         assert all(CONTEXT_BYTES < used <= SHARE_BYTES + CONTEXT_BYTES for used in woken["used"]), woken
         assert "EngineStopped" == (await hands.do("stop"))["kind"]
+
+
+async def test_an_engine_without_anything_that_takes_a_budget_says_so_once_and_keeps_what_it_had(
+    tmp_path: Path, host: softgpu.Host
+) -> None:
+    fixed = replica(host, EngineKind.TRAINING)
+    engine = replace(fixed.deployment.engine, is_elastic=True)
+    shares = tuple(replace(share, limit_bytes=2 * SHARE_BYTES) for share in fixed.shares)
+    wrong = replace(fixed, shares=shares, deployment=replace(fixed.deployment, engine=engine))
+    async with hands_on(tmp_path, host, wrong) as hands:
+        assert "EngineStarted" == (await hands.do("start"))["kind"]
+
+        told = await hands.do(f"resize burst 1 {GRANT_MIB} {REQUEST_MIB}")
+
+        assert ("EngineNotResized", False) == (told["kind"], told["result"]["is_able"]), told
+        assert all(REQUEST_MIB * MiB <= size <= GRANT_MIB * MiB for size in told["result"]["granted_bytes"])
+        assert "EngineStopped" == (await hands.do("stop"))["kind"]

@@ -76,7 +76,7 @@ class Bursting(Alone):
             self._handle(self.agent.lost(name))
         elif isinstance(effect, ResizeEngine):
             self._handle(self._resized(effect))
-        elif isinstance(effect, ParkEngine) and effect.swap_driver is SwapDriver.CHECKPOINT:
+        elif isinstance(effect, ParkEngine) and known.parks_by is SwapDriver.CHECKPOINT:
             self._handle(self.agent.has_parked(name, residue_gib=0))
         else:
             super()._end(effect)
@@ -90,7 +90,8 @@ class Bursting(Alone):
         if self.is_obedient or self._choose((True, False)):
             return self.agent.resized(effect)
         half = [(low + high) / 2 / GiB for low, high in zip(effect.granted_bytes, effect.before_bytes, strict=True)]
-        return self.agent.not_resized(effect, *(half if self._choose((True, False)) else ()))
+        is_able = effect.reason is not ResizeReason.BURST or self._choose((True, True, False))
+        return self.agent.not_resized(effect, *(half if self._choose((True, False)) else ()), is_able=is_able)
 
 
 @many

@@ -19,6 +19,7 @@ from schemas.units import MiB
 from services.nodeagent.effects.hands import Gone, Hands, requests
 from services.nodeagent.engine_client import EngineProblem
 from services.nodeagent.grades import is_brokered
+from services.nodeagent.growth import is_elastic
 from services.nodeagent.guard import NotEnforced
 from services.nodeagent.inputs import (
     AdoptEngine,
@@ -28,13 +29,22 @@ from services.nodeagent.inputs import (
     EvictEngine,
     ResizeEngine,
 )
-from services.nodeagent.state import is_elastic
 
 PROOF_POLL_S: Final = 0.005
 UNDER_WAY_BYTES: Final = 64 * MiB
 """A frozen engine may finish what it is at: the little memory that it takes for a moment when it gets busy."""
 TELL_S: Final = 2.0
 """How long an engine may take to hear of a budget that nothing waits for."""
+
+
+NO_SUCH_ROUTE: Final = frozenset({404, 405, 501})
+"""What an engine answers that has nothing which takes a budget: asking it again is of no use."""
+
+
+class Unable(str):
+    """Why an engine cannot live in another grant at all, however often it is asked."""
+
+    __slots__ = ()
 
 
 class _Budget(msgspec.Struct, kw_only=True):
@@ -68,7 +78,9 @@ async def resize(hands: Hands, effect: ResizeEngine, traceparent: str) -> Input 
         "resize_epoch": effect.resize_epoch,
         "resize_s": time.monotonic() - began_s,
     }
-    return EngineNotResized(**about, problem=problem) if problem else EngineResized(**about)
+    if not problem:
+        return EngineResized(**about)
+    return EngineNotResized(**about, problem=problem, is_able=not isinstance(problem, Unable))
 
 
 async def evict(hands: Hands, effect: EvictEngine, traceparent: str) -> Input:
@@ -125,7 +137,9 @@ async def _told(hands: Hands, engine: EngineView, sizes: Sequence[int], *, timeo
     try:
         answer = await hands.engines.post(f"{hands.endpoint(engine)}/sublet/budget", timeout_s=timeout_s, body=body)
         short_bytes = msgspec.json.decode(answer, type=_Budget).short_by_bytes
-    except (EngineProblem, msgspec.MsgspecError) as error:
+    except EngineProblem as error:
+        return Unable(error) if error.status in NO_SUCH_ROUTE else str(error)
+    except msgspec.MsgspecError as error:
         return str(error)
     return f"it is short by {short_bytes} bytes" if short_bytes > 0 else ""
 

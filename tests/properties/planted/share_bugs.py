@@ -99,6 +99,15 @@ def a_ladder_that_parks_whom_it_may_not() -> Service[Any]:
     return with_fold(SERVICE, GaveBack, fold)
 
 
+def a_growth_that_is_tried_for_ever() -> Service[Any]:
+    """What an engine has said of itself is forgotten."""
+
+    def fold(state: Any, fact: LeaseResized) -> None:
+        SERVICE.folds[LeaseResized](state, changed(fact, is_able=True))
+
+    return with_fold(SERVICE, LeaseResized, fold)
+
+
 def a_grant_that_shrinks_untold() -> Service[Any]:
     """Bytes are promised to the next in line, and no fact says that they were given back."""
     return without(SERVICE, EngineResized, LeaseResized)
@@ -143,6 +152,9 @@ BUGS = (
     _bug(a_grant_that_shrinks_untold, "I1", "a wake takes bytes that another holds by the facts"),
     _bug(a_checkpoint_that_nobody_brings_back, "I4", "one that is never to be away stays away; its next fact shows it"),
     _bug(a_ladder_that_parks_whom_it_may_not, "the ladder", "one that is never to be parked is; its step shows it"),
+    _bug(
+        a_growth_that_is_tried_for_ever, "abilities", "an engine that cannot grow is granted more; its grant shows it"
+    ),
     _bug(a_freeze_that_is_forgotten, "I4", "the owner waits for ever; the last look finds it"),
     _bug(a_ladder_that_never_ends, "I4", "who disobeys keeps what it owes; the last look finds it"),
 )

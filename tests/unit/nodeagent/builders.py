@@ -268,7 +268,7 @@ class Agent:
             resize_s=0.1,
         )
 
-    def not_resized(self, effect: ResizeEngine, *gib: float) -> EngineNotResized:
+    def not_resized(self, effect: ResizeEngine, *gib: float, is_able: bool = True) -> EngineNotResized:
         """It did not; `gib`: what it is proven to live in, instead of what it had."""
         return EngineNotResized(
             **self._of(effect.replica.replica_id),
@@ -277,6 +277,7 @@ class Agent:
             resize_epoch=effect.resize_epoch,
             resize_s=2.0,
             problem="it has not shrunk",
+            is_able=is_able,
         )
 
     def granted_gib(self, name: str) -> float:

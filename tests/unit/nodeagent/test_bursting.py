@@ -9,7 +9,8 @@ from schemas.deployments import EngineKind
 from schemas.nodes import LeaseResized, ResizeReason
 from schemas.units import GiB
 from services.nodeagent.bursting import Burster, fair_extras
-from services.nodeagent.inputs import BurstDue, ResizeEngine
+from services.nodeagent.growth import Growth
+from services.nodeagent.inputs import BurstDue, ResizeEngine, RestartDue
 from tests.unit.nodeagent.builders import Agent, effects, gpu, outline, proposal, replica
 
 many = settings(max_examples=200, deadline=None)
@@ -156,6 +157,50 @@ def test_an_engine_that_did_not_get_the_memory_has_what_it_had_and_rests() -> No
 
     assert [] == effects(agent.handle(BurstDue()))
     assert ["ResizeEngine"] == [type(e).__name__ for e in effects(agent.tick())]
+
+
+def grown(agent: Agent) -> list[ResizeEngine]:
+    return [e for e in effects(agent.tick()) if isinstance(e, ResizeEngine)]
+
+
+def test_an_engine_that_says_it_cannot_grow_is_not_asked_again_until_it_was_started_anew() -> None:
+    agent = Agent()
+    agent.resident("a", 30, limit_gib=70)
+    (grow,) = grown(agent)
+
+    (told,) = agent.handle(agent.not_resized(grow, is_able=False))
+
+    assert isinstance(told, LeaseResized)
+    assert ((30 * GiB,), False, "it has not shrunk") == (told.granted_bytes, told.is_able, told.problem)
+    agent.now_s += 3600.0
+    assert [] == grown(agent)
+    agent.handle(agent.lost("a"))
+    agent.handle(RestartDue(replica_id="a", lease_epoch=agent.lease("a").lease_epoch))
+    agent.handle(agent.started("a"))
+    assert ["a"] == [grow.replica.replica_id for grow in grown(agent)]
+
+
+def test_whoever_fails_to_grow_again_and_again_is_asked_ever_more_rarely() -> None:
+    agent = Agent()
+    agent.resident("a", 30, limit_gib=70)
+    found = grown(agent)
+    waits_s = []
+    for _ in range(4):
+        agent.handle(agent.not_resized(found[0]))
+        began_s = agent.now_s
+        while not (found := [e for e in effects(agent.handle(BurstDue())) if isinstance(e, ResizeEngine)]):
+            pass
+        waits_s.append(agent.now_s - began_s)
+
+    assert waits_s == sorted(waits_s)
+    assert waits_s[-1] > 4 * waits_s[0]
+
+
+def test_one_growth_that_succeeds_makes_up_for_those_that_failed() -> None:
+    growth = Growth().begun().failed(is_able=True).begun().failed(is_able=True)
+    assert 20.0 == growth.rest_s(5.0)
+
+    assert 5.0 == growth.begun().begun().rest_s(5.0)
 
 
 def test_a_new_burster_gets_its_part_from_those_who_have_more() -> None:
