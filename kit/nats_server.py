@@ -20,10 +20,12 @@ from kit.bus import STREAM_SUBJECTS, BusError, Stream
 from kit.nats_access import User
 from kit.nats_lease import LEASE_STREAM, LEASE_SUBJECTS
 from kit.nats_wire import FULL_ERRORS, STREAM_NOT_FOUND, ApiError
+from kit.process import free_port
 
 VERSION_MIN: Final = (2, 12)
 """The first with atomic batches and the append check by wildcard; distributions carry older ones."""
-START_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 60.0
+"""It takes a tenth of a second; on a host that does much else, or with a long store, many times that."""
 STOP_TIMEOUT_S: Final = 5.0
 _LOOK_EVERY_S: Final = 0.005
 _LOG_LINES_SHOWN: Final = 5
@@ -370,7 +372,7 @@ class NatsServer:
             old.unlink()
         config_path = self.directory / "nats-server.conf"
         config_path.write_text(
-            _with_ports(self.config, port=self.port, directory=self.directory).text(), encoding="utf-8"
+            _with_ports(self.config, port=self._port_to_take(), directory=self.directory).text(), encoding="utf-8"
         )
         binary = self.binary or find_server_binary()
         with self.log_path.open("ab") as output:
@@ -381,6 +383,10 @@ class NatsServer:
                 stderr=output,
                 start_new_session=True,  # Ctrl-C goes to the services first; they still need the server to end well.
             )
+
+    def _port_to_take(self) -> int:
+        """One that is still to be had at a restart: the server's own choice may become anybody's outgoing port then."""
+        return self.port or self.config.port or free_port(host=self.config.host)
 
     def _accepts(self) -> bool:
         ports = next(self.directory.glob("*.ports"), None)

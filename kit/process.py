@@ -48,6 +48,8 @@ except OSError as error:
 # Ports below this are services'; above the kernel's ephemeral range starts, where any outgoing connection may sit.
 _PORT_MIN: Final = 15_000
 _PORT_TRIES_MAX: Final = 64
+# Of nobody's seed: processes that begin with the same one would all choose the same port.
+_CHANCE: Final = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,7 @@ def free_port(*, host: str = "127.0.0.1", taken: Container[int] = ()) -> int:
     lowest_ephemeral = _lowest_ephemeral_port()
     if lowest_ephemeral > _PORT_MIN:
         for _ in range(_PORT_TRIES_MAX):
-            port = random.randrange(_PORT_MIN, lowest_ephemeral)
+            port = _CHANCE.randrange(_PORT_MIN, lowest_ephemeral)
             if port not in taken and _can_listen(host, port):
                 return port
     for _ in range(_PORT_TRIES_MAX):

@@ -17,9 +17,7 @@ def session_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
         with stack.client() as client:
             for model in (CHAT, OTHER):
                 client.deploy(sublet.deployment(model, weights="2GB", share=0.3))
-        eventually(
-            lambda: {"resident"} == {stack.state_of(model) for model in (CHAT, OTHER)}, "not resident", timeout_s=30
-        )
+        eventually(lambda: {"resident"} == {stack.state_of(model) for model in (CHAT, OTHER)}, "not resident")
         yield stack
     finally:
         assert 0 == stack.stop()
@@ -27,6 +25,7 @@ def session_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
 
 @pytest.fixture
 def stack(session_stack: RunningStack) -> RunningStack:
-    """Ready: whatever an earlier test killed is back."""
+    """Ready: whatever an earlier test killed is back, and both models are resident and alone."""
     session_stack.wait_ready()
+    session_stack.wait_only(CHAT, OTHER)
     return session_stack

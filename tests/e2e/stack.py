@@ -25,11 +25,13 @@ from schemas.messages import Fact
 from services.local.parts import PARTS
 from services.local.state import StateFolder, read_json
 from sublet.context import Context, load
+from sublet.errors import SubletError
 from sublet.sync import SyncClient, connect_sync
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 45.0
-BACK_S = 20.0
+# Bounds for a host that does much else at once: a stack that works needs a tenth of them.
+START_S = 120.0
+BACK_S = 60.0
 COLD_START_S = 0.2
 
 
@@ -70,7 +72,7 @@ class RunningStack:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         try:
-            return self.process.wait(20)
+            return self.process.wait(BACK_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
@@ -90,7 +92,7 @@ class RunningStack:
         with connect_sync(self.context) as client:
             yield client
 
-    def openai(self, *, api_key: str | None = None, timeout_s: float = 20.0) -> openai.OpenAI:
+    def openai(self, *, api_key: str | None = None, timeout_s: float = 60.0) -> openai.OpenAI:
         context = self.context
         return openai.OpenAI(
             base_url=f"{context.gateway_url}/v1", api_key=api_key or context.api_key, max_retries=0, timeout=timeout_s
@@ -126,8 +128,12 @@ class RunningStack:
         return {name: pid for name, pid in pids.items() if name != "supervisor"}
 
     def engines(self) -> set[int]:
-        """Processes of engines: children of the holder but for its memory broker."""
-        return self._holders_children() - self.brokers()
+        """Processes of engines: children of the holder that are marked as such, but for those that only prove a grade.
+
+        A child that is forked and not yet anything has no mark of its own.
+        """
+        marks = {pid: _variable(pid, "SUBLET_ENGINE") for pid in self._holders_children()}
+        return {pid for pid, mark in marks.items() if mark and "#guard-probe." not in mark}
 
     def brokers(self) -> set[int]:
         """The holder's memory broker; none while it is being started again."""
@@ -157,6 +163,26 @@ class RunningStack:
     def wait_ready(self) -> None:
         """Returns when all parts run, commands are answered and the gateway could wake a model."""
         eventually(lambda: set(PARTS) <= set(self.pids) and self._answers(), "not ready again", timeout_s=BACK_S)
+        eventually(lambda: len(self.brokers()) == 1, "no memory broker", timeout_s=BACK_S)
+
+    def wait_only(self, *models: str) -> None:
+        """Returns when these are resident and no other is there: what a test that failed has left is taken away."""
+        with self.client() as client:
+            views = {view.deployment.name: view for view in client.deployments().deployments}
+            for name in views.keys() - set(models):
+                with contextlib.suppress(SubletError):  # It is going already.
+                    client.retire(name)
+            for name in models:
+                if any(replica.state == "parked" for replica in views[name].replicas):
+                    client.wake(name)
+            eventually(lambda: self._states(client) == {name: {"resident"} for name in models}, "not as it was")
+        eventually(lambda: len(self.engines()) == len(models), "engines are there that nobody wants")
+
+    @staticmethod
+    def _states(client: SyncClient) -> dict[str, set[str]]:
+        """Of each model's replicas, but for those that are over."""
+        views = client.deployments().deployments
+        return {view.deployment.name: {replica.state for replica in view.replicas} - {"failed"} for view in views}
 
     def _answers(self) -> bool:
         ports = read_json(self.folder.path / "ports.json")
@@ -231,13 +257,13 @@ def answers(url: str) -> bool:
     import urllib.request
 
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
+        with urllib.request.urlopen(url, timeout=10) as response:
             return bool(200 <= response.status < 300)
     except OSError:
         return False
 
 
-def eventually(holds: Callable[[], bool], otherwise: str, *, timeout_s: float = 15.0) -> None:
+def eventually(holds: Callable[[], bool], otherwise: str, *, timeout_s: float = 60.0) -> None:
     """Returns as soon as it holds; fails with the sentence when it does not in time."""
     ends_at_s = time.monotonic() + timeout_s
     while not holds():
@@ -252,6 +278,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
+
+
+def _variable(pid: int, name: str) -> str:
+    """Of its environment; empty when it is gone or has none of that name."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    return next((entry.partition("=")[2] for entry in entries if entry.startswith(f"{name}=")), "")
 
 
 def _command(pid: int) -> bytes:

@@ -17,7 +17,7 @@ def states(stack: RunningStack, model: str) -> list[str]:
 
 
 def test_a_model_over_two_gpus_answers_parks_and_comes_back(stack: RunningStack) -> None:
-    others = stack.engines()
+    others, before_count = stack.engines(), len(stack.facts())
     with stack.client() as client:
         client.deploy(sublet.deployment("wide", weights="2GB", share=0.2, gpus=2))
         eventually(lambda: states(stack, "wide") == ["resident"], "not resident")
@@ -26,19 +26,24 @@ def test_a_model_over_two_gpus_answers_parks_and_comes_back(stack: RunningStack)
         eventually(lambda: states(stack, "wide") == ["parked"], "not parked")
 
         assert chat(stack.openai(), "wide")
-        assert ["resident"] == states(stack, "wide")
+        eventually(lambda: ["resident"] == states(stack, "wide"), "placement has not heard of it")
         assert engines == stack.engines(), "a park keeps the process"
         client.retire("wide")
     eventually(lambda: stack.engines() == others, "its engine is still there")
 
-    granted = [f for f in stack.facts() if isinstance(f, LeaseGranted) and f.replicas[0].deployment.name == "wide"]
-    joined = [fact for fact in stack.facts() if isinstance(fact, NodeJoined)][-1]
+    facts = stack.facts()
+    granted = [
+        fact
+        for fact in facts[before_count:]
+        if isinstance(fact, LeaseGranted) and fact.replicas[0].deployment.name == "wide"
+    ]
+    joined = [fact for fact in facts if isinstance(fact, NodeJoined)][-1]
     gpus = {gpu.gpu_uuid for gpu in joined.gpus}
     assert [gpus] == [{lease.gpu_uuid for lease in fact.leases} for fact in granted]
 
 
 def test_a_gang_starts_together_and_all_of_it_serves(stack: RunningStack) -> None:
-    others = stack.engines()
+    others, before_count = stack.engines(), len(stack.facts())
     with stack.client() as client:
         client.deploy(sublet.deployment("team", weights="1GB", share=0.1, replicas=2, gang=True))
         eventually(lambda: states(stack, "team") == ["resident", "resident"], "not resident")
@@ -46,7 +51,7 @@ def test_a_gang_starts_together_and_all_of_it_serves(stack: RunningStack) -> Non
         client.retire("team")
     eventually(lambda: stack.engines() == others, "its engines are still there")
 
-    facts = stack.facts()
+    facts = stack.facts()[before_count:]
     (committed,) = (fact for fact in facts if isinstance(fact, GangCommitted))
     commit = facts.index(committed)
     begun = [facts.index(f) for f in facts if isinstance(f, ReplicaStarting) and f.model == "team"]

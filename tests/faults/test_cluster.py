@@ -53,13 +53,13 @@ async def test_a_full_cluster_is_told_at_once_and_goes_on_when_there_is_room(tmp
                     told.append(why)
 
             tg.start_soon(work)
-            with anyio.fail_after(20):
+            with anyio.fail_after(60):
                 while not told:
                     await anyio.sleep(0.05)
             assert "store is full" in told[0]
             assert len(acknowledged) < 600
             await until_answered(bus, "STREAM.DELETE.FILLER", {})
-            with anyio.fail_after(20):
+            with anyio.fail_after(60):
                 while len(acknowledged) < 600:
                     await anyio.sleep(0.05)
             assert acknowledged == [stored.id async for stored in read_all(bus, ["sublet.fact.w.>"])]
@@ -85,4 +85,4 @@ async def test_a_lost_leader_costs_writers_some_seconds_and_no_fact(tmp_path: Pa
     assert [] == outcome.problems
     assert 0 == outcome.error_count
     assert outcome.acknowledged_count > 0
-    assert max(outcome.gaps_s) < 30.0, said
+    assert max(outcome.gaps_s) < 60.0, said

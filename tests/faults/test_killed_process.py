@@ -103,7 +103,7 @@ def lived(server: NatsServer, folder: Path, point: Point, *, fact_count: int) ->
         return subprocess.Popen(command)
 
     async def until_started(bus: Bus, count: int) -> None:
-        with anyio.fail_after(30):
+        with anyio.fail_after(60):
             while (await told(bus)).count("WriterStarted") < count:
                 await anyio.sleep(0.1)
 
@@ -113,11 +113,11 @@ def lived(server: NatsServer, folder: Path, point: Point, *, fact_count: int) ->
             first = start(point.step)
             await until_started(bus, 1)
             await retire(bus)
-            assert -signal.SIGKILL == await anyio.to_thread.run_sync(first.wait, 30)
+            assert -signal.SIGKILL == await anyio.to_thread.run_sync(first.wait, 60)
             second = start("never")
             try:
                 await until_started(bus, 2)
-                with anyio.move_on_after(20):
+                with anyio.move_on_after(60):
                     while len(await told(bus)) < fact_count:
                         await anyio.sleep(0.1)
                 await anyio.sleep(0.5)  # For what should not come.

@@ -27,7 +27,7 @@ from schemas.brokers import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 LEASE_EPOCH = 5
 T = TypeVar("T")
 

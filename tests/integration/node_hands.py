@@ -58,7 +58,7 @@ def effect_of(word: str, replica: ReplicaProposal) -> EngineEffect | TryGpu:
             granted_bytes=(int(granted_mib) * MiB,) * len(replica.shares),
             before_bytes=(int(before_mib) * MiB,) * len(replica.shares),
             resize_epoch=int(epoch),
-            deadline_s=10.0,
+            deadline_s=60.0,
         )
     match word:
         case "try":

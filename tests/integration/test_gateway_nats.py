@@ -65,9 +65,9 @@ async def test_the_real_holder_grants_closes_and_opens(
     buses: Callable[[str], AbstractAsyncContextManager[Bus]],
 ) -> None:
     async with world(buses=buses, holder_token="secret") as there, AsyncExitStack() as stack:
-        routes = Routes(term_s=1.0, born_version=1000)
+        routes = Routes(term_s=60.0, born_version=1000)
         # A holder that has just begun waits a term for gateways of its former life, which it does not know.
-        routes.table.born_at_s -= 10.0
+        routes.table.born_at_s -= 600.0
         url = await serve(stack, lease_app(routes=routes, token="secret"))
         routes.open("r", endpoint=there.engine.url)
         await there.historian.append(fleet.joined(holder_url=url))
@@ -84,4 +84,4 @@ async def test_the_real_holder_grants_closes_and_opens(
 
     assert 200 == first[0] == second[0]
     assert 0 == closed.expired_count
-    assert close_s < 0.25
+    assert close_s < 20, "long before the gateway's lease would end"

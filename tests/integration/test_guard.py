@@ -40,7 +40,7 @@ async def offered(tmp_path: Path, host: softgpu.Host, *words: str) -> dict[str, 
 
     def run() -> str:
         finished = subprocess.run(
-            command, env={**os.environ, **host.environment()}, cwd=ROOT, text=True, capture_output=True, timeout=60,
+            command, env={**os.environ, **host.environment()}, cwd=ROOT, text=True, capture_output=True, timeout=200,
             check=False,
         )  # fmt: skip
         assert finished.returncode == 0, finished.stderr

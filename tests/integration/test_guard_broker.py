@@ -52,7 +52,7 @@ def broker(host: softgpu.Host, folder: Path, *, hold: str, reserve_bytes: int = 
         yield [f"broker={folder}"]
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 async def test_the_grade_broker_is_given_when_a_direct_allocation_beyond_the_reserve_is_refused(

@@ -69,7 +69,7 @@ class Agent:
     async def stop(self, replica_id: str, *, grace_s: float = 20.0, query: str = "") -> EngineView:
         return await self.ask("POST", f"/engines/{quote(replica_id, safe='')}/stop{query}", EngineView, grace_s=grace_s)
 
-    async def wait(self, replica_id: str, *, timeout_s: float = 20.0) -> EngineView:
+    async def wait(self, replica_id: str, *, timeout_s: float = 60.0) -> EngineView:
         return await self.ask("GET", f"/engines/{quote(replica_id, safe='')}/wait?timeout_s={timeout_s}", EngineView)
 
     async def refused(self, method: str, path: str, *, status: int, **body: object) -> str:
@@ -78,7 +78,7 @@ class Agent:
 
 async def until(condition: Callable[[], bool]) -> None:
     """For what no event tells: the end of a process that is not our child, the output of one that is."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while not condition():
             await anyio.sleep(0.01)
 
@@ -199,7 +199,7 @@ async def test_where_the_kernel_takes_no_process_into_a_cgroup_the_group_is_decl
         wish = EngineStart(replica_id="a", lease_epoch=1, arguments=("env",), environment={}, gpu_uuids=())
         view = engines.start(wish)
         engines.open_gate("a", lease_epoch=1)
-        await engines.wait("a", lease_epoch=1, timeout_s=20)
+        await engines.wait("a", lease_epoch=1, timeout_s=60)
 
     assert view.namespace == "sublet-a"
     assert log_of(view).count("SOFTGPU_GROUP=sublet-a\n") == 1
@@ -274,9 +274,9 @@ async def test_a_second_holder_of_one_folder_is_refused(tmp_path: Path) -> None:
 
 
 async def test_a_gateway_learns_of_a_close_at_once_and_its_word_ends_it(tmp_path: Path) -> None:
-    async with holder_and_agent(tmp_path, token="t", term_s=5.0) as (holder, agent):
+    async with holder_and_agent(tmp_path, token="t", term_s=60.0) as (holder, agent):
         # A new holder would wait for leases of its former life.
-        holder.routes.table.born_at_s -= 60
+        holder.routes.table.born_at_s -= 600
         await agent.ask("POST", "/routes/open", type(None), status=204, replica_id="a", endpoint="http://x")
         async with aiohttp.ClientSession(f"http://127.0.0.1:{holder.port}") as session:
 
@@ -288,7 +288,7 @@ async def test_a_gateway_learns_of_a_close_at_once_and_its_word_ends_it(tmp_path
 
             assert (await wish(-1, token="wrong"))[0] == 401
             lease = msgspec.json.decode((await wish(-1))[1], type=RouteLease)
-            assert (lease.open_ids, lease.endpoints, lease.term_s) == (("a",), ("http://x",), 5.0)
+            assert (lease.open_ids, lease.endpoints, lease.term_s) == (("a",), ("http://x",), 60.0)
             closed: list[RouteClosed] = []
 
             async def gateway() -> None:
@@ -298,7 +298,7 @@ async def test_a_gateway_learns_of_a_close_at_once_and_its_word_ends_it(tmp_path
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(gateway)
-                with anyio.fail_after(2):
+                with anyio.fail_after(20):  # Long before the gateway's lease would end.
                     closed.append(await agent.ask("POST", "/routes/close", RouteClosed, replica_id="a"))
                 tasks.cancel_scope.cancel()
 

@@ -21,7 +21,7 @@ from schemas.deployments import SwapDriver
 from services.local.settings import StackSettings
 from services.local.stack import LocalStack, running
 
-pytestmark = [pytest.mark.anyio, pytest.mark.nats, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.anyio, pytest.mark.nats, pytest.mark.slow, pytest.mark.timeout(600)]
 CYCLES = 25
 SEED = 7
 
@@ -38,7 +38,7 @@ def settings(tmp_path: Path) -> StackSettings:
 
 
 def options(driver: SwapDriver) -> argparse.Namespace:
-    return argparse.Namespace(cycles=CYCLES, seed=SEED, driver=driver.value, minutes=3.0)
+    return argparse.Namespace(cycles=CYCLES, seed=SEED, driver=driver.value, minutes=6.0)
 
 
 async def test_parks_and_wakes_under_kills_and_faults_leave_nothing(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ async def started(
     tmp_path: Path, host: softgpu.Host, images: Path, driver: SwapDriver, *, gpu_count: int = 1, **settings: object
 ) -> AsyncIterator[tuple[Hands, dict[str, Any]]]:
     """Hands, and what they told of the start."""
-    more = {"images_dir": str(images), "lock_timeout_s": 1.0} | settings
+    more = {"images_dir": str(images), "lock_timeout_s": 20.0} | settings
     try:
         async with hands_on(tmp_path, host, proposal(host, driver, gpu_count=gpu_count), **more) as hands:
             told = await hands.do("start")
@@ -94,7 +94,11 @@ def kept(images: Path) -> list[str]:
 
 
 def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    """Empty when it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 CASES = [

@@ -81,7 +81,7 @@ class Fleet:
             )
             async with anyio.create_task_group() as tg:
                 tg.start_soon(runner.run)
-                with anyio.fail_after(10):
+                with anyio.fail_after(60):
                     while not runner.status.is_ready:
                         await anyio.sleep(0.005)
                 assert runner.processor is not None
@@ -193,7 +193,7 @@ async def test_a_gateway_that_starts_after_a_trim_knows_every_route(fleet: Fleet
         runtime = Runtime(settings, gateway_id="g", signals=signals, clock=time.time)
         view = HistoryView(bus, runtime)
         tg.start_soon(view.run)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while not view.is_usable:
                 await anyio.sleep(0.01)
         tg.cancel_scope.cancel()
@@ -216,7 +216,7 @@ async def test_the_log_of_events_goes_on_behind_the_start_of_a_trimmed_history(f
         events = EventLog(bus, lambda: state)
         async with anyio.create_task_group() as tg:
             tg.start_soon(events.follow)
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 while events._last_seq < (await fleet.history())[-1].seq:
                     await anyio.sleep(0.01)
             tg.cancel_scope.cancel()

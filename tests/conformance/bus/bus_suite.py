@@ -24,7 +24,7 @@ from kit.bus import (
 PREFIX = "sublet.fact.placement.>"
 OTHER_PREFIX = "sublet.fact.swapper.>"
 ALL_FACTS = ["sublet.fact.>"]
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 Connect = Callable[[str], Awaitable[Bus]]
 

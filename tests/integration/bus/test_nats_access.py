@@ -62,7 +62,7 @@ async def last_seq_of(bus: NatsBus, writer: str) -> int:
 
 
 async def read_one(bus: NatsBus, stream: Stream, *filters: str) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         async with aclosing(bus.read(stream, filters, after_seq=0)) as reading:
             await reading.__anext__()
 
@@ -126,9 +126,9 @@ async def test_placement_reads_the_inbox_and_answers_commands_and_queries(instal
             await tenant.publish_stored("sublet.in.acme.deploy", b"{}", id="c-1")
             await read_one(placement, Stream.INBOX, "sublet.in.>")
             await placement.publish("sublet.out.acme.c-1", b"admitted")
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 await answered.wait()
-            assert await tenant.request("sublet.query.acme.placement.ps", b"", timeout_s=10) == b"view"
+            assert await tenant.request("sublet.query.acme.placement.ps", b"", timeout_s=60) == b"view"
 
     assert [answer.body for answer in answers] == [b"admitted"]
 
@@ -146,7 +146,7 @@ async def test_an_order_reaches_the_agent_of_its_node(installation: Installation
         agent.subscribe("sublet.order.n1.*", receive),
     ):
         await swapper.publish("sublet.order.n1.wake", b"{}")
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             await arrived.wait()
 
     assert [order.subject for order in received] == ["sublet.order.n1.wake"]
@@ -261,12 +261,13 @@ async def test_a_user_may_not_subscribe_there(installation: Installation, user: 
 
 
 async def test_a_forbidden_read_and_request_fail_at_once(installation: Installation) -> None:
+    """Long before anybody has waited long enough for an answer."""
     async with installation.bus("tenant.acme") as tenant:
-        with anyio.fail_after(0.9), pytest.raises(Forbidden):
+        with anyio.fail_after(20), pytest.raises(Forbidden):
             await read_one(tenant, Stream.HISTORY, "sublet.fact.>")
-        with anyio.fail_after(0.9), pytest.raises(Forbidden):
-            await tenant.request("sublet.query.globex.placement.ps", b"", timeout_s=10)
-        with anyio.fail_after(0.9), pytest.raises(AppendRefused):
+        with anyio.fail_after(20), pytest.raises(Forbidden):
+            await tenant.request("sublet.query.globex.placement.ps", b"", timeout_s=60)
+        with anyio.fail_after(20), pytest.raises(AppendRefused):
             await tenant.publish_stored("sublet.in.globex.deploy", b"", id="1")
 
 
@@ -277,10 +278,10 @@ async def test_a_service_may_answer_only_what_it_was_asked(installation: Install
 
 async def test_an_unknown_key_is_refused_at_once_and_says_so(installation: Installation, tmp_path: Path) -> None:
     generate_keys(tmp_path, ["stranger"])
-    with anyio.fail_after(5), pytest.raises(Forbidden, match="does not know this key"):
+    with anyio.fail_after(30), pytest.raises(Forbidden, match="does not know this key"):
         async with NatsBus(installation.server.url, read_seed(tmp_path, "stranger"), "stranger"):
             pass
-    with anyio.fail_after(5), pytest.raises(Forbidden):
+    with anyio.fail_after(30), pytest.raises(Forbidden):
         async with NatsBus(installation.server.url):
             pass
 

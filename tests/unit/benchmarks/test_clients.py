@@ -48,7 +48,7 @@ async def gateway(answer: Answer) -> AsyncIterator[Clients]:
 
 async def sent_to(answer: Answer, plan: list[Planned] | None = None) -> list[Sent]:
     async with gateway(answer) as clients:
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             await clients.run(plan or planned(0.0))
     assert len(clients.requests) == clients.answered_count + clients.failures.total()
     return clients.requests

@@ -70,7 +70,7 @@ class World:
             return msgspec.json.decode(await response.read(), type=StateMark)
 
     async def until_decided(self, count: int) -> None:
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while self.runner.processor is None or len(self.runner.processor.state.decided) < count:
                 await anyio.sleep(0.01)
 
@@ -92,7 +92,7 @@ async def running() -> AsyncIterator[World]:
     )
     async with health_server(runner, ConnectionSettings()) as port, anyio.create_task_group() as tg:
         tg.start_soon(runner.run)
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while not runner.status.is_ready:
                 await anyio.sleep(0.01)
         yield World(server, runner, port)

@@ -117,7 +117,7 @@ async def test_on_a_bus_all_join_and_each_answers_under_its_own_prefix() -> None
             await placement.append(
                 prefix_of("placement"), [_entry(n, fact) for n, fact in enumerate(facts)], last_seq=0
             )
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 await agents.until(lambda seen: seen.ready_count == 3)
             tg.cancel_scope.cancel()
         joins = [await bus.last(prefix_of(f"node.node-{number}")) for number in range(3)]

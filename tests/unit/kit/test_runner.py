@@ -82,7 +82,7 @@ class World:
         runner = self.runner(instance, journal=journal, needs_lease=needs_lease, service=service, **options)
         async with anyio.create_task_group() as tg:
             tg.start_soon(runner.run)
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 while not runner.status.is_ready:
                     await anyio.sleep(0.01)
             yield runner
@@ -113,7 +113,7 @@ class World:
         return f"{fact.model}:{fact.reason}" if hasattr(fact, "reason") else ""  # type: ignore[attr-defined]
 
     async def until_facts(self, count: int) -> list[str]:
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while len(self.facts()) < count:
                 await anyio.sleep(0.01)
         return self.facts()
@@ -192,13 +192,13 @@ async def test_a_foreign_message_under_the_own_prefix_makes_the_writer_rebuild_a
         await world.retire("a")
         await world.until_facts(2)
         await world.bus.publish_stored("sublet.fact.autoscaler.junk", b"{not json", id="junk")
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while runner.status.rebuilt_count == 0 or not runner.status.is_ready:
                 await anyio.sleep(0.01)
         await world.retire("b")
 
         readable = [s for s in world.server.stored(Stream.HISTORY) if b"not json" not in s.body]
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while len([s for s in readable if b'"b"' in s.body]) < 3:
                 await anyio.sleep(0.01)
                 readable = [s for s in world.server.stored(Stream.HISTORY) if b"not json" not in s.body]
@@ -209,7 +209,7 @@ async def test_a_foreign_message_under_the_own_prefix_makes_the_writer_rebuild_a
 async def test_a_fact_in_an_unknown_version_makes_the_service_not_ready_and_nothing_is_decided(world: World) -> None:
     async with world.running("one") as runner:
         await world.append_raw(b'{"type": "placement.deployment_retired.v99"}')
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while runner.status.is_ready:
                 await anyio.sleep(0.01)
         await world.retire("a")
@@ -247,7 +247,7 @@ async def test_a_journaled_writer_decides_while_the_stream_is_away_and_uploads_i
         world.server.stop()
         runner.offer(WorkDone(model="x"))
         runner.offer(WorkDone(model="y"))
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while len([e for e in journal.entries if _reason(e)]) < 2:
                 await anyio.sleep(0.01)
         assert ["x:done", "y:done"] == [d for e in journal.entries if (d := _reason(e))]
@@ -261,7 +261,7 @@ async def test_what_only_the_journal_holds_is_part_of_the_state_after_a_restart(
     async with world.running("one", journal=journal) as runner:
         world.server.stop()
         runner.offer(WorkDone(model="x"))
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while not [e for e in journal.entries if _reason(e)]:
                 await anyio.sleep(0.01)
     journal.close()

@@ -47,7 +47,7 @@ class Story:
         return [f"{event.name} {event.kind}" for event in self.events]
 
     async def until(self, happened: Callable[[ProcessEvent], bool]) -> ProcessEvent:
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             while True:
                 for event in self.events:
                     if happened(event):
@@ -179,8 +179,9 @@ async def test_an_exception_of_the_body_comes_out_as_it_is_after_all_has_stopped
 async def test_cancelling_stops_everything(tmp_path: Path) -> None:
     story = Story()
 
-    with anyio.move_on_after(0.2):
+    with anyio.CancelScope() as scope:
         async with supervise([spec(tmp_path, "a")], on_event=story):
+            scope.cancel()
             await anyio.sleep_forever()
 
     assert identity_of(story.events[0].pid) is None
@@ -194,7 +195,7 @@ async def test_one_that_ignores_sigterm_is_killed_within_the_deadline_for_all(tm
         for name in ("a", "b")
     ]  # fmt: skip
 
-    with anyio.fail_after(15):
+    with anyio.fail_after(60):
         async with supervise(deaf, on_event=story, stop_timeout_s=0.1):
             pass
 
@@ -238,7 +239,7 @@ anyio.run(main)
 
     process.kill()
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while any(child and is_alive(child) for child in children):
             await anyio.sleep(0.01)
     process.wait()

@@ -29,7 +29,7 @@ def text_of(tmp_path: Path) -> str:
 
 async def until(condition: Callable[[], bool]) -> None:
     """For what no event tells: the end of a process that is not our child, the output of one that is."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while not condition():
             await anyio.sleep(0.01)
 

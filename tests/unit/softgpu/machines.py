@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,7 +55,7 @@ class Child:
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
 
 
 class Machine:
@@ -79,7 +80,7 @@ class Machine:
         """Runs a program to its end; what it said last."""
         command = [sys.executable, "-c", "from words import *\n" + program]
         finished = subprocess.run(
-            command, env=self.environment(group), capture_output=True, text=True, timeout=60, check=False
+            command, env=self.environment(group), capture_output=True, text=True, timeout=200, check=False
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
         return json.loads(finished.stdout.splitlines()[-1]) if finished.stdout else None
@@ -101,6 +102,19 @@ class Machine:
                 child.kill()
             child.close()
         self.host.remove()
+
+
+def quickest(measure: Callable[[], Sequence[float]], limits: Sequence[float], *, tries_max: int = 30) -> list[float]:
+    """The shortest of each time over several measurements, until all are below their limits.
+
+    What the code costs shows in the shortest, what busy neighbours did in the others. None is ever too short by that.
+    """
+    best = list(measure())
+    for _ in range(tries_max - 1):
+        if all(time < limit for time, limit in zip(best, limits, strict=True)):
+            break
+        best = [min(pair) for pair in zip(best, measure(), strict=True)]
+    return best
 
 
 class MakeMachine(Protocol):

@@ -137,7 +137,7 @@ def test_calls_of_a_locked_process_wait_and_go_on(machine: MakeMachine) -> None:
 
 
 def test_a_lock_waits_for_queued_work_and_gives_up_in_time(machine: MakeMachine) -> None:
-    one = machine(h2d_bytes_per_s=100 * MiB)
+    one = machine(h2d_bytes_per_s=16 * MiB)
     child = one.start("""
 context(); device = ok(cu.cuMemAlloc(64 * MiB)); host = int(ok(cu.cuMemHostAlloc(64 * MiB, 0)))
 stream = ok(cu.cuStreamCreate(1)); say('up'); wait()
@@ -149,10 +149,10 @@ wait(); say('still', free_and_total()[0]); wait()""")
 
     started_s = time.monotonic()
     assert acting.ask(f"lock {child.pid} 50") == "CUDA_ERROR_NOT_READY"
-    assert time.monotonic() - started_s < 0.4
+    assert time.monotonic() - started_s < 3, "the copy takes four"
     assert state(acting, child.pid) == "running"
     assert child.ask() == ["still", 192]
-    assert acting.ask(f"lock {child.pid} 5000") == DONE
+    assert acting.ask(f"lock {child.pid} 60000") == DONE
 
 
 def test_a_return_that_does_not_fit_can_be_tried_again(machine: MakeMachine) -> None:
@@ -245,6 +245,13 @@ def test_a_process_killed_while_it_is_away_leaves_nothing(machine: MakeMachine) 
     assert one.chunk_files() == []
 
 
+def until_begun(looking: Child, pid: int) -> None:
+    """A checkpoint or a restore of that process is on its way."""
+    ends_at_s = time.monotonic() + 60
+    while state(looking, pid) not in ("checkpointing", "restoring"):
+        assert time.monotonic() < ends_at_s
+
+
 @pytest.mark.parametrize("step", ["checkpoint", "restore"])
 def test_when_the_driving_process_dies_in_a_step_another_takes_it_up(machine: MakeMachine, step: str) -> None:
     one = machine(costs={step: softgpu.CallCost(call_ns=10_000_000_000)}, context_bytes=8 * MiB)
@@ -254,9 +261,7 @@ def test_when_the_driving_process_dies_in_a_step_another_takes_it_up(machine: Ma
         assert acting.ask(f"{name} {child.pid}") == DONE
     acting.tell(f"{step} {child.pid}")
     second = driver(one)
-    deadline_s = time.monotonic() + 5
-    while state(second, child.pid) not in ("checkpointing", "restoring"):
-        assert time.monotonic() < deadline_s
+    until_begun(second, child.pid)
     assert second.ask(f"{step} {child.pid}") == "CUDA_ERROR_ILLEGAL_STATE"  # somebody is at it
     acting.kill()
 
@@ -265,12 +270,12 @@ def test_when_the_driving_process_dies_in_a_step_another_takes_it_up(machine: Ma
 
 
 def test_a_process_given_up_within_a_step_stays_given_up(machine: MakeMachine) -> None:
-    one = machine(costs={"checkpoint": softgpu.CallCost(call_ns=500_000_000)})
+    one = machine(costs={"checkpoint": softgpu.CallCost(call_ns=3_000_000_000)})
     child, _ = target(one)
-    acting = driver(one)
+    acting, looking = driver(one), driver(one)
     acting.ask(f"lock {child.pid}")
     acting.tell(f"checkpoint {child.pid}")
-    time.sleep(0.1)
+    until_begun(looking, child.pid)
 
     one.host.fail_checkpoint(child.pid)
 

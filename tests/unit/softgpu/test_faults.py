@@ -5,33 +5,40 @@ import time
 import pytest
 
 import softgpu
-from tests.unit.softgpu.machines import MakeMachine
+from tests.unit.softgpu.machines import MakeMachine, quickest
 
 pytestmark = pytest.mark.processes
 
 MiB = 1 << 20
-ASK = "context()\nfor line in sys.stdin: answer = cu.cuMemAlloc(int(line) * MiB); say(error(answer))"
+ASK = "context(); say('up')\nfor line in sys.stdin: answer = cu.cuMemAlloc(int(line) * MiB); say(error(answer))"
 
 
 def test_a_slow_call_is_late_and_its_neighbours_are_not(machine: MakeMachine) -> None:
     one = machine()
-    one.host.set_fault("cuMemCreate", kind="delay", delay_s=0.3)
 
-    slow_s, next_s, other_s = one.run("""
-context()
-def timed(call):
-    start = time.perf_counter(); call(); return time.perf_counter() - start
-other = timed(lambda: cu.cuMemAlloc(2 * MiB))
-say(timed(lambda: create(2 * MiB)), timed(lambda: create(2 * MiB)), other)
-""")
+    def measure() -> list[float]:
+        one.host.set_fault("cuMemCreate", kind="delay", delay_s=0.3)
+        return list(one.run(DELAYED))
+
+    slow_s, next_s, other_s = quickest(measure, (0.6, 0.2, 0.2))
 
     assert 0.3 <= slow_s < 0.6
     assert max(next_s, other_s) < 0.2
 
 
+DELAYED = """
+context()
+def timed(call):
+    start = time.perf_counter(); call(); return time.perf_counter() - start
+other = timed(lambda: cu.cuMemAlloc(2 * MiB))
+say(timed(lambda: create(2 * MiB)), timed(lambda: create(2 * MiB)), other)
+"""
+
+
 def test_a_call_hangs_until_the_faults_are_cleared(machine: MakeMachine) -> None:
     one = machine()
     child = one.start(ASK)
+    child.hear()
     one.host.set_fault("cuMemAlloc", kind="hang")
     child.tell(2)
     time.sleep(1.0)
@@ -46,13 +53,17 @@ def test_a_call_hangs_until_the_faults_are_cleared(machine: MakeMachine) -> None
 def test_a_hanging_call_keeps_its_process_from_being_locked(machine: MakeMachine) -> None:
     one = machine()
     child = one.start(ASK)
+    child.hear()
     one.host.set_fault("cuMemAlloc", kind="hang")
     child.tell(2)
 
     assert (
         one.run(f"""
-context(); time.sleep(0.5); arguments = cu.CUcheckpointLockArgs(); arguments.timeoutMs = 100
-say(error(cu.cuCheckpointProcessLock({child.pid}, arguments)))""")
+context(); arguments = cu.CUcheckpointLockArgs(); arguments.timeoutMs = 100
+while (answer := error(cu.cuCheckpointProcessLock({child.pid}, arguments))) != "CUDA_ERROR_NOT_READY":
+    if answer == "CUDA_SUCCESS": ok(cu.cuCheckpointProcessUnlock({child.pid}, None))  # It has not begun the call yet.
+    time.sleep(0.05)
+say(answer)""")
         == "CUDA_ERROR_NOT_READY"
     )
 
@@ -117,6 +128,7 @@ def test_processes_can_be_missing_or_without_bytes(machine: MakeMachine) -> None
 def test_an_error_strikes_the_contexts_of_one_process(machine: MakeMachine) -> None:
     one = machine(gpus=2)
     victim, neighbour = one.start(ASK), one.start(ASK)
+    assert ["up", "up"] == [victim.hear(), neighbour.hear()]
     assert [victim.ask(2), neighbour.ask(2)] == ["CUDA_SUCCESS"] * 2
 
     one.host.strike(0, 31, pid=victim.pid)
@@ -130,7 +142,9 @@ def test_some_errors_strike_everybody_on_the_gpu(machine: MakeMachine, xid: int,
     """An uncontained memory error; and under MPS, where clients share one fate, any fatal one."""
     one = machine(gpus=2, mps=mps)
     first, second = one.start(ASK), one.start(ASK)
+    assert ["up", "up"] == [first.hear(), second.hear()]
     elsewhere = one.start(ASK.replace("context()", "context(1)"))
+    elsewhere.hear()
     assert [first.ask(2), second.ask(2), elsewhere.ask(2)] == ["CUDA_SUCCESS"] * 3
 
     one.host.strike(0, xid, pid=first.pid if pid_named else None)
@@ -147,6 +161,7 @@ def test_some_errors_strike_everybody_on_the_gpu(machine: MakeMachine, xid: int,
 def test_a_failed_checkpoint_ends_the_process_s_calls(machine: MakeMachine) -> None:
     one = machine()
     child = one.start(ASK)
+    child.hear()
     assert child.ask(2) == "CUDA_SUCCESS"
 
     one.host.fail_checkpoint(child.pid)

@@ -71,7 +71,7 @@ def test_opened_memory_outlives_its_owner_and_is_charged_to_nobody_then(machine:
 
 
 def test_an_event_passes_in_another_process(machine: MakeMachine) -> None:
-    one = machine(h2d_bytes_per_s=64 * MiB)
+    one = machine(h2d_bytes_per_s=8 * MiB)
     child, _, event = owner(
         one,
         """
@@ -90,7 +90,7 @@ ok(cu.cuStreamSynchronize(stream)); say(pending, time.perf_counter() - start, er
     pending, waited_s, after = user.ask()
 
     assert (pending, after) == ("CUDA_ERROR_NOT_READY", "CUDA_SUCCESS")
-    assert 0.2 < waited_s < 2
+    assert 0.2 < waited_s < 30
 
 
 def test_who_waits_for_a_dead_process_s_event_goes_on(machine: MakeMachine) -> None:

@@ -1,6 +1,7 @@
 """The client against a real event server, with a placement of ten lines; and how it fails."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -52,15 +53,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield _address(folder, process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(10)
+        process.wait(60)
 
 
 def _address(folder: Path, process: "subprocess.Popen[bytes]") -> str:
     """The address that the server writes down when it listens."""
     ports = folder / f"nats-server_{process.pid}.ports"
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
-        if ports.exists() and ports.read_text().strip():
+        with contextlib.suppress(OSError, ValueError):  # Not written yet, or half.
             return str(json.loads(ports.read_text())["nats"][0]).removeprefix("nats://")
         time.sleep(0.01)
     raise AssertionError("nats-server did not start")
@@ -136,7 +137,7 @@ def test_many_are_applied_and_one_rejection_stops_none(server: str) -> None:
 def test_a_command_without_an_answer_is_stored(server: str) -> None:
     async def scenario() -> None:
         async with placement(server, FakeControlPlane(), is_mute=True) as connection:
-            async with sublet.connect(context_of(server), timeout_s=0.3) as client:
+            async with sublet.connect(context_of(server), timeout_s=2.0) as client:
                 with pytest.raises(TimedOut, match="stored and will be handled"):
                     await client.park("chat")
             assert (await connection.jetstream().stream_info("INBOX")).state.messages == 1
@@ -144,7 +145,7 @@ def test_a_command_without_an_answer_is_stored(server: str) -> None:
     asyncio.run(scenario())
 
 
-async def _error_of(context: Context, *, is_query: bool, timeout_s: float = 0.3) -> SubletError:
+async def _error_of(context: Context, *, is_query: bool, timeout_s: float = 2.0) -> SubletError:
     with pytest.raises(SubletError) as caught:
         async with sublet.connect(context, timeout_s=timeout_s) as client:
             await (client.nodes() if is_query else client.wake("chat"))
@@ -182,10 +183,12 @@ def test_wrong_credentials_are_refused(server: str) -> None:
 
 def test_a_dead_port_is_found_at_once() -> None:
     began_s = time.monotonic()
-    error = asyncio.run(_error_of(Context(nats_url="nats://127.0.0.1:1,nats://127.0.0.1:2"), is_query=True))
+    error = asyncio.run(
+        _error_of(Context(nats_url="nats://127.0.0.1:1,nats://127.0.0.1:2"), is_query=True, timeout_s=60)
+    )
 
     assert isinstance(error, Unreachable)
-    assert time.monotonic() - began_s < 2
+    assert time.monotonic() - began_s < 20
     assert error.fix.endswith("`make up`")
 
 
@@ -197,7 +200,7 @@ def test_without_any_context_the_fix_is_told() -> None:
 
 def test_the_synchronous_client_waits_for_each_answer(server: str) -> None:
     """Without a placement; every function goes the same way."""
-    with sublet.connect_sync(context_of(server), timeout_s=0.3) as client, pytest.raises(Unreachable):
+    with sublet.connect_sync(context_of(server), timeout_s=2.0) as client, pytest.raises(Unreachable):
         client.nodes()
 
 
