@@ -157,6 +157,15 @@ def kill_at_steps(
     return result
 
 
+def race(*, instrument: str = "none", progress: Callable[[str], None] = in_silence) -> FuzzResult:
+    """The target of a checkpoint to storage dies at each step of it, and a new process takes its rows."""
+    with fuzz_host() as host:
+        result = run_program(host, "races", instrument=instrument, progress=progress)
+        if not result.is_clean:
+            raise_findings(host, result)
+    return result
+
+
 class FuzzFinding(HostError):
     """The software GPU broke a rule; `result` has the figures."""
 
@@ -183,6 +192,7 @@ def add_fuzz(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument(
         "--steps", nargs="?", const="all", metavar="OPERATION", help="kill at each step: of one, quick or all"
     )
+    parser.add_argument("--races", action="store_true", help="targets of checkpoints die, others take their rows")
     parser.add_argument("--every-instruction", action="store_true", help="with --steps: at each instruction")
     parser.add_argument("--stride", type=int, default=1, help="with --steps: only at each so many-th")
     parser.add_argument("--instrument", choices=sorted(INSTRUMENTS), default="none")
@@ -200,6 +210,8 @@ def replay_line(options: argparse.Namespace) -> str:
     line += harshness_of(options).flags()
     if options.steps:
         line = f"python -m softgpu fuzz --steps '{options.steps}'" + " --every-instruction" * options.every_instruction
+    if options.races:
+        line = "python -m softgpu fuzz --races"
     return line + (f" --instrument {options.instrument}" if options.instrument != "none" else "")
 
 
@@ -224,7 +236,9 @@ def run_fuzz(options: argparse.Namespace) -> None:
         raise HostError("there are 1 to 64 workers, and all else that is counted is at least one")
     progress = show_progress(options)
     try:
-        if options.steps:
+        if options.races:
+            result = race(instrument=options.instrument, progress=progress)
+        elif options.steps:
             result = kill_at_steps(
                 options.steps,
                 is_every_instruction=options.every_instruction,

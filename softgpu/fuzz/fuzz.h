@@ -63,9 +63,10 @@ void fill_pattern(unsigned char *bytes, uint64_t tag, uint64_t count);
 void worker_run(int number, uint64_t incarnation);
 const char *operation_name(int kind); /* NULL behind the last */
 
-/* run.c, steps.c, plant.c: each returns the exit status of the program */
+/* run.c, steps.c, races.c, plant.c: each returns the exit status of the program */
 int fuzz_run(const fuzz_options *options);
 int steps_run(const char *only, int is_every_instruction, int stride);
+int races_run(void);
 int plant(const char *kind);
 const char *plant_kind(int index);
 int lose_wakeup(void);
@@ -90,7 +91,7 @@ int trace_is_possible(void);
 void trace_start(trace_plan plan); /* of the calling thread */
 void trace_list(place_list *list, int is_every_instruction); /* lists the places instead of dying */
 void trace_end(void);
-int trace_await(place chosen); /* dies there; -1 when its code cannot be written to */
+int trace_await(place chosen, int last); /* gets that signal there; -1 when its code cannot be written to */
 
 /* patience.c */
 typedef struct {

@@ -10,7 +10,7 @@
 
 static int usage(void) {
     fprintf(stderr, "usage: softgpu-fuzz run SEED OPERATIONS WORKERS KILL_EVERY BREAK_EVERY CHECK_EVERY FAILING | steps OPERATION|quick|all EVERY_INSTRUCTION STRIDE | "
-                    "plant KIND | kinds | lose-wakeup | try-patience\n");
+                    "plant KIND | kinds | races | lose-wakeup | try-patience\n");
     return 2;
 }
 
@@ -24,8 +24,9 @@ int main(int count, char **arguments) {
     if (count == 2 && !strcmp(arguments[1], "kinds"))
         return list_kinds();
     int is_lost_wakeup = count == 2 && !strcmp(arguments[1], "lose-wakeup");
+    int is_races = count == 2 && !strcmp(arguments[1], "races");
     int is_patience = count == 2 && !strcmp(arguments[1], "try-patience");
-    if (count < 3 && !is_lost_wakeup && !is_patience)
+    if (count < 3 && !is_lost_wakeup && !is_patience && !is_races)
         return usage();
     if (host_attach())
         return 2;
@@ -33,6 +34,8 @@ int main(int count, char **arguments) {
         return lose_wakeup();
     if (is_patience)
         return try_patience();
+    if (is_races)
+        return races_run();
     if (!strcmp(arguments[1], "plant"))
         return plant(arguments[2]);
     if (!strcmp(arguments[1], "steps") && count == 5)

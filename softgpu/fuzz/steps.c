@@ -348,7 +348,7 @@ static int sacrifice_at(const scenario *chosen, place where) {
     if (victim)
         return wait_for(victim);
     chosen->setup();
-    if (trace_await(where))
+    if (trace_await(where, SIGKILL))
         _exit(CAME_TO_THE_END);
     chosen->act();
     _exit(CAME_TO_THE_END);

@@ -43,12 +43,13 @@ static struct {
     trace_plan plan;
     uint64_t hash;
     int steps_left, is_counting;
+    int last; /* the signal that the thread gets at its place */
     uint64_t places_before; /* how often the breakpoint's place was reached */
     unsigned char covered;  /* what the breakpoint stands for */
     place_list *list;
 } traced;
 
-static void die(void) { kill(traced.process, SIGKILL); }
+static void die(void) { kill(traced.process, traced.last); }
 
 static int has_entered_kernel(const unsigned char *next_instruction) {
     return next_instruction[-2] == 0x0f && next_instruction[-1] == 0x05; /* syscall */
@@ -130,6 +131,7 @@ void trace_start(trace_plan plan) {
     memset(&traced, 0, sizeof traced);
     traced.process = getpid();
     traced.thread = gettid();
+    traced.last = SIGKILL;
     traced.plan = plan;
     traced.steps_left = plan.steps;
     traced.is_counting = !plan.from_chunk_id;
@@ -175,11 +177,12 @@ static void on_breakpoint(int number, siginfo_t *information, void *context) {
     registers[REG_EFL] |= TRAP_FLAG;
 }
 
-int trace_await(place chosen) {
+int trace_await(place chosen, int last) {
     long page = sysconf(_SC_PAGESIZE);
     void *start = (void *)((uintptr_t)chosen.address / (uintptr_t)page * (uintptr_t)page);
     memset(&traced, 0, sizeof traced);
     traced.process = getpid();
+    traced.last = last;
     awaited = chosen;
     if (mprotect(start, (size_t)page, PROT_READ | PROT_WRITE | PROT_EXEC))
         return -1;
@@ -195,8 +198,8 @@ int trace_is_possible(void) { return 0; }
 void trace_start(trace_plan plan) { (void)plan, (void)hash_of_state; }
 void trace_list(place_list *list, int is_every_instruction) { (void)list, (void)is_every_instruction; }
 void trace_end(void) {}
-int trace_await(place chosen) {
-    (void)chosen;
+int trace_await(place chosen, int last) {
+    (void)chosen, (void)last;
     return -1;
 }
 

@@ -79,8 +79,10 @@ CUresult handle_create(int device, uint64_t bytes, const CUmemAllocationProp *pr
 }
 
 CUresult handle_adopt(int chunk, int descriptor, int *handle) {
-    const chunk_record *shared = &host->chunks[chunk]; /* ours to read: the descriptor keeps the row */
+    const chunk_record *shared = &host->chunks[chunk]; /* the descriptor keeps the row, but not its owner's */
+    host_lock();
     int device = process_ordinal(driver_process(), chunk_device(shared));
+    host_unlock();
     CUresult result = fill_record(chunk, device, shared->bytes, descriptor, handle);
     if (result == CUDA_SUCCESS)
         records[*handle].properties = (CUmemAllocationProp){

@@ -51,11 +51,12 @@ static int list_chunks(const target *aimed, int device_index, int *rows) {
     return count;
 }
 
-/* With the driver lock held. */
-static int map_chunk(int row, uint64_t address) {
-    int handle;
+/* With the driver lock held. When the target has died meanwhile, its rows may be others' by now. */
+static int map_chunk(const target *aimed, int row, uint64_t address) {
+    int handle, descriptor = -1;
     host_lock();
-    int descriptor = chunk_open(row, own_process);
+    if (target_is_there(aimed))
+        descriptor = chunk_open(row, own_process);
     host_unlock();
     if (descriptor < 0 || handle_adopt(row, descriptor, &handle) != CUDA_SUCCESS)
         return -1;
@@ -119,7 +120,7 @@ static int map_block(operation *made, int device_index) {
         made->mapped_bytes[made->info.deviceCount++] = round_up(bytes, GRANULARITY);
         block->devPtr = at = (CUdeviceptr)base;
         for (int i = 0; i < count && !failed; i++) {
-            failed = map_chunk(rows[i], at);
+            failed = map_chunk(&made->aimed, rows[i], at);
             at += failed ? 0 : host->chunks[rows[i]].bytes;
         }
         block->size = at - block->devPtr;

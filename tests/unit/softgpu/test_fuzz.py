@@ -74,3 +74,11 @@ def test_death_at_any_step_of_any_operation_leaves_nothing() -> None:
     assert result.figures["operations"] >= 29
     assert result.figures["kills"] > 400
     assert result.figures["not_reached"] <= 5
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only there a process can count its own instructions")
+def test_a_checkpoint_whose_target_dies_does_not_touch_who_took_its_rows() -> None:
+    result = fuzzing.race()
+
+    assert result.findings == []
+    assert result.figures["races"] > 10
