@@ -145,6 +145,8 @@ class BrokerView(Struct, frozen=True, kw_only=True):
     host: tuple[HostPoolView, ...]
     disk_budget_bytes: Bytes
     disk_used_bytes: Bytes
+    image_deployment_ids: tuple[Identifier, ...] = ()
+    """Deployments for which host memory is used or reserved, whether an account is open or not."""
 
 
 # --- The engine's side ------------------------------------------------------------------------------------------------

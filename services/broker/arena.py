@@ -227,6 +227,11 @@ class Arena:
             del self.images[image.key]
             self._unuse(image)
 
+    def deployment_ids(self) -> tuple[str, ...]:
+        """That have images or a reservation."""
+        images = {image.deployment_id for image in self.images.values()}
+        return tuple(sorted(images | {deployment_id for deployment_id, _ in self.reserved.values()}))
+
     def forget_deployment(self, deployment_id: str) -> None:
         """All images of its replicas, and what they were promised."""
         for image in [image for image in self.images.values() if image.deployment_id == deployment_id]:

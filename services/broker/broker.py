@@ -169,6 +169,7 @@ class Broker:
             host=self.host.views(),
             disk_budget_bytes=self.host.arena.disk_budget_bytes,
             disk_used_bytes=self.host.arena.disk_used_bytes,
+            image_deployment_ids=self.host.arena.deployment_ids(),
         )
 
     # ---- engines: who they are

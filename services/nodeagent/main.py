@@ -22,15 +22,18 @@ from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
 from services.nodeagent import health, leases, residency, shares, suspicion
 from services.nodeagent.core import SERVICE
+from services.nodeagent.effects import reconciling
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.effects.probing import offered, our_pids
+from services.nodeagent.effects.reconciling import record_in
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.guard.making import guard_of
 from services.nodeagent.guard.watchdog import Watchdog
 from services.nodeagent.holder_client import HolderClient, HolderProblem
 from services.nodeagent.logs import read_tail
 from services.nodeagent.mover.mover import mover_of
+from services.nodeagent.reconciling import Record
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.runtimes.api import RuntimeProblem
 from services.nodeagent.runtimes.docker import Containers
@@ -86,6 +89,7 @@ async def main() -> None:
                 tracer=telemetry,
                 watchers=watchers,
                 report=runner.offer,
+                record=lambda: _record_of(runner),
                 rooms=rooms,
                 containers=containers,
             )
@@ -104,7 +108,7 @@ async def main() -> None:
 
 
 def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> None:
-    """Over engines, whether they keep to their grants, over their accounts, and over GPUs, whether they are well."""
+    """Over engines, whether they keep to their grants and have a lease, over accounts, and over GPUs' health."""
     watchdog = Watchdog(
         hands.settings,
         guard=hands.guard,
@@ -114,6 +118,7 @@ def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> Non
         report=runner.offer,
     )
     hands.watchers.start_soon(watchdog.run)
+    hands.watchers.start_soon(reconciling.keep, hands)
     if hands.guard.accounts is not None:
         hands.watchers.start_soon(hands.guard.accounts.keep, lambda: _deployments_of(runner))
     watch = GpuWatch(
@@ -148,6 +153,12 @@ async def with_broker(settings: NodeAgentSettings, holder: HolderClient) -> Node
         return msgspec.structs.replace(
             settings, broker_socket=broker.control_socket, broker_engine_socket=broker.engine_socket
         )
+
+
+def _record_of(runner: Runner[NodeState]) -> Record | None:
+    """None while this agent does not decide: another may have taken its place."""
+    processor = runner.processor if runner.status.is_ready else None
+    return record_in(processor.state) if processor is not None else None
 
 
 def _deployments_of(runner: Runner[NodeState]) -> Collection[str] | None:

@@ -24,6 +24,8 @@ from schemas.placement import ReplicaProposal
 from schemas.units import MiB
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
+from services.nodeagent.effects.probing import our_pids
+from services.nodeagent.effects.reconciling import reconcile
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.gpu_inputs import TryGpu
 from services.nodeagent.guard.making import guard_of
@@ -40,6 +42,7 @@ from services.nodeagent.inputs import (
 )
 from services.nodeagent.main import containers_of
 from services.nodeagent.mover.mover import mover_of
+from services.nodeagent.reconciling import Record
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.settings import NodeAgentSettings
 from services.nodeagent.transitions import Residency
@@ -104,6 +107,18 @@ def told(result: Input | None, host: softgpu.Host) -> dict[str, Any]:
     }
 
 
+def record_of(replica: ReplicaProposal, epochs: list[str]) -> Record:
+    """That names leases of the replica with these epochs."""
+    leases = frozenset((replica.replica_id, int(epoch)) for epoch in epochs)
+    return Record(leases=leases, deployment_ids=frozenset({replica.deployment_id} if epochs else ()))
+
+
+async def offers_of(hands: Hands) -> list[int]:
+    """What counts as taken by strangers, by GPU."""
+    offers = await hands.guard.offers(our_pids=await our_pids(hands))
+    return [offer.foreign_bytes for offer in offers]
+
+
 async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}") -> None:
     given = {"holder_socket": socket, "state_dir": state_dir, "cold_start_s": 0.0} | json.loads(more)
     settings = msgspec.convert(given, NodeAgentSettings)
@@ -113,28 +128,41 @@ async def main(socket: str, state_dir: str, software_dir: str, more: str = "{}")
     host = softgpu.Host(Path(software_dir), gpus=0)  # Another process made it.
     inventory = NvmlInventory()
     guard = guard_of(settings, inventory, holder)
+    named: list[Record] = []
     async with anyio.create_task_group() as watchers:
         containers = containers_of(settings, watchers)
-        effects = NodeEffects(
-            Hands(
-                settings=settings,
-                guard=guard,
-                holder=holder,
-                engines=engines,
-                mover=mover,
-                tracer=Tracer(None, None, root_ratio=0.0),
-                watchers=watchers,
-                report=ended.append,
-                rooms=Rooms(guard),
-                containers=containers,
-            )
+        hands = Hands(
+            settings=settings,
+            guard=guard,
+            holder=holder,
+            engines=engines,
+            mover=mover,
+            tracer=Tracer(None, None, root_ratio=0.0),
+            watchers=watchers,
+            report=ended.append,
+            record=lambda: named[-1] if named else None,
+            rooms=Rooms(guard),
+            containers=containers,
         )
+        effects = NodeEffects(hands)
         await guard.offers(our_pids=frozenset())
         replica = msgspec.json.decode(await anyio.to_thread.run_sync(sys.stdin.readline), type=ReplicaProposal)
         while word := (await anyio.to_thread.run_sync(sys.stdin.readline)).strip():
             if word == "offered":
                 offers = await guard.offers(our_pids=frozenset())
                 print(json.dumps(await mover.offered(offers)), flush=True)
+                continue
+            if word.startswith("record"):
+                named.append(record_of(replica, word.split()[1:]))
+                print(json.dumps({"foreign": await offers_of(hands)}), flush=True)
+                continue
+            if word == "reconcile":
+                found = await reconcile(hands, pause_s=0.05)
+                assert found is not None
+                view = await holder.view()
+                left = [engine.replica_id for engine in view.engines]
+                print(json.dumps(told(None, host) | {"left": left, "leaves": sorted(view.leftover_namespaces),
+                                                     "strays": len(found.strays)}), flush=True)  # fmt: skip
                 continue
             result = await effects.perform(effect_of(word, replica), "")
             print(json.dumps(told(result, host)), flush=True)

@@ -125,6 +125,7 @@ class Keeping(RuleBasedStateMachine):
     @rule(deployment=st.sampled_from(["a", "b", "c"]))
     def forget(self, deployment: str) -> None:
         self.arena.forget_deployment(deployment)
+        assert deployment not in self.arena.deployment_ids()
         self.content = {key: kept for key, kept in self.content.items() if DEPLOYMENT[key[0]] != deployment}
 
     # ---- what holds always

@@ -22,6 +22,7 @@ from services.nodeagent.inputs import EngineEffect
 from services.nodeagent.mover.driver import SwapTarget
 from services.nodeagent.mover.mover import Mover
 from services.nodeagent.mover.proof import Proof, shown_by
+from services.nodeagent.reconciling import Record
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.runtimes.api import Runtime
 from services.nodeagent.runtimes.docker import Containers
@@ -51,6 +52,8 @@ class Hands:
     """Where those run who wait for an engine's end."""
     report: Callable[[Input], None]
     """Takes what nobody asked for."""
+    record: Callable[[], Record | None] = lambda: None
+    """What the agent knows that should be here; None while it does not know."""
     containers: Containers | None = None
     """None where no engine runs in one."""
     rooms: Rooms | None = None

@@ -9,8 +9,10 @@ from msgspec.structs import replace
 from kit.machine import kept_machine_id
 from schemas.nodes import GpuOffer
 from services.nodeagent.effects.hands import Hands
+from services.nodeagent.guard.owners import started_ticks
 from services.nodeagent.inputs import NodeProbed, ProbeNode
 from services.nodeagent.processes import peer_pid, trees_of
+from services.nodeagent.reconciling import either, leased
 
 
 async def probe(hands: Hands, effect: ProbeNode, traceparent: str) -> NodeProbed:
@@ -40,17 +42,23 @@ async def offered(hands: Hands) -> tuple[GpuOffer, ...]:
 async def our_pids(hands: Hands) -> frozenset[int]:
     """The processes whose GPU memory is no stranger's: engines, this agent, the holder, MPS, and all below them.
 
+    An engine that no lease names is a stranger: what it uses is in nobody's account, so it counts as taken.
     Raises `RuntimeProblem`: without it nobody knows whose they are.
     """
+    before = hands.record()
     engines = (await hands.holder.view()).engines
     if hands.containers is not None:
         engines += await hands.containers.views()
-    roots = [engine.pid for engine in engines if engine.is_alive] + [os.getpid()]
+    after = hands.record()
+    named = leased(engines, either(before, after) if before is not None and after is not None else None)
+    roots = [engine.pid for engine in named if engine.is_alive] + [os.getpid()]
     roots += await hands.guard.compute.server_pids()
     holder_pid = await anyio.to_thread.run_sync(peer_pid, hands.settings.holder_socket)
     if holder_pid:
         roots.append(holder_pid)
-    return await anyio.to_thread.run_sync(trees_of, roots)
+    strays = [e.pid for e in engines if e not in named and e.is_alive and started_ticks(e.pid) == e.started_ticks]
+    ours = await anyio.to_thread.run_sync(trees_of, roots)
+    return ours - await anyio.to_thread.run_sync(trees_of, strays)
 
 
 def _beside_budget(memory_bytes: int, budget_bytes: int) -> int:

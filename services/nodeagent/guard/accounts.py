@@ -109,6 +109,16 @@ class Accounts:
             self._deployment_ids.discard(deployment_id)
             self._write()
 
+    async def close_nobodys(self, account: AccountClose) -> None:
+        """One that no lease names, and no engine has. Raises `BrokerProblem`."""
+        if self._open.pop((account.replica_id, account.lease_epoch), None) is not None:
+            self._write()
+        await self._client.close(account)
+
+    async def forget(self, deployment_id: str) -> None:
+        """The images of a deployment that has no replica here. Raises `BrokerProblem`."""
+        await self._client.forget(deployment_id)
+
     async def look(self) -> BrokerView | None:
         """None when the broker does not answer."""
         try:

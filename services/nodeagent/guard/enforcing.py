@@ -202,6 +202,26 @@ class Guard:
         if self.accounts is not None and is_brokered(replica.deployment.engine):
             await self.accounts.close(replica.replica_id, lease_epoch=engine.lease_epoch)
 
+    async def give_up_nobodys(self, engine: EngineView) -> None:
+        """The same for an engine that no lease names, so that only the engine itself tells where it is."""
+        for share in _of_nobody(engine):
+            backend = await self._holding(share)
+            if isinstance(backend, DriverLimits):
+                await backend.give_up(share)
+
+    async def lift_nobodys(self, engine: EngineView) -> None:
+        """Its limits and its account; its process is gone. Idempotent."""
+        for share in _of_nobody(engine):
+            await (await self._holding(share)).lift(share)
+        if self.accounts is not None:
+            await self.accounts.close(engine.replica_id, lease_epoch=engine.lease_epoch)
+
+    async def lift_group(self, namespace: str) -> None:
+        """All limits of a group in which no process is left, on every GPU. Idempotent."""
+        for gpu in await anyio.to_thread.run_sync(self.inventory.gpus):
+            share = Share(gpu_uuid=gpu.uuid, namespace=namespace, request_bytes=0, granted_bytes=0)
+            await (await self._holding(share)).lift(share)
+
     async def grade_of(self, replica: ReplicaProposal, engine: EngineView) -> IsolationGrade:
         """How its share is enforced, as it was started: the weakest over its GPUs."""
         shares = [await self._share(replica, index, engine, 0) for index in range(len(replica.shares))]
@@ -268,6 +288,20 @@ class Guard:
         reserved_bytes = next((gpu.reserved_bytes for gpu in self.inventory.gpus() if gpu.uuid == gpu_uuid), 0)
         nobodys_bytes = memory.used_bytes - reserved_bytes - sum(size or 0 for size in listed.values())
         return 0 if nobodys_bytes < NOBODYS_BYTES_MAX else None
+
+
+def _of_nobody(engine: EngineView) -> list[Share]:
+    return [
+        Share(
+            gpu_uuid=gpu_uuid,
+            namespace=engine.namespace,
+            request_bytes=0,
+            granted_bytes=0,
+            replica_id=engine.replica_id,
+            lease_epoch=engine.lease_epoch,
+        )
+        for gpu_uuid in engine.gpu_uuids
+    ]
 
 
 def _processes(engine: EngineView) -> frozenset[int]:
