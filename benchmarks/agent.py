@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -33,6 +34,7 @@ from schemas.nodes import (
     ReplicaSuspect,
     ReplicaWaking,
 )
+from services.local.settings import StackSettings
 from services.local.stack import LocalStack
 from sublet.context import load as load_context
 from sublet.errors import SubletError
@@ -68,6 +70,9 @@ REQUESTS_PER_S: Final = 4.0
 ADOPTED_S_P50_MAX: Final = 2.0
 ADOPTED_S_MAX: Final = 5.0
 LOOK_EVERY_S: Final = 0.01
+COLD_START_S: Final = 0.05
+RESTART_LONGEST_S: Final = 0.1
+"""The agent is started again at once, however soon it was killed again: what counts is how soon it is back to work."""
 SEED: Final = 20
 
 
@@ -104,7 +109,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when it ran, 1 when a bar is missed and asked for, or when it could not run."""
-    return stack_run.exit_status(_parser().parse_args(arguments), _measured, service_settings={})
+    return stack_run.exit_status(_parser().parse_args(arguments), _measured, settings=_settings)
+
+
+def _settings(state_dir: Path) -> StackSettings:
+    return StackSettings(
+        state_dir=state_dir,
+        gpu_count=1,
+        uses_software_gpu=True,
+        cold_start_s=COLD_START_S,
+        restart_longest_s=RESTART_LONGEST_S,
+    )
 
 
 async def _measured(options: argparse.Namespace, stack: LocalStack, history: History, progress: Progress) -> Report:

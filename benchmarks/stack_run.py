@@ -1,11 +1,10 @@
-"""A run on a whole stack of its own with one software GPU: started, followed, measured, stopped, told."""
+"""A run on a whole stack of its own with software GPUs: started, followed, measured, stopped, told."""
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
 
 import anyio
 
@@ -24,10 +23,6 @@ from sublet.errors import SubletError
 
 Measure = Callable[[argparse.Namespace, LocalStack, History, Progress], Awaitable[Report]]
 
-COLD_START_S: Final = 0.05
-RESTART_LONGEST_S: Final = 0.1
-"""A part that is killed again and again is started again at once: what counts is how soon it is back to work."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that `exit_status` reads."""
@@ -35,24 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="exit status 1 when a bar is missed")
 
 
-def exit_status(
-    options: argparse.Namespace,
-    measure: Measure,
-    *,
-    service_settings: Mapping[str, Mapping[str, object]],
-) -> int:
-    """0 when it ran, 1 when a bar is missed and asked for, or when it could not run. `options` has a `seed`."""
+def exit_status(options: argparse.Namespace, measure: Measure, *, settings: Callable[[Path], StackSettings]) -> int:
+    """0 when it ran, 1 when a bar is missed and asked for, or when it could not run. `options` has a `seed`.
+
+    `settings`: of the stack whose state is in this folder.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix="sublet-run-", ignore_cleanup_errors=True) as folder:
-            settings = StackSettings(
-                state_dir=Path(folder),
-                gpu_count=1,
-                uses_software_gpu=True,
-                cold_start_s=COLD_START_S,
-                restart_longest_s=RESTART_LONGEST_S,
-                service_settings=service_settings,
-            )
-            report = anyio.run(_run, options, settings, measure, backend_options={"use_uvloop": True})
+            report = anyio.run(_run, options, settings(Path(folder)), measure, backend_options={"use_uvloop": True})
     except Interrupted as interrupted:
         return 128 + interrupted.signal_number
     except (StackError, NotReady, Stalled, SubletError, BusError) as error:
@@ -69,7 +54,7 @@ def exit_status(
 
 async def _run(options: argparse.Namespace, settings: StackSettings, measure: Measure) -> Report | None:
     progress = Progress()
-    progress.say(f"starting a stack with one software GPU; seed {options.seed}")
+    progress.say(f"starting a stack; software GPUs: {settings.gpu_count}; seed {options.seed}")
     report: Report | None = None
     async with running(settings) as stack:
         seed = read_seed(stack.folder.keys, ADMINISTRATOR)
