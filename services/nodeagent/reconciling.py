@@ -7,11 +7,15 @@ for its own adoption to find out.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from schemas.brokers import BrokerView
 from schemas.holders import EngineView
 from services.nodeagent.state import NodeState
 
+PROBE_PREFIX: Final = "guard-probe."
+"""Names under which the holder knows probes of the agent itself, by which it tries a GPU, begin so, and no replica's;
+whoever starts one ends it, and the next one of a GPU ends what a killed agent left."""
 LeaseKey = tuple[str, int]
 """(replica_id, lease_epoch)"""
 
@@ -87,10 +91,14 @@ def either(before: Record, after: Record) -> Record:
 
 
 def leased(engines: Collection[EngineView], record: Record | None) -> tuple[EngineView, ...]:
-    """Those that a lease names; all while nothing is known of leases."""
+    """Those that a lease names, and the agent's own probes; all while nothing is known of leases."""
     if record is None:
         return tuple(engines)
-    return tuple(engine for engine in engines if (engine.replica_id, engine.lease_epoch) in record.leases)
+    return tuple(
+        engine
+        for engine in engines
+        if (engine.replica_id, engine.lease_epoch) in record.leases or engine.replica_id.startswith(PROBE_PREFIX)
+    )
 
 
 def differences(record: Record, here: Holdings) -> Differences:
@@ -106,7 +114,11 @@ def differences(record: Record, here: Holdings) -> Differences:
             for engine in strays
             if engine.is_alive or engine.replica_id not in record.replica_ids
         ),
-        leaves={name: leaf for name, leaf in sorted(here.leaves.items()) if name not in record.replica_ids},
+        leaves={
+            name: leaf
+            for name, leaf in sorted(here.leaves.items())
+            if name not in record.replica_ids and not name.startswith(PROBE_PREFIX)
+        },
         accounts=_accounts(record, here),
         deployment_ids=_deployments(record, here),
     )

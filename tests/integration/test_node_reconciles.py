@@ -32,7 +32,8 @@ async def test_an_engine_of_no_lease_counts_as_taken_and_is_ended_with_its_limit
         assert all(started["used"])
         hands.kill()
         async with hands.again() as returned:
-            assert {"foreign": started["used"]} == await returned.do("record")
+            foreign = (await returned.do("record"))["foreign"]
+            assert all(taken >= used for taken, used in zip(foreign, started["used"], strict=True)), foreign
 
             answer = await returned.do("reconcile")
 

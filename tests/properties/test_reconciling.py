@@ -7,9 +7,19 @@ from hypothesis import strategies as st
 
 from schemas.brokers import AccountView, BrokerView
 from schemas.holders import EngineView
-from services.nodeagent.reconciling import Differences, Holdings, Record, differences, either, in_both, leased
+from services.nodeagent.reconciling import (
+    PROBE_PREFIX,
+    Differences,
+    Holdings,
+    Record,
+    differences,
+    either,
+    in_both,
+    leased,
+)
 
 NAMES = ["a", "b", "c", "d"]
+PROBE = f"{PROBE_PREFIX}0"
 EPOCHS = [1, 2]
 GPUS = ["gpu-0", "gpu-1"]
 KEYS = st.tuples(st.sampled_from(NAMES), st.sampled_from(EPOCHS))
@@ -46,12 +56,12 @@ def records(draw: st.DrawFn) -> Record:
 
 @st.composite
 def holdings(draw: st.DrawFn) -> Holdings:
-    found = draw(st.dictionaries(st.sampled_from(NAMES), st.tuples(st.sampled_from(EPOCHS), st.booleans())))
+    found = draw(st.dictionaries(st.sampled_from([*NAMES, PROBE]), st.tuples(st.sampled_from(EPOCHS), st.booleans())))
     engines = tuple(
         engine(name, epoch, 100 + number, is_alive=is_alive)
         for number, (name, (epoch, is_alive)) in enumerate(sorted(found.items()))
     )
-    leaves = draw(st.sets(st.sampled_from([name for name in NAMES if name not in found] or ["z"])))
+    leaves = draw(st.sets(st.sampled_from([name for name in [*NAMES, PROBE, "z"] if name not in found])))
     accounts = [account(*key) for key in sorted(draw(st.sets(KEYS)))]
     kept = sorted(draw(st.sets(st.sampled_from([f"d-{name}" for name in NAMES]))))
     sizes = st.dictionaries(st.integers(98, 104), st.none() | st.integers(0, 9))
@@ -91,6 +101,14 @@ def test_what_a_lease_names_is_left_alone(record: Record, here: Holdings) -> Non
     assert not record.leases & set(found.accounts)
     assert not record.replica_ids & found.leaves.keys()
     assert not record.deployment_ids & set(found.deployment_ids)
+
+
+@given(records(), holdings())
+def test_a_probe_by_which_the_agent_tries_a_gpu_is_its_own(record: Record, here: Holdings) -> None:
+    found = differences(record, here)
+
+    assert PROBE not in {stray.engine.replica_id for stray in found.strays} | found.leaves.keys()
+    assert {one for one in here.engines if one.replica_id == PROBE} <= set(leased(here.engines, record))
 
 
 @given(records(), holdings())

@@ -20,11 +20,10 @@ from schemas.holders import EngineStart, EngineView
 from schemas.units import GiB, MiB
 from services.nodeagent.guard.api import Verdict
 from services.nodeagent.holder_client import HolderClient, HolderProblem
+from services.nodeagent.reconciling import PROBE_PREFIX
 
 log = logging.getLogger("nodeagent")
 
-PROBE_PREFIX: Final = "guard-probe."
-"""Of the names under which the holder knows probes; no replica is called so, and nobody adopts one."""
 LIMIT_BYTES_MAX: Final = 1 * GiB
 """Enough for a context and a little more on every GPU, and half of the reserve: it disturbs nobody."""
 WITHIN_BYTES_MAX: Final = 32 * MiB
