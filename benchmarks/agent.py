@@ -6,6 +6,7 @@ taken everything up, that no engine was started again for it, and that no reques
 """
 
 import argparse
+import os
 import random
 import time
 from collections import Counter
@@ -84,6 +85,8 @@ class Kills:
     """Until the new process says that it is ready."""
     adopted_s: list[float] = field(default_factory=list)
     """Until its `NodeJoined` is in the stream too: it has looked at its node, and every replica is taken up with it."""
+    cpu_s: list[float] = field(default_factory=list)
+    """Of the processors, what the new process had used by then: what a return costs however busy the host is."""
     missed_count: int = 0
     """Not back within `faults.RECOVERY_S_MAX`."""
     aims: Counter[str] = field(default_factory=Counter)
@@ -153,6 +156,7 @@ async def _measured(options: argparse.Namespace, stack: LocalStack, history: His
         **quantiles("ready_s", kills.ready_s, (50, 95)),
         **quantiles("adopted_s", kills.adopted_s, (50, 95)),
         "adopted_s_max": round(max(kills.adopted_s), 4) if kills.adopted_s and not kills.missed_count else None,
+        **quantiles("adopted_cpu_s", kills.cpu_s, (50, 95)),
         **{f"kill_in_{aim}_count": kills.aims[aim] for aim in AIMS},
         "sent_count": len(clients.requests),
         "answered_count": clients.answered_count,
@@ -262,6 +266,12 @@ async def _kill(stack: LocalStack, history: History, kills: Kills, *, at_s: floa
         return
     kills.ready_s.append(killed.recovery_s)
     kills.adopted_s.append(max(killed.recovery_s, time.monotonic() - began_s))
+    kills.cpu_s.append(await _cpu_s(stack.pids[AGENT]))
+
+
+async def _cpu_s(pid: int) -> float:
+    fields = (await anyio.Path(f"/proc/{pid}/stat").read_text()).rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _fact_count(history: History, kind: type[Fact]) -> int:
