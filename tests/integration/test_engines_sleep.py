@@ -226,11 +226,11 @@ def test_asleep_every_request_gets_an_openai_error_at_once(
 
 def test_sleep_waits_for_what_runs(awake: Engine) -> None:
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(awake.complete, model="small-model", max_tokens=400)
+        asked = pool.submit(awake.complete, model="small-model", max_tokens=8000)
         awake.until(lambda state: state["in_flight"] == 1)
 
         assert awake.post("/sleep").status == 200
-        assert asked.result().json["usage"]["completion_tokens"] == 400
+        assert asked.result().json["usage"]["completion_tokens"] == 8000
 
 
 @pytest.mark.parametrize("query", ["wait=false", "mode=abort", "timeout_s=0"])
@@ -250,7 +250,7 @@ def test_sleep_can_abort_what_runs(awake: Engine, query: str) -> None:
 def test_a_caller_who_hangs_up_does_not_stop_a_sleep(awake: Engine) -> None:
     line_count = len(awake.lines)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(awake.complete, model="small-model", max_tokens=2000)
+        asked = pool.submit(awake.complete, model="small-model", max_tokens=10_000)
         awake.until(lambda state: state["in_flight"] == 1)
         connection = awake.connection()
         connection.request("POST", "/sleep")

@@ -172,14 +172,14 @@ def test_a_small_run_with_the_swapper_killed_loses_nothing_and_replays(trace: Pa
     out = tmp_path / "out.json"
     run = started(trace, "--minutes", "0.1", "--kill", "swapper", "--json", str(out), "--state", str(tmp_path / "s"))
 
-    table, progress = run.communicate(timeout=100)
+    table, progress = run.communicate(timeout=250)
 
     assert 0 == run.returncode, progress
     figures = json.loads(out.read_text())["figures"]
     assert (60, 0, 0, 4) == tuple(
         figures[name] for name in ("sent_count", "failed_count", "engine_restart_count", "replay_equal_count")
     ), progress
-    assert 0 < figures["recovery_s"] < 30
+    assert 0 < figures["recovery_s"] < 60
     assert figures["wake_count"] >= 3
     assert "failed_count" in table
     assert "deploying 3/3" in progress
@@ -191,12 +191,12 @@ def test_a_small_run_with_the_swapper_killed_loses_nothing_and_replays(trace: Pa
 def test_an_interrupt_ends_the_run_and_leaves_nothing_running(trace: Path, tmp_path: Path) -> None:
     run = started(trace, "--minutes", "1", "--state", str(tmp_path / "s"))
     assert run.stderr is not None
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 120
     while "deploying" not in run.stderr.readline():
         assert time.monotonic() < deadline_s
 
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=60)
+    run.communicate(timeout=200)
 
     assert 130 == run.returncode
     assert [] == processes_of(tmp_path / "s")

@@ -221,13 +221,13 @@ class World:
         self._news = asyncio.Event()
 
     async def until_wanted(self, count: int = 1) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.wanted) < count:
                 await self._news.wait()
 
     async def until(self, condition: Any) -> None:
         """For states of the gateway that have no event of their own."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.002)
 
