@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import anyio
 import pytest
 
 import softgpu
 from schemas.deployments import EngineKind
 from schemas.units import MiB
+from services.nodeagent.holder_client import HolderClient
 from tests.integration.test_node_several_gpus import hands_on, host, replica
 
 __all__ = ["host"]
@@ -59,3 +61,25 @@ async def test_an_engine_of_another_lease_of_a_replica_is_ended_and_the_next_sta
 
         again = await hands.do("reconcile")
         assert 0 == again["strays"]
+
+
+async def test_a_cgroup_without_an_engine_or_a_lease_goes(tmp_path: Path, host: softgpu.Host) -> None:
+    """A former holder could not clear it."""
+    async with hands_on(tmp_path, host, replica(host, EngineKind.SIMULATED)) as hands:
+        started = await hands.do("start")
+        holder = HolderClient(str(tmp_path / "state" / "holder.sock"))
+        own = Path((await holder.view()).engines[0].namespace)
+        if not own.is_absolute():
+            pytest.skip("needs a cgroup v2 folder of its own")
+        left = own.with_name(own.name.replace("wide-1", "gone-1"))
+        await anyio.Path(left).mkdir()
+        assert {"gone-1": str(left)} == (await holder.view()).leftover_namespaces
+        await holder.close()
+        await hands.do("record 7")
+
+        answer = await hands.do("reconcile")
+
+        assert ([], 0, started["limits"]) == (answer["leaves"], answer["strays"], answer["limits"])
+        assert not await anyio.Path(left).exists()
+        assert await anyio.Path(own).exists()
+        await hands.do("stop")
