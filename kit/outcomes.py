@@ -19,8 +19,7 @@ class Input:
     """An input that never leaves the process: a timer that came due, or the result of an effect."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timer:
+class Timer(Struct, frozen=True, kw_only=True):
     """Give me this input later. Timers cannot be cancelled: handlers check whether the input still matters."""
 
     due_s: float

@@ -69,8 +69,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     traceparent: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Released:
+class Released(Struct, frozen=True, kw_only=True):
     """An outcome that is no fact, with the trace that it continues."""
 
     outcome: Order | Signal | Effect | Timer | Reply

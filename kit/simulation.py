@@ -305,8 +305,9 @@ class Simulation:
             )
         body, faults, draw = encode(message), self.faults, self._draw
         way_s = 0.0 if sender is None else sender.extra_latency_s
+        addressee = f"node.{message.node}" if isinstance(message, Order) else ""
         for member in listeners:
-            if not member.is_active or (isinstance(message, Order) and member.writer != f"node.{message.node}"):
+            if not member.is_active or (addressee and member.writer != addressee):
                 continue
             if self.now_s < member.cut_in_until_s or draw() < faults.fleeting_lost_fraction:
                 self.counters.lost_count += 1
@@ -355,7 +356,7 @@ class Simulation:
         processor = member.processor
         assert processor is not None, member.writer
         self.counters.delivered_count += 1
-        if member.trap is Point.BEFORE_HANDLE and self._springs(member, Point.BEFORE_HANDLE):
+        if member.trap is not None and self._springs(member, Point.BEFORE_HANDLE):
             return
         if isinstance(item, Stored):
             self.follow_time(member, item.time_s)
@@ -372,19 +373,21 @@ class Simulation:
             return
         if batch.entries:
             member.service.check_invariants(processor.state)
-        if member.trap is Point.AFTER_HANDLE and self._springs(member, Point.AFTER_HANDLE):
+        if member.trap is not None and self._springs(member, Point.AFTER_HANDLE):
             return
         for released in [r for r in batch.released if isinstance(r.outcome, Order) and r.outcome.goes_ahead]:
             batch.released.remove(released)
             self._release(member, released)
-            if member.trap is Point.AFTER_AHEAD and self._springs(member, Point.AFTER_AHEAD):
+            if member.trap is not None and self._springs(member, Point.AFTER_AHEAD):
                 return
         batch = processor.take_batch()
         if not batch.is_empty:
             self._commit(member, batch)
 
     def _springs(self, member: Member, point: Point) -> bool:
-        """The trap that is set at this point kills the member; True."""
+        """If its trap is set at this point, it kills the member."""
+        if member.trap is not point:
+            return False
         self.counters.tripped[point] = self.counters.tripped.get(point, 0) + 1
         self.crash(member.name, down_s=member.trap_down_s)
         return True
@@ -406,12 +409,12 @@ class Simulation:
             self._acknowledged(member, batch, seq, is_start=is_start)
 
         self.wire.append(member, batch.entries, processor.last_seq, acknowledged)
-        if member.trap is Point.AFTER_SEND:
+        if member.trap is not None:
             self._springs(member, Point.AFTER_SEND)
 
     def _commit_to_journal(self, member: Member, batch: Batch, *, is_start: bool) -> None:
         member.journal.extend(batch.entries)
-        if batch.entries and member.trap is Point.AFTER_SEND and self._springs(member, Point.AFTER_SEND):
+        if batch.entries and member.trap is not None and self._springs(member, Point.AFTER_SEND):
             return
         if is_start:
             member.in_flight = batch
@@ -454,11 +457,11 @@ class Simulation:
     # --- Outcomes -----------------------------------------------------------------------------------------------------
 
     def _release_all(self, member: Member, batch: Batch) -> None:
-        if member.trap is Point.AFTER_COMMIT and batch.entries and self._springs(member, Point.AFTER_COMMIT):
+        if member.trap is not None and batch.entries and self._springs(member, Point.AFTER_COMMIT):
             return
         for released in batch.released:
             self._release(member, released)
-            if member.trap is Point.MID_RELEASE and self._springs(member, Point.MID_RELEASE):
+            if member.trap is not None and self._springs(member, Point.MID_RELEASE):
                 return
 
     def _release(self, member: Member, released: Released) -> None:
