@@ -380,9 +380,8 @@ class Simulation:
             self._release(member, released)
             if member.trap is not None and self._springs(member, Point.AFTER_AHEAD):
                 return
-        batch = processor.take_batch()
         if not batch.is_empty:
-            self._commit(member, batch)
+            self._commit(member, processor.take_batch())
 
     def _springs(self, member: Member, point: Point) -> bool:
         """If its trap is set at this point, it kills the member."""
@@ -409,8 +408,7 @@ class Simulation:
             self._acknowledged(member, batch, seq, is_start=is_start)
 
         self.wire.append(member, batch.entries, processor.last_seq, acknowledged)
-        if member.trap is not None:
-            self._springs(member, Point.AFTER_SEND)
+        self._springs(member, Point.AFTER_SEND)
 
     def _commit_to_journal(self, member: Member, batch: Batch, *, is_start: bool) -> None:
         member.journal.extend(batch.entries)
