@@ -10,7 +10,8 @@ import uuid
 from typing import TYPE_CHECKING
 
 from devices.api import InvalidUse, Region
-from devices.cuda import CudaDevice, _RegionState, call
+from devices.backed import RegionState
+from devices.cuda import CudaDevice, call
 
 if TYPE_CHECKING:
     from devices.api import DeviceSettings
@@ -37,7 +38,7 @@ class BorrowingDevice(CudaDevice):
             raise InvalidUse(call="borrow", code="NOT_WHOLE_GRANULES", detail=str(size_bytes))
         region = Region(region_id=next(self._ids), gpu_uuid=self.gpu_uuid, address=address, size_bytes=size_bytes)
         with self._table_lock:
-            self._regions[region.region_id] = _RegionState(region=region)
+            self._regions[region.region_id] = RegionState(region=region)
             self._borrowed.add(region.region_id)
         return region
 

@@ -13,7 +13,6 @@ import itertools
 import os
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cuda.bindings import driver
@@ -36,6 +35,7 @@ from devices.api import (
     UnbackResult,
     round_up,
 )
+from devices.backed import Chunk, RegionState
 from devices.cuda_errors import OUT_OF_MEMORY, error_class
 from devices.pinned import PinnedBuffer, private_arena, shared_arena
 from devices.regions import check_access, check_positive, check_range, check_small, chunk_spans, copy_length
@@ -85,31 +85,6 @@ def device_ordinal(gpu_uuid: str) -> int:
     raise NotFound(call="cuDeviceGetUuid", code="NO_SUCH_GPU", detail=gpu_uuid)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Chunk:
-    """One piece of physical memory, mapped into a region. The mapping alone keeps it alive."""
-
-    offset_bytes: int
-    size_bytes: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _RegionState:
-    """What the device knows about a region; touched only under its lock."""
-
-    region: Region
-    chunks: list[_Chunk] = field(default_factory=list)  # from the start without a gap; empty: not backed
-    is_imported: bool = False
-    is_writable: bool = True
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    def address(self, *, offset_bytes: int, size_bytes: int) -> int:
-        """The device address of a part of the region, which has to be backed."""
-        check_access(is_backed=bool(self.chunks))
-        check_range("region", offset_bytes=offset_bytes, size_bytes=size_bytes, whole_bytes=self.region.size_bytes)
-        return self.region.address + offset_bytes
-
-
 class CudaDevice:
     """One GPU in this process. Opening retains the primary context, which the engine's own CUDA code shares."""
 
@@ -119,7 +94,7 @@ class CudaDevice:
         self._device = call("cuDeviceGet", self._ordinal)
         self._context = call("cuDevicePrimaryCtxRetain", self._device)
         self._is_closed = False
-        self._regions: dict[int, _RegionState] = {}
+        self._regions: dict[int, RegionState] = {}
         self._buffers: list[PinnedBuffer] = []
         self._ids = itertools.count(1)
         self._table_lock = threading.Lock()  # guards the two collections, never held during a driver call
@@ -129,11 +104,11 @@ class CudaDevice:
             self._allocation = self._allocation_properties()
             minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
             self._granularity_bytes = int(call("cuMemGetAllocationGranularity", self._allocation, minimum))
-            self._streams.extend(call("cuStreamCreate", _STREAM_NON_BLOCKING) for _ in range(2))
+            self._streams.extend(call("cuStreamCreate", _STREAM_NON_BLOCKING) for _ in range(3))
         except DeviceError:
             call("cuDevicePrimaryCtxRelease", self._device)
             raise
-        self._up, self._down = self._streams
+        self._up, self._down, self._aside = self._streams  # a fill would wait behind copies that are under way
         chunk_bytes = (settings or DeviceSettings()).chunk_bytes
         self._chunk_bytes = round_up(chunk_bytes, granularity_bytes=self._granularity_bytes)
 
@@ -171,7 +146,7 @@ class CudaDevice:
         address = int(call("cuMemAddressReserve", rounded_bytes, 0, 0, 0, requested_bytes=rounded_bytes))
         region = Region(region_id=next(self._ids), gpu_uuid=self._gpu_uuid, address=address, size_bytes=rounded_bytes)
         with self._table_lock:
-            self._regions[region.region_id] = _RegionState(region=region)
+            self._regions[region.region_id] = RegionState(region=region)
         return region
 
     def back(self, region: Region) -> BackResult:
@@ -238,7 +213,7 @@ class CudaDevice:
         size_bytes: int | None = None,
     ) -> CopyResult:
         started_s = time.perf_counter()
-        with self._locked(region) as state:
+        with self._used(region) as state:
             check_access(is_backed=bool(state.chunks), is_writable=state.is_writable)
             target, source, length_bytes = _copy_ends(state, host, region_offset_bytes, host_offset_bytes, size_bytes)
             with self._completed(self._up):
@@ -256,7 +231,7 @@ class CudaDevice:
         size_bytes: int | None = None,
     ) -> CopyResult:
         started_s = time.perf_counter()
-        with self._locked(region) as state:
+        with self._used(region) as state:
             source, target, length_bytes = _copy_ends(state, host, region_offset_bytes, host_offset_bytes, size_bytes)
             with self._completed(self._down):
                 for offset, size in chunk_spans(length_bytes, chunk_bytes=self._chunk_bytes):
@@ -289,9 +264,9 @@ class CudaDevice:
         with self._locked(region) as state:
             check_access(is_backed=bool(state.chunks), is_writable=state.is_writable)
             address = state.address(offset_bytes=offset_bytes, size_bytes=length_bytes)
-            with self._completed(self._up):
+            with self._completed(self._aside):
                 for offset, size in chunk_spans(length_bytes, chunk_bytes=self._chunk_bytes):
-                    call("cuMemsetD8Async", address + offset, byte, size, self._up)
+                    call("cuMemsetD8Async", address + offset, byte, size, self._aside)
 
     def write(self, region: Region, content: bytes, *, offset_bytes: int = 0) -> None:
         with self._locked(region) as state:
@@ -396,7 +371,7 @@ class CudaDevice:
         call("cuCtxSetCurrent", self._context)
 
     @contextlib.contextmanager
-    def _locked(self, region: Region) -> Iterator[_RegionState]:
+    def _locked(self, region: Region) -> Iterator[RegionState]:
         """The state of a region of this device, for one caller at a time."""
         self._enter()
         with self._table_lock:
@@ -409,7 +384,19 @@ class CudaDevice:
             yield state
 
     @contextlib.contextmanager
-    def _backing(self, state: _RegionState) -> Iterator[None]:
+    def _used(self, region: Region) -> Iterator[RegionState]:
+        """The same for copies, several at a time: the memory stays until the block ends."""
+        with self._locked(region) as state:
+            state.user_count += 1
+        try:
+            yield state
+        finally:
+            with state.lock:
+                state.user_count -= 1
+                state.lock.notify_all()
+
+    @contextlib.contextmanager
+    def _backing(self, state: RegionState) -> Iterator[None]:
         """Around whatever puts memory behind a region: on any exception the region is unbacked again."""
         if state.chunks:
             raise InvalidUse(call="back", code="BACKED")
@@ -427,7 +414,7 @@ class CudaDevice:
             self._roll_back(state)
             raise
 
-    def _roll_back(self, state: _RegionState) -> None:
+    def _roll_back(self, state: RegionState) -> None:
         with contextlib.suppress(DeviceError):  # the error that led here is the one to tell
             self._drop_chunks(state)
 
@@ -444,20 +431,20 @@ class CudaDevice:
             finally:
                 call("cuEventDestroy", event)
 
-    def _add_chunk(self, state: _RegionState, *, offset_bytes: int, size_bytes: int) -> None:
+    def _add_chunk(self, state: RegionState, *, offset_bytes: int, size_bytes: int) -> None:
         handle = call("cuMemCreate", size_bytes, self._allocation, 0, requested_bytes=size_bytes)
         self._map(state, handle, offset_bytes=offset_bytes, size_bytes=size_bytes)
 
-    def _map(self, state: _RegionState, handle: Any, *, offset_bytes: int, size_bytes: int) -> None:
+    def _map(self, state: RegionState, handle: Any, *, offset_bytes: int, size_bytes: int) -> None:
         """Put a handle at its place and let go of it: the mapping keeps the memory, so that one unmap frees it all."""
         try:
             address = state.region.address + offset_bytes
             call("cuMemMap", address, size_bytes, 0, handle, 0, requested_bytes=size_bytes)
-            state.chunks.append(_Chunk(offset_bytes=offset_bytes, size_bytes=size_bytes))
+            state.chunks.append(Chunk(offset_bytes=offset_bytes, size_bytes=size_bytes))
         finally:
             call("cuMemRelease", handle)
 
-    def _give_access(self, state: _RegionState, *, offset_bytes: int, size_bytes: int) -> None:
+    def _give_access(self, state: RegionState, *, offset_bytes: int, size_bytes: int) -> None:
         flags = driver.CUmemAccess_flags
         access = driver.CUmemAccessDesc()
         access.location = self._allocation.location
@@ -466,8 +453,10 @@ class CudaDevice:
         )
         call("cuMemSetAccess", state.region.address + offset_bytes, size_bytes, [access], 1)
 
-    def _drop_chunks(self, state: _RegionState) -> int:
+    def _drop_chunks(self, state: RegionState) -> int:
         """Unmap all that is mapped, in one call; the bytes. The region is unbacked then, even if the driver refuses."""
+        while state.user_count:
+            state.lock.wait()
         mapped_bytes = sum(chunk.size_bytes for chunk in state.chunks)
         state.chunks.clear()
         state.is_imported, state.is_writable = False, True
@@ -492,7 +481,7 @@ def _host_address(host: HostBuffer, *, offset_bytes: int, size_bytes: int) -> in
 
 
 def _copy_ends(
-    state: _RegionState, host: HostBuffer, region_offset_bytes: int, host_offset_bytes: int, size_bytes: int | None
+    state: RegionState, host: HostBuffer, region_offset_bytes: int, host_offset_bytes: int, size_bytes: int | None
 ) -> tuple[int, int, int]:
     """Device address, host address and length of a copy, checked."""
     length_bytes = copy_length(state.region, host, region_offset_bytes, host_offset_bytes, size_bytes)
