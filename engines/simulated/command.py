@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
         sharing=sharing_from(os.environ, mode=options.gpu_sharing, switch_s=speed.switch_s),
     )
     parameters = model_parameters(options.model, weights_bytes=options.weights_bytes)
-    timing = TimingModel(parameters=parameters, gpu=speed, time_scale=options.time_scale)
+    timing = TimingModel(parameters=parameters, gpu=speed, gpu_count=len(options.gpu), time_scale=options.time_scale)
     return asyncio.run(_serve(settings, timing, options, log))
 
 
