@@ -21,7 +21,7 @@ from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect
 from services.nodeagent.mover.driver import SwapTarget
 from services.nodeagent.mover.mover import Mover
-from services.nodeagent.mover.proof import Proof, shown_by
+from services.nodeagent.mover.proof import Proof, shown_again, shown_by
 from services.nodeagent.reconciling import Record
 from services.nodeagent.rooms import Rooms
 from services.nodeagent.runtimes.api import Runtime
@@ -59,7 +59,7 @@ class Hands:
     rooms: Rooms | None = None
     """What engines see on this host's GPUs; None where none is ever started."""
     proofs: dict[tuple[str, int], Proof] = field(default_factory=dict)
-    """{(replica_id, lease_epoch): what its weights showed before its last park}; lost with the agent."""
+    """{(replica_id, lease_epoch): what its weights showed at its start or before a park}; lost with the agent."""
     lanes: Lanes = field(default_factory=Lanes)
     """Changes of engines' sizes that are under way."""
     watched: set[tuple[str, int]] = field(default_factory=set)
@@ -112,16 +112,17 @@ class Hands:
     async def verify(self, effect: EngineEffect, endpoint: str) -> None:
         """It gives a token, or `Gone`."""
         try:
-            await shown_by(self.engines, effect.replica, endpoint, timeout_s=self.settings.wake_deadline_s)
+            shown = await shown_by(self.engines, effect.replica, endpoint, timeout_s=self.settings.wake_deadline_s)
         except EngineProblem as error:
             raise Gone(f"it does not give a token: {error}") from error
+        self.proofs.setdefault((effect.replica.replica_id, effect.lease_epoch), shown)
 
     async def note_proof(self, effect: EngineEffect, endpoint: str) -> None:
         """What its weights show before a park; an engine that shows nothing now is not compared later."""
         key = (effect.replica.replica_id, effect.lease_epoch)
-        self.proofs.pop(key, None)
+        known = self.proofs.pop(key, None)
         with contextlib.suppress(EngineProblem):
-            self.proofs[key] = await shown_by(self.engines, effect.replica, endpoint, timeout_s=PROOF_S)
+            self.proofs[key] = await shown_again(self.engines, effect.replica, endpoint, known=known, timeout_s=PROOF_S)
 
     async def verify_return(self, effect: EngineEffect, endpoint: str) -> None:
         """It gives a token, and shows the weights that went; else `Gone`: it must not serve, and starts anew."""
