@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from devices.api import Device, HostBuffer, InvalidUse, KiB, OutOfMemory, Region
+from devices.api import Device, DeviceError, HostBuffer, InvalidUse, KiB, OutOfMemory, Region
 from engines.store.connection import StoreError, StoreSettings, settings_from
 from engines.store.memory import GpuStore
+from engines.store.messages import RANGES_PER_ASK_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +58,15 @@ class Backing(Protocol):
     def brokered_bytes(self) -> int:
         """What the broker lends to this engine on this GPU now."""
 
+    @property
+    def ranges_per_ask(self) -> int:
+        """As many regions as it is worth giving to `back_all` at once."""
+
     def back(self, region: Region, name: str) -> None:
         """Put memory behind it; content undefined."""
+
+    def back_all(self, regions: Mapping[str, Region]) -> None:
+        """The same for `{name: region}`, all of one size; all of them or none."""
 
     def unback(self, regions: Mapping[str, Region]) -> int:
         """Let the memory of `{name: region}` go, nothing copied; the bytes freed. Idempotent."""
@@ -72,8 +80,14 @@ class Backing(Protocol):
         `content_id` names these bytes wherever they are the same; empty: nobody else has them.
         """
 
-    def restore(self, region: Region, name: str, *, generation: int) -> Restored:
-        """Memory, and the sealed content in it."""
+    def restore(
+        self, region: Region, name: str, *, generation: int, on_lent: Callable[[], None] | None = None
+    ) -> Restored:
+        """Memory, and the sealed content in it.
+
+        `on_lent` is called when other memory may be asked for without holding this up; perhaps in the middle of a try
+        that is repeated.
+        """
 
     def close(self) -> None:
         """After the device is closed. Idempotent."""
@@ -84,6 +98,7 @@ class OwnBacking:
 
     is_brokered = False
     brokered_bytes = 0
+    ranges_per_ask = 1
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -91,6 +106,17 @@ class OwnBacking:
 
     def back(self, region: Region, name: str) -> None:
         self.device.back(region)
+
+    def back_all(self, regions: Mapping[str, Region]) -> None:
+        backed: list[Region] = []
+        try:
+            for region in regions.values():
+                self.device.back(region)
+                backed.append(region)
+        except DeviceError:
+            for region in backed:
+                self.device.unback(region)
+            raise
 
     def unback(self, regions: Mapping[str, Region]) -> int:
         return sum(self.device.unback(region).released_bytes for region in regions.values())
@@ -105,10 +131,14 @@ class OwnBacking:
         self.device.copy_to_host(region, self._copies[name], size_bytes=FIRST_PAGE_BYTES)
         return copied.copied_bytes
 
-    def restore(self, region: Region, name: str, *, generation: int) -> Restored:
+    def restore(
+        self, region: Region, name: str, *, generation: int, on_lent: Callable[[], None] | None = None
+    ) -> Restored:
         copy = self._copies.get(name)
         if copy is None:
             raise InvalidUse(call="restore", code="NOT_SEALED", detail=name)
+        if on_lent is not None:
+            on_lent()  # memory is made piece by piece to the end, so nothing is gained by waiting
         result = self.device.restore(region, copy)
         self.device.copy_to_device(region, copy, size_bytes=FIRST_PAGE_BYTES)
         return Restored(
@@ -126,6 +156,7 @@ class BrokerBacking:
     """The broker's memory, and its host memory for what is sealed. Images are named after replica and region."""
 
     is_brokered = True
+    ranges_per_ask = RANGES_PER_ASK_MAX
 
     def __init__(self, device: Device, settings: StoreSettings) -> None:
         self.device = device
@@ -142,11 +173,14 @@ class BrokerBacking:
         return self._store.held_bytes + self._loose.held_bytes
 
     def back(self, region: Region, name: str) -> None:
-        store = self._store if name in self._sealed_names else self._loose
+        self.back_all({name: region})
+
+    def back_all(self, regions: Mapping[str, Region]) -> None:
+        store = self._loose if self._sealed_names.isdisjoint(regions) else self._store
         try:
-            store.take(region, self._range(name))
+            store.take_all({self._range(name): region for name, region in regions.items()})
         except StoreError as error:
-            raise _as_out_of_memory(error, region) from error
+            raise _as_out_of_memory(error, sum(region.size_bytes for region in regions.values())) from error
 
     def unback(self, regions: Mapping[str, Region]) -> int:
         ranges = {self._range(name): region for name, region in regions.items()}
@@ -166,13 +200,19 @@ class BrokerBacking:
         )
         return sealed.copied_bytes
 
-    def restore(self, region: Region, name: str, *, generation: int) -> Restored:
+    def restore(
+        self, region: Region, name: str, *, generation: int, on_lent: Callable[[], None] | None = None
+    ) -> Restored:
         try:
             restored = self._store.restore(
-                region, self._range(name), image_id=self._image(name), generation=self._first_generation + generation
+                region,
+                self._range(name),
+                image_id=self._image(name),
+                generation=self._first_generation + generation,
+                on_lent=on_lent,
             )
         except StoreError as error:
-            raise _as_out_of_memory(error, region) from error
+            raise _as_out_of_memory(error, region.size_bytes) from error
         return Restored(
             copied_bytes=restored.copied_bytes,
             map_s=restored.reserve_s + restored.map_s,
@@ -192,14 +232,12 @@ class BrokerBacking:
         return f"{self._replica_id}/{name}"
 
 
-def _as_out_of_memory(error: StoreError, region: Region) -> Exception:
+def _as_out_of_memory(error: StoreError, requested_bytes: int) -> Exception:
     """A refusal for want of bytes is what an allocation would have said; anything else stays what it is."""
     if not error.short_by_bytes:
         return error
-    free_bytes = max(region.size_bytes - error.short_by_bytes, 0)
-    return OutOfMemory(
-        call="memory broker", code=error.reason, requested_bytes=region.size_bytes, free_bytes=free_bytes
-    )
+    free_bytes = max(requested_bytes - error.short_by_bytes, 0)
+    return OutOfMemory(call="memory broker", code=error.reason, requested_bytes=requested_bytes, free_bytes=free_bytes)
 
 
 def backing_of(gpu: OpenedGpu) -> Backing:

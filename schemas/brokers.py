@@ -27,6 +27,7 @@ from schemas.units import Bytes, Count, Epoch, Identifier, Seconds
 
 DESCRIPTORS_MAX = 250
 PAGE_BYTES = 4096
+RANGES_PER_ASK_MAX = 128
 
 # --- The node agent's side: who may hold how much ---------------------------------------------------------------------
 
@@ -165,13 +166,15 @@ class EngineHello(BrokerMessage, frozen=True):
 class MemoryAsk(BrokerMessage, frozen=True):
     """Physical memory for a range of the engine's addresses. All or nothing; content undefined but of no other tenant.
 
-    Answered with `MemoryGrant` and one descriptor per piece.
+    Answered with `MemoryGrant` and one descriptor per piece; of several ranges, the pieces follow each other in order.
     """
 
     gpu_uuid: str
     size_bytes: Bytes
     range_id: Identifier
     """The engine's name for the range: unique in the engine."""
+    more_range_ids: tuple[Identifier, ...] = ()
+    """As many bytes for each of these too, at most `RANGES_PER_ASK_MAX` in all: a cache is had in one line."""
 
 
 class MemoryGrant(Struct, frozen=True, kw_only=True):

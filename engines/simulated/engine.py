@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from devices.api import DeviceError, OutOfMemory
@@ -324,15 +324,21 @@ class Engine:
         """On the GPU thread; everything but the whole time."""
         memory = self._loaded_memory()
         copied_bytes, map_s, copy_s, verify_s = 0, 0.0, 0.0, 0.0
+        grown: list[Future[float]] = []
         try:
-            # Memory for the cache is made while the weights are on the link.
+            # Memory for the cache is made while the weights are on the link, and not before theirs.
             with ThreadPoolExecutor(1) as beside:
-                grown = beside.submit(self._wake_kv) if "kv_cache" in tags else None
+
+                def grow() -> None:
+                    if "kv_cache" in tags and not grown:
+                        grown.append(beside.submit(self._wake_kv))
+
                 if "weights" in tags and not memory.weights.is_resident:
-                    restored = memory.weights.restore()
+                    restored = memory.weights.restore(on_lent=grow)
                     copied_bytes, map_s, copy_s = restored.copied_bytes, restored.map_s, restored.copy_s
                     verify_s = memory.weights.verify()
-                map_s += grown.result() if grown is not None else 0.0
+                grow()
+                map_s += sum(seconds.result() for seconds in grown)
         except OutOfMemory as error:
             memory.drop_all()
             raise WakeFailedError(f"CUDA out of memory: {error}", free_bytes=memory.free_bytes()) from error

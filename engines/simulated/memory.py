@@ -12,22 +12,28 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from devices.api import Device, GiB, MiB, OutOfMemory, Region, round_up
-from engines.backing import Backing, OwnBacking, Restored, moves_bulk_bytes
+from engines.backing import Backing, OwnBacking, Restored, at_once, moves_bulk_bytes
 from engines.errors import DamagedError
 from engines.gpu import OpenedGpu
 from engines.probes import PROBE_BYTES, Probe, damaged, digest_of, probe_content, probe_offsets
 from engines.store.connection import StoreError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # KV memory is given back in slabs of about a sixty-fourth of it: fine enough to return a small part, coarse enough
 # that 40 GiB are 640 driver calls (about 0.1 s). 64 MiB is also what `devices` creates at a time.
 SLAB_BYTES_MAX = 64 * MiB
 SLABS_WANTED = 64
-# A slab of the broker's costs a question and an answer (about 0.3 ms) beside the driver's calls. So there are never
-# more than about 64 to 80 of them, in whole pieces of 64 MiB where they are that large.
+# A slab of the broker's is a handle that goes from process to process: about 0.3 ms beside what goes by size, which is
+# as much for 64 MiB. So they are 64 MiB, or a multiple where there would be more than 64 of them, and smaller only in a
+# cache of less than eight.
 BROKERED_SLAB_BYTES_MAX = 4 * GiB
 BROKERED_PIECE_BYTES = 64 * MiB
+BROKERED_SLABS_MIN = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +72,10 @@ def plan_memory(
     weights_bytes = round_up(weights_bytes, granularity_bytes=granularity_bytes)
     kv_bytes = max(memory_bytes - context_bytes - weights_bytes - granularity_bytes, 0)
     slab_bytes = round_up(kv_bytes // SLABS_WANTED, granularity_bytes=granularity_bytes)
-    if is_brokered and slab_bytes > BROKERED_PIECE_BYTES:
+    if is_brokered and kv_bytes >= BROKERED_SLABS_MIN * BROKERED_PIECE_BYTES:
         slab_bytes = round_up(slab_bytes, granularity_bytes=BROKERED_PIECE_BYTES)
+    elif is_brokered:
+        slab_bytes = kv_bytes // BROKERED_SLABS_MIN // granularity_bytes * granularity_bytes
     return MemoryPlan(
         context_bytes=context_bytes,
         weights_bytes=weights_bytes,
@@ -141,9 +149,12 @@ class Weights:
         """Bring the host copy up to date; the bytes copied, none where it is. Raises `StoreError`, still resident."""
         return self._seal(content_id="") if self.is_dirty else 0
 
-    def restore(self) -> Restored:
-        """Bring the sealed weights to the device at link speed. Raises `OutOfMemory` with nothing left behind."""
-        return self._backing.restore(self._region, self._name, generation=self.sealed_generation)
+    def restore(self, on_lent: Callable[[], None] | None = None) -> Restored:
+        """Bring the sealed weights to the device at link speed. Raises `OutOfMemory` with nothing left behind.
+
+        `on_lent` is called while they are on their way, when other memory may be asked for.
+        """
+        return self._backing.restore(self._region, self._name, generation=self.sealed_generation, on_lent=on_lent)
 
     def verify(self) -> float:
         """Compare the probes with what was put there; the seconds it took. Raises `DamagedError`."""
@@ -199,12 +210,23 @@ class KvSlabs:
         return self.backed_count * self.slab_bytes
 
     def grow(self, slab_count: int) -> None:
-        """Back slabs up to that many. Raises `OutOfMemory` and keeps those that it got."""
+        """Back slabs up to that many. Raises `OutOfMemory` and keeps as many as there is room for."""
+        refused: OutOfMemory | None = None
         while self.backed_count < slab_count:
-            if self.backed_count == len(self._regions):
+            end = min(slab_count, self.backed_count + self._backing.ranges_per_ask)
+            while len(self._regions) < end:
                 self._regions.append(self._backing.device.reserve(self.slab_bytes))
-            self._backing.back(self._regions[self.backed_count], self._name(self.backed_count))
-            self.backed_count += 1
+            try:
+                self._backing.back_all(
+                    {self._name(slab): self._regions[slab] for slab in range(self.backed_count, end)}
+                )
+                self.backed_count = end
+            except OutOfMemory as error:
+                refused = error
+                fitting_count = (error.free_bytes or 0) // self.slab_bytes
+                slab_count = min(end - 1, self.backed_count + fitting_count)
+        if refused is not None:
+            raise refused
 
     def shrink(self, slab_count: int) -> int:
         """Let slabs go down to that many; the bytes freed."""
@@ -287,7 +309,13 @@ class EngineMemory:
 
     def drop_all(self) -> int:
         """Workspace, KV memory and weights off the device, nothing copied; the bytes freed. Idempotent."""
-        return self.workspace.give_back() + self.kv.shrink(0) + self.weights.drop()
+        if not self.backing.is_brokered:
+            return self._drop_content() + self.weights.drop()
+        # The broker gives the driver back what it got of one, while the other is being unmapped.
+        return sum(at_once([self._drop_content, self.weights.drop]))
+
+    def _drop_content(self) -> int:
+        return self.workspace.give_back() + self.kv.shrink(0)
 
     def close(self) -> None:
         """Leave the device; everything on it is freed."""

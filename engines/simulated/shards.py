@@ -6,6 +6,7 @@ drop) runs on all GPUs at the same time, a thread for each, for each has a link 
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from engines.simulated.memory import EngineMemory, KvSlabs, MemoryPlan, Weights,
 from engines.store.connection import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from engines.backing import Backing
     from engines.gpu import OpenedGpu
@@ -61,13 +62,26 @@ class ShardedWeights:
         """Bring the host copies up to date; the bytes copied, none where they are."""
         return sum(at_once([shard.seal for shard in self._shards]))
 
-    def restore(self) -> Restored:
+    def restore(self, on_lent: Callable[[], None] | None = None) -> Restored:
         """Bring all shards to their devices. On any error nothing is left behind on any.
 
-        Seconds are those of the shard that took longest: they run side by side.
+        Seconds are those of the shard that took longest: they run side by side. `on_lent` is called once all are on
+        their way.
         """
+        waiting = set(range(len(self._shards)))
+        lock = threading.Lock()
+
+        def lent(index: int) -> None:
+            with lock:
+                is_last = waiting == {index}
+                waiting.discard(index)
+            if is_last and on_lent is not None:
+                on_lent()
+
         try:
-            results = at_once([shard.restore for shard in self._shards])
+            results = at_once(
+                [partial(shard.restore, partial(lent, index)) for index, shard in enumerate(self._shards)]
+            )
         except (DeviceError, StoreError):
             self.drop()
             raise
@@ -131,8 +145,7 @@ class ShardedWorkspace:
     def take(self) -> None:
         """Raises `OutOfMemory`, with nothing taken on any. Idempotent."""
         try:
-            for shard in self._shards:
-                shard.take()
+            at_once([shard.take for shard in self._shards])
         except (OutOfMemory, StoreError):
             self.give_back()
             raise

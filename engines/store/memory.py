@@ -97,12 +97,21 @@ class GpuStore:
 
     def take(self, region: Region, range_id: str) -> Taken:
         """Put memory behind the region; its content is undefined."""
-        ask = MemoryAsk(gpu_uuid=self._device.gpu_uuid, size_bytes=region.size_bytes, range_id=range_id)
+        return self.take_all({range_id: region})
+
+    def take_all(self, regions: Mapping[str, Region]) -> Taken:
+        """The same of several ranges of one size, `{range_id: region}`, in one question: all of them or none."""
+        first_id, *more_ids = regions
+        size_bytes = regions[first_id].size_bytes
+        assert all(region.size_bytes == size_bytes for region in regions.values()), "of one size"
+        ask = MemoryAsk(
+            gpu_uuid=self._device.gpu_uuid, size_bytes=size_bytes, range_id=first_id, more_range_ids=tuple(more_ids)
+        )
 
         def attempt() -> Taken:
             grant = self._connection.ask(ask, MemoryGrant)
-            map_s = self._map_or_return(region, grant)
-            return Taken(size_bytes=region.size_bytes, reserve_s=grant.reserve_s, map_s=map_s)
+            map_s = self._map_or_return(regions, grant)
+            return Taken(size_bytes=size_bytes * len(regions), reserve_s=grant.reserve_s, map_s=map_s)
 
         return self._attempts(attempt)
 
@@ -112,6 +121,8 @@ class GpuStore:
 
     def give_back_all(self, regions: Mapping[str, Region]) -> int:
         """The same of several ranges, `{range_id: region}`: all are unmapped, then returned in one line."""
+        if self._lent.keys().isdisjoint(regions):  # nor wait for a restore of others
+            return 0
         with self._connection.lock:
             mapped = [range_id for range_id in regions if range_id in self._lent]
             gone: dict[str, _Lent] = {}
@@ -139,15 +150,28 @@ class GpuStore:
 
         return self._attempts(attempt)
 
-    def restore(self, region: Region, range_id: str, *, image_id: str, generation: int) -> Restored:
-        """Memory and content at once: the broker copies while this maps. On any error the region has no memory."""
+    def restore(
+        self,
+        region: Region,
+        range_id: str,
+        *,
+        image_id: str,
+        generation: int,
+        on_lent: Callable[[], None] | None = None,
+    ) -> Restored:
+        """Memory and content at once: the broker copies while this maps. On any error the region has no memory.
+
+        `on_lent` is called when the memory is there, before it is mapped: what else is asked for then delays nothing.
+        """
         started_s = time.perf_counter()
         ask = ImageRestore(gpu_uuid=self._device.gpu_uuid, range_id=range_id, image_id=image_id, generation=generation)
 
         def attempt() -> Restored:
             self._connection.send(ask)
             grant = self._connection.hear(MemoryGrant)
-            map_s = self._map_or_return(region, grant, is_answer_due=True)
+            if on_lent is not None:
+                on_lent()
+            map_s = self._map_or_return({range_id: region}, grant, is_answer_due=True)
             try:
                 filled = self._connection.hear(ImageRestored)
             except (StoreError, ConnectionLostError):
@@ -188,27 +212,41 @@ class GpuStore:
                     raise
                 time.sleep(error.again_after_s)
 
-    def _map_or_return(self, region: Region, grant: MemoryGrant, *, is_answer_due: bool = False) -> float:
-        """Map what was granted; the seconds. If the driver refuses, the broker has it back."""
+    def _map_or_return(
+        self, regions: Mapping[str, Region], grant: MemoryGrant, *, is_answer_due: bool = False
+    ) -> float:
+        """Map what was granted, range after range; the seconds. If the driver refuses one, the broker has back all."""
         started_s = time.perf_counter()
-        gpu_uuid = self._device.gpu_uuid
         descriptors = self._connection.take_descriptors(len(grant.piece_bytes))
-        pieces = zip(descriptors, grant.piece_bytes, strict=True)
-        exported = ExportedMemory(
-            gpu_uuid=gpu_uuid, chunks=tuple(ExportedChunk(fd=fd, size_bytes=size) for fd, size in pieces)
-        )
-        lent = _Lent(size_bytes=region.size_bytes, incarnation=self._connection.incarnation)
+        chunks = [
+            ExportedChunk(fd=fd, size_bytes=size) for fd, size in zip(descriptors, grant.piece_bytes, strict=True)
+        ]
+        every = ExportedMemory(gpu_uuid=self._device.gpu_uuid, chunks=tuple(chunks))
+        incarnation = self._connection.incarnation
+        lent = {
+            range_id: _Lent(size_bytes=region.size_bytes, incarnation=incarnation)
+            for range_id, region in regions.items()
+        }
+        mapped: list[Region] = []
         try:
-            self._device.import_fds(exported, region=region, is_writable=True)
+            for region in regions.values():
+                exported = ExportedMemory(
+                    gpu_uuid=self._device.gpu_uuid, chunks=_first_chunks(chunks, size_bytes=region.size_bytes)
+                )
+                self._device.import_fds(exported, region=region, is_writable=True)
+                mapped.append(region)
         except DeviceError:
+            for region in mapped:
+                with contextlib.suppress(DeviceError):  # unmapped then, too; the first error is the one to tell
+                    self._device.unback(region)
             if is_answer_due:
                 with contextlib.suppress(ConnectionLostError, StoreError):
                     self._connection.hear(ImageRestored)
-            self._return({grant.range_id: lent})
+            self._return(lent)
             raise
         finally:
-            self._device.close_export(exported)
-        self._lent[grant.range_id] = lent
+            self._device.close_export(every)
+        self._lent.update(lent)
         return time.perf_counter() - started_s
 
     def _return(self, gone: Mapping[str, _Lent]) -> None:
@@ -224,3 +262,12 @@ class GpuStore:
             with contextlib.suppress(ConnectionLostError):
                 for message in messages:
                     self._connection.ask(message, BrokerDone)
+
+
+def _first_chunks(chunks: list[ExportedChunk], *, size_bytes: int) -> tuple[ExportedChunk, ...]:
+    """So many bytes from the front of the list, which has them no longer."""
+    found: list[ExportedChunk] = []
+    while chunks and size_bytes > 0:
+        found.append(chunks.pop(0))
+        size_bytes -= found[-1].size_bytes
+    return tuple(found)

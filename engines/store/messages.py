@@ -10,6 +10,8 @@ from msgspec import Struct
 
 # No message carries more descriptors beside it; the kernel's limit is 253.
 DESCRIPTORS_MAX = 250
+# One question asks for no more ranges.
+RANGES_PER_ASK_MAX = 128
 
 
 class Ask(Struct, frozen=True, kw_only=True, tag_field="ask", tag=lambda name: name):
@@ -26,11 +28,12 @@ class EngineHello(Ask, frozen=True):
 
 
 class MemoryAsk(Ask, frozen=True):
-    """Memory for a range. All or nothing; content undefined, of no other tenant."""
+    """So much memory for a range, or for each of several. All or nothing; content undefined, of no other tenant."""
 
     gpu_uuid: str
     size_bytes: int
     range_id: str
+    more_range_ids: tuple[str, ...] = ()
 
 
 class MemoryReturn(Ask, frozen=True):

@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from schemas.brokers import (
     PAGE_BYTES,
+    RANGES_PER_ASK_MAX,
     AccountClose,
     AccountOpen,
     BrokerDone,
@@ -202,50 +203,76 @@ class Broker:
     async def ask(self, account: Account, wish: MemoryAsk, *, connection_id: int, say: Say) -> None:
         gpu = self._gpu(wish.gpu_uuid)
         await self.open_gpu(gpu)
-        held = self._hold(account, gpu, size_bytes=wish.size_bytes, range_id=wish.range_id, connection_id=connection_id)
+        range_ids = (wish.range_id, *wish.more_range_ids)
+        held = self._hold(account, gpu, size_bytes=wish.size_bytes, range_ids=range_ids, connection_id=connection_id)
         lent = await self._lend(account, held, gpu, copy=None, on_piece=None)
         grant = MemoryGrant(
-            range_id=held.range_id,
+            range_id=wish.range_id,
             piece_bytes=tuple(piece.size_bytes for piece in lent.pieces),
             reserve_s=round(lent.reserve_s, 6),
         )
         await self._hand_over(say, grant, lent)
 
-    def _hold(self, account: Account, gpu: Gpu, *, size_bytes: int, range_id: str, connection_id: int) -> Range:
+    def _hold(
+        self, account: Account, gpu: Gpu, *, size_bytes: int, range_ids: Sequence[str], connection_id: int
+    ) -> list[Range]:
+        """All of them, of one size, or none."""
         self._check_open(account)
         if size_bytes <= 0:
             raise Refused("a range has at least one byte")
-        return self.accounts.hold(
-            account, gpu_uuid=gpu.gpu_uuid, size_bytes=gpu.whole_granules(size_bytes), range_id=range_id,
-            connection_id=connection_id,
-        )  # fmt: skip
+        if len(range_ids) > RANGES_PER_ASK_MAX:
+            raise Refused(f"{len(range_ids)} ranges in one ask; at most {RANGES_PER_ASK_MAX}")
+        size_bytes = gpu.whole_granules(size_bytes)
+        self.accounts.check_room(account, gpu_uuid=gpu.gpu_uuid, size_bytes=size_bytes * len(range_ids))
+        held: list[Range] = []
+        try:
+            for range_id in range_ids:
+                one = self.accounts.hold(
+                    account, gpu_uuid=gpu.gpu_uuid, size_bytes=size_bytes, range_id=range_id,
+                    connection_id=connection_id,
+                )  # fmt: skip
+                held.append(one)
+        except Refused:
+            self._let_go(account, held)
+            raise
+        return held
+
+    def _let_go(self, account: Account, held: Sequence[Range]) -> None:
+        """Those that nobody else has let go, and named anew, meanwhile."""
+        for one in held:
+            if account.ranges.get(one.range_id) is one:
+                self.accounts.let_go(account, one.range_id)
 
     async def _lend(
         self,
         account: Account,
-        held: Range,
+        held: Sequence[Range],
         gpu: Gpu,
         *,
         copy: Copy | None,
         on_piece: Callable[[Piece, int], None] | None,
     ) -> Lent:
-        """The range's memory, entered as lent. Raises `Refused` with nothing held."""
+        """The memory of ranges of one size, entered as lent. Raises `Refused` with nothing held."""
         try:
             lent = await gpu.lend(
-                held.size_bytes, tenant=account.tenant, adopted_bytes=self.accounts.adopted_bytes(gpu.gpu_uuid),
-                on_piece=on_piece, before_giving_back=lambda: self._end_copy(gpu, copy),
+                held[0].size_bytes, range_count=len(held), tenant=account.tenant,
+                adopted_bytes=self.accounts.adopted_bytes(gpu.gpu_uuid), on_piece=on_piece,
+                before_giving_back=lambda: self._end_copy(gpu, copy),
             )  # fmt: skip
         except Refused:
             await self._end_copy(gpu, copy)
-            self.accounts.let_go(account, held.range_id)
+            self._let_go(account, held)
             raise
-        loan = Loan(gpu=gpu, pieces=lent.pieces, tenant=account.tenant, copy=copy)
-        if account.ranges.get(held.range_id) is not held:  # its engine ended meanwhile
+        if any(account.ranges.get(one.range_id) is not one for one in held):  # its engine ended meanwhile
             close_all(lent.descriptors)
             await self._end_copy(gpu, copy)
-            await gpu.take_back(loan.pieces, tenant=account.tenant)
+            await gpu.take_back(lent.pieces, tenant=account.tenant)
+            self._let_go(account, held)
             raise Refused(_ENDED)
-        self._loans[account.key, held.range_id] = loan
+        pieces = iter(lent.pieces)
+        for one in held:
+            loan = Loan(gpu=gpu, pieces=_next_of(pieces, one.size_bytes), tenant=account.tenant, copy=copy)
+            self._loans[account.key, one.range_id] = loan
         return lent
 
     async def _end_copy(self, gpu: Gpu, copy: Copy | None) -> None:
@@ -281,8 +308,7 @@ class Broker:
                 pieces.setdefault(loan.gpu.gpu_uuid, []).extend(loan.pieces)
         for gpu_uuid, gone in pieces.items():
             await self.gpus[gpu_uuid].take_back(tuple(gone), tenant=account.tenant)
-        for held in held_now:
-            self.accounts.let_go(account, held.range_id)
+        self._let_go(account, held_now)
 
     # ---- engines: images
 
@@ -338,15 +364,15 @@ class Broker:
         )  # fmt: skip
         self.host.save()
 
-    async def restore(self, account: Account, wish: ImageRestore, *, connection_id: int, say: Say) -> ImageRestored:
+    async def restore(self, account: Account, wish: ImageRestore, *, connection_id: int, say: Say) -> None:
         gpu = self._gpu(wish.gpu_uuid)
         await self.open_gpu(gpu)
         arena = self.host.arena
         image = arena.find(replica_id=account.replica_id, image_id=wish.image_id, generation=wish.generation)
         if image.tenant != account.tenant:
             raise Refused(f"image {wish.image_id} of {account.replica_id} is another tenant's")
-        held = self._hold(
-            account, gpu, size_bytes=image.size_bytes, range_id=wish.range_id, connection_id=connection_id
+        (held,) = self._hold(
+            account, gpu, size_bytes=image.size_bytes, range_ids=(wish.range_id,), connection_id=connection_id
         )
         slabs = arena.slabs_of(image)
         arena.busy(slabs)
@@ -356,9 +382,10 @@ class Broker:
                 await self.host.bring(slabs, numa_order=(gpu.numa_index,))
                 parts = await self.host.parts(slabs)
             except Refused:
-                self.accounts.let_go(account, held.range_id)
+                self._let_go(account, [held])
                 raise
-            return await self._restored(account, held, gpu, wish, parts=parts, say=say)
+            restored = await self._restored(account, held, gpu, wish, parts=parts, say=say)
+            await say(restored, ())  # before the books are closed: somebody waits for it
         finally:
             arena.idle(slabs)
             self.host.save()
@@ -372,7 +399,7 @@ class Broker:
         def begin(piece: Piece, offset_bytes: int) -> None:
             gpu.add_spans(copy, spans_in(piece, offset_bytes, parts, page_bytes=PAGE_BYTES))
 
-        lent = await self._lend(account, held, gpu, copy=copy, on_piece=begin)
+        lent = await self._lend(account, [held], gpu, copy=copy, on_piece=begin)
         gpu.complete(copy)
         grant = MemoryGrant(
             range_id=held.range_id,
@@ -405,6 +432,16 @@ class Broker:
     def _check_open(self, account: Account) -> None:
         if self.accounts.by_key.get(account.key) is not account:
             raise Refused(f"the account of {account.replica_id} was closed")
+
+
+def _next_of(pieces: Iterator[Piece], size_bytes: int) -> tuple[Piece, ...]:
+    """The next pieces, up to so many bytes, which they have exactly."""
+    found: list[Piece] = []
+    while size_bytes > 0:
+        found.append(next(pieces))
+        size_bytes -= found[-1].size_bytes
+    assert size_bytes == 0, "no piece belongs to two ranges"
+    return tuple(found)
 
 
 def _sealed(wish: ImageSeal, *, copied_bytes: int, shared_bytes: int, started_s: float) -> ImageSealed:

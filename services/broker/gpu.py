@@ -18,13 +18,13 @@ import anyio.to_thread
 
 from devices.api import Device, DeviceError, DeviceLost, HostBuffer, OutOfMemory, Region, round_up
 from schemas.brokers import GpuPoolView, LinkClass
-from services.broker.link import Job, Link
+from services.broker.link import RUNNING_MAX, Job, Link
 from services.broker.pool import Piece, Plan, Pool
 from services.broker.refusals import Refused
 from services.broker.wire import close_all
 
-LINK_THREADS: Final = 2
-"""One submits its slab while the other's is on the link: else the link rests between two slabs."""
+LINK_THREADS: Final = max(RUNNING_MAX.values())
+"""Each submits a slab while another's is on the link: else the link rests between two slabs."""
 
 log = logging.getLogger(__name__)
 
@@ -142,22 +142,29 @@ class Gpu:
         *,
         tenant: str,
         adopted_bytes: int,
+        range_count: int = 1,
         on_piece: Callable[[Piece, int], None] | None = None,
         before_giving_back: Callable[[], Awaitable[None]] | None = None,
     ) -> Lent:
-        """Clean memory of whole granules. `on_piece` hears of each piece and its offset from the worker thread.
+        """Clean memory of whole granules, so much for each range; the pieces of a range follow those of the last one.
 
-        Raises `Refused` with everything given back: after `before_giving_back`, which ends what `on_piece` began.
+        `on_piece` hears of each piece and its offset from the worker thread. Raises `Refused` with everything given
+        back: after `before_giving_back`, which ends what `on_piece` began.
         """
         pool = await self.open()
-        short_by_bytes = pool.short_bytes(size_bytes, adopted_bytes=adopted_bytes)
+        whole_bytes = size_bytes * range_count
+        short_by_bytes = pool.short_bytes(whole_bytes, adopted_bytes=adopted_bytes)
         if short_by_bytes:
             raise Refused(
                 f"{self.gpu_uuid} has no room: {pool.lent_bytes} bytes are lent, {adopted_bytes} are of a former "
                 f"broker, of {pool.capacity_bytes}",
                 short_by_bytes=short_by_bytes,
             )
-        plan = pool.plan(size_bytes, tenant=tenant, adopted_bytes=adopted_bytes)
+        if range_count > 1:
+            plan = pool.plan_each(size_bytes, count=range_count, tenant=tenant, adopted_bytes=adopted_bytes)
+        else:
+            is_filled = on_piece is not None
+            plan = pool.plan(size_bytes, tenant=tenant, adopted_bytes=adopted_bytes, is_filled=is_filled)
         pool.begin(plan)
         started_s = time.perf_counter()
         making = _Making(plan=plan, tenant=tenant)
@@ -168,7 +175,7 @@ class Gpu:
             if before_giving_back is not None:
                 await before_giving_back()
             await self._undo(pool, making)
-            short_by_bytes = size_bytes if isinstance(error, OutOfMemory) else 0
+            short_by_bytes = whole_bytes if isinstance(error, OutOfMemory) else 0
             raise Refused(f"{self.gpu_uuid} gave no memory: {error}", short_by_bytes=short_by_bytes) from error
         pool.destroyed(plan.destroy)
         for piece in making.made:
@@ -333,6 +340,7 @@ class Gpu:
                 self._busy_s += copy.last_s - max(started_s, self._busy_until_s)
                 self._busy_until_s = copy.last_s
                 self._link.copied(job)
+                self._changed.notify()  # the job's next may be copied now
                 if why:
                     copy.error = copy.error or why
                     self._link.drop(job)

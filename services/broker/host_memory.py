@@ -118,6 +118,8 @@ class HostMemory:
 
     async def _pin(self, block_id: int) -> HostBuffer:
         """The block as a buffer, pinned now if it is not yet."""
+        if block_id in self._buffers:  # as those of a wake, which asks for hundreds while somebody waits
+            return self._buffers[block_id]
         async with self._pinning:
             if block_id not in self._buffers:
                 device = self._device

@@ -2,7 +2,11 @@
 
 Copies of both directions stand in one line: a GPU that sends while it receives was seen to receive at half its rate
 (NVIDIA/nvbandwidth#53), and a wake is what somebody waits for. A job gives way between its slabs, so that a wake waits
-for one slab (5 ms for 256 MiB at 53 GB/s) and not for an image. A job whose next slab is not ready yet lets others go.
+for the slabs that the driver has (5 ms for 256 MiB at 53 GB/s) and not for an image. A job whose next slab is not ready
+yet lets others go.
+
+Of a wake more slabs are handed over at once than of others: nobody goes before it, and on a host whose processors are
+busy the link would rest whenever a thread comes late.
 """
 
 from collections import deque
@@ -12,6 +16,9 @@ from typing import Final, Generic, TypeVar
 from schemas.brokers import LinkClass
 
 S = TypeVar("S")
+
+RUNNING_MAX: Final = {LinkClass.WAKE: 4, LinkClass.PREFETCH: 2, LinkClass.SEAL: 2}
+"""Slabs of one job that are with the driver: one on the link, and the next."""
 
 RANK: Final = {LinkClass.WAKE: 0, LinkClass.PREFETCH: 1, LinkClass.SEAL: 2}
 
@@ -46,8 +53,8 @@ class Link(Generic[S]):
         self._jobs[job.job_id] = job
 
     def next(self) -> tuple[Job[S], S] | None:
-        """The slab to copy now, out of its job: of the highest class, then of the oldest job. None: none is ready."""
-        ready = [job for job in self._jobs.values() if job.ready]
+        """The slab to copy now, out of its job: of the highest class, then of the oldest job. None: none may go now."""
+        ready = [job for job in self._jobs.values() if job.ready and job.running_count < RUNNING_MAX[job.link_class]]
         if not ready:
             return None
         job = min(ready, key=lambda job: (RANK[job.link_class], job.job_id))

@@ -7,12 +7,21 @@ Sizes. Asks of at least `piece_bytes_max` (1 GiB) are cut into pieces of that si
 exporting, importing and mapping a handle costs about 0.1 to 0.3 ms beside what goes by size, so 63 GB in 59 handles
 lose 15 ms and in 64 MiB handles 240. Smaller asks get one piece of exactly their size, so that a cache that grows by
 slabs gives back what it took. Free pieces are taken before new ones are made, the largest first.
+
+The pieces that an image is copied into begin at a quarter of that and double: the first copy waits for the first piece
+(2 ms, and 8 ms for a whole GiB), and each is made while the one before it is on the link, in less time than that takes.
+
+Many ranges of one size take free pieces of just that size, and all others are made: what such a set has once been cut
+into, the next set of the same size finds.
 """
 
 from dataclasses import dataclass, field
 from typing import Final
 
 from schemas.units import GiB, MiB
+
+FIRST_PART: Final = 4
+"""The first piece of what an image is copied into is a fourth of the largest."""
 
 PIECES_PER_ASK_MAX: Final = 500
 """Two batches of descriptors. An ask that would take more gets its smallest pieces made into larger ones first."""
@@ -78,8 +87,16 @@ class Pool:
         """What the GPU lacks for an ask, all free pieces used; 0 when it can be met."""
         return max(0, self.lent_bytes + self.planned_bytes + adopted_bytes + size_bytes - self.capacity_bytes)
 
-    def plan(self, size_bytes: int, *, tenant: str, adopted_bytes: int = 0) -> Plan:
-        """For an ask that is not short. Own bytes first, then by size; ties by age."""
+    def plan_each(self, size_bytes: int, *, count: int, tenant: str, adopted_bytes: int = 0) -> Plan:
+        """For as many ranges of one size, not short; pieces in the order of the ranges, those that are made last."""
+        same = [free for free in self.free.values() if free.piece.size_bytes == size_bytes <= self.piece_bytes_max]
+        taken = sorted(same, key=lambda free: (free.tenant != tenant, free.piece.piece_id))[:count]
+        make = self._cut(size_bytes) * (count - len(taken))
+        destroy, spare_bytes = self._room_for(sum(make), taken, adopted_bytes=adopted_bytes)
+        return Plan(take=tuple(taken), destroy=destroy, make_bytes=make, spare_bytes=self._cut(spare_bytes))
+
+    def plan(self, size_bytes: int, *, tenant: str, adopted_bytes: int = 0, is_filled: bool = False) -> Plan:
+        """For an ask that is not short. Own bytes first, then by size; ties by age. `is_filled`: with an image."""
         order = sorted(
             self.free.values(), key=lambda free: (-free.piece.size_bytes, free.tenant != tenant, free.piece.piece_id)
         )
@@ -89,13 +106,24 @@ class Pool:
             if free.piece.size_bytes <= left_bytes and len(taken) < PIECES_PER_ASK_MAX // 2:
                 taken.append(free)
                 left_bytes -= free.piece.size_bytes
-        make = self._cut(left_bytes)
+        make = self._growing(left_bytes) if is_filled and not taken else self._cut(left_bytes)
         destroy, spare_bytes = self._room_for(left_bytes, taken, adopted_bytes=adopted_bytes)
         return Plan(take=tuple(taken), destroy=destroy, make_bytes=make, spare_bytes=self._cut(spare_bytes))
 
     def _cut(self, size_bytes: int) -> tuple[int, ...]:
         whole, rest = divmod(size_bytes, self.piece_bytes_max)
         return (self.piece_bytes_max,) * whole + ((rest,) if rest else ())
+
+    def _growing(self, size_bytes: int) -> tuple[int, ...]:
+        """The first piece small, each twice as large as the one before it, up to the largest."""
+        granule_bytes = self.granularity_bytes
+        made: list[int] = []
+        piece_bytes = max(self.piece_bytes_max // FIRST_PART // granule_bytes * granule_bytes, granule_bytes)
+        while piece_bytes < min(self.piece_bytes_max, size_bytes):
+            made.append(piece_bytes)
+            size_bytes -= piece_bytes
+            piece_bytes *= 2
+        return (*made, *self._cut(size_bytes))
 
     def _room_for(self, new_bytes: int, taken: list[FreePiece], *, adopted_bytes: int) -> tuple[tuple[Piece, ...], int]:
         """Free pieces to destroy so that `new_bytes` can be made, the smallest first; and what of them is left over."""

@@ -187,4 +187,5 @@ class _Engine:
             case ImageSeal():
                 return await self._broker.seal(account, wish)
             case ImageRestore():
-                return await self._broker.restore(account, wish, connection_id=self._connection_id, say=say)
+                await self._broker.restore(account, wish, connection_id=self._connection_id, say=say)
+                return None

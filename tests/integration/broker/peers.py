@@ -229,6 +229,19 @@ class _Engine:
         self._map(range_id, answer["piece_bytes"])
         return answer
 
+    def ask_each(self, range_ids: list[str], size_bytes: int) -> object:
+        """One piece for each: sizes of at most a piece."""
+        first, *more = range_ids
+        answer = self._peer.ask(
+            MemoryAsk(gpu_uuid=self._gpu_uuid, size_bytes=size_bytes, range_id=first, more_range_ids=tuple(more))
+        )
+        descriptors = self._peer.descriptors
+        assert len(range_ids) == len(descriptors)
+        for range_id, piece_bytes, descriptor in zip(range_ids, answer["piece_bytes"], descriptors, strict=True):
+            self._peer.descriptors = [descriptor]
+            self._map(range_id, [piece_bytes])
+        return answer
+
     def _map(self, range_id: str, piece_bytes: Sequence[int]) -> None:
         assert len(piece_bytes) == len(self._peer.descriptors)
         chunks = [

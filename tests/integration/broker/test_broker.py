@@ -30,6 +30,31 @@ def test_an_engine_gets_clean_memory_up_to_its_grant_and_no_more(world: MakeWorl
     assert {one.gpu: 102 * MiB} == agent.view().accounts[0].held_bytes
 
 
+def test_many_ranges_of_one_question_are_clean_and_all_of_them_or_none(world: MakeWorld) -> None:
+    one = world()
+    agent = opened(one, "r", 100 * MiB)
+    engine = one.engine("r")
+    engine.do("hello")
+    names = [f"kv-{number}" for number in range(12)]
+
+    refused = engine.do("ask_each", [*names, "kv-12"], 8 * MiB)
+    assert 4 * MiB == refused["short_by_bytes"], refused
+    assert 0 == sum(agent.view().accounts[0].held_bytes.values()) == agent.view().gpus[0].lent_bytes
+    assert "twice" in engine.do("ask_each", ["kv-0", "twice", "twice"], MiB)["refused"]
+    assert "129" in engine.do("ask_each", [f"many-{number}" for number in range(129)], MiB)["refused"]
+    assert 0 == sum(agent.view().accounts[0].held_bytes.values()) == agent.view().gpus[0].lent_bytes
+
+    granted = engine.do("ask_each", names, 8 * MiB)
+
+    assert [8 * MiB] * 12 == granted["piece_bytes"]
+    assert all([0] == engine.do("bytes_seen", name) for name in names)
+    assert {one.gpu: 96 * MiB} == agent.view().accounts[0].held_bytes
+    engine.do("give_back", "kv-5")
+    assert {one.gpu: 88 * MiB} == agent.view().accounts[0].held_bytes
+    engine.kill()
+    until(lambda: agent.view().gpus[0].lent_bytes == 0)
+
+
 def test_an_image_comes_back_byte_for_byte_at_the_same_address(world: MakeWorld) -> None:
     one = world()
     agent = opened(one, "r", 100 * MiB)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.brokers import LinkClass
-from services.broker.link import RANK, Job, Link
+from services.broker.link import RANK, RUNNING_MAX, Job, Link
 
 
 def job(number: int, link_class: LinkClass, slabs: int, *, is_complete: bool = True) -> Job[str]:
@@ -45,6 +45,20 @@ def test_a_wake_whose_memory_is_still_being_made_lets_others_go() -> None:
     assert ["1.0", "2.0", "2.1"] == order(link)
     assert not wake.is_done
     assert 1 == link.waiting_count
+
+
+def test_the_driver_has_few_slabs_of_a_job_at_a_time_and_more_of_a_wake() -> None:
+    for link_class in LinkClass:
+        link: Link[str] = Link()
+        one = job(1, link_class, 9)
+        link.add(one)
+
+        given = [found for _ in range(9) if (found := link.next()) is not None]
+
+        assert RUNNING_MAX[link_class] == len(given)
+        link.copied(one)
+        assert link.next() is not None
+    assert RUNNING_MAX[LinkClass.WAKE] > RUNNING_MAX[LinkClass.SEAL]
 
 
 def test_what_was_dropped_is_done_when_its_running_slab_is() -> None:

@@ -107,11 +107,13 @@ class PlayedBroker:
             case EngineHello():
                 return [BrokerDone() if question.key == KEY else BrokerRefused(refused="another key")]
             case MemoryAsk():
-                self.ranges[question.range_id] = question.size_bytes
-                return [grant(question.range_id, question.size_bytes)]
+                range_ids = (question.range_id, *question.more_range_ids)
+                self.ranges.update(dict.fromkeys(range_ids, question.size_bytes))
+                return [grant(question.range_id, question.size_bytes * len(range_ids))]
             case MemoryReturn():
-                if not question.size_bytes and self.ranges.pop(question.range_id, None) is None:
-                    return [BrokerRefused(refused=f"no range {question.range_id}")]
+                for range_id in (question.range_id, *question.more_range_ids):
+                    if not question.size_bytes and self.ranges.pop(range_id, None) is None:
+                        return [BrokerRefused(refused=f"no range {range_id}")]
                 return [BrokerDone()]
             case ImageSeal():
                 size_bytes = self.ranges[question.range_id]
@@ -159,13 +161,17 @@ def send(stream: socket.socket, answer: Any) -> None:
 
 
 class PaperDevice:
-    """Maps descriptors by looking at them: which files, in which order. `error` is raised by the next import."""
+    """Maps descriptors by looking at them: which files, in which order.
+
+    `error` is raised by the next import, or by the one after `good_imports` more.
+    """
 
     gpu_uuid = "GPU-1"
 
     def __init__(self) -> None:
         self.mapped: dict[int, list[int]] = {}
         self.error: DeviceError | None = None
+        self.good_imports = 0
         self._regions = 0
 
     def reserve(self, size_bytes: int) -> Region:
@@ -175,7 +181,9 @@ class PaperDevice:
         )
 
     def import_fds(self, exported: ExportedMemory, *, region: Region, is_writable: bool = False) -> Region:
-        if self.error is not None:
+        if self.error is not None and self.good_imports:
+            self.good_imports -= 1
+        elif self.error is not None:
             error, self.error = self.error, None
             raise error
         if region.region_id in self.mapped or exported.size_bytes != region.size_bytes or not is_writable:

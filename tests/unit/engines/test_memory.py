@@ -46,7 +46,7 @@ def test_a_plan_uses_the_budget_but_for_less_than_one_slab(memory_bytes: int) ->
     assert 0 <= memory_bytes - whole_bytes < subject.slab_bytes <= SLAB_BYTES_MAX
 
 
-@pytest.mark.parametrize("memory_bytes", [2 * GiB, 40 * GiB, 80 * GiB, 141 * GiB])
+@pytest.mark.parametrize("memory_bytes", [GiB + 600 * MiB, 2 * GiB, 3 * GiB, 40 * GiB, 80 * GiB, 141 * GiB])
 def test_a_broker_is_asked_for_few_slabs(memory_bytes: int) -> None:
     subject = plan_memory(
         memory_bytes=memory_bytes,
@@ -57,7 +57,8 @@ def test_a_broker_is_asked_for_few_slabs(memory_bytes: int) -> None:
     )
 
     assert 1 <= subject.slab_count(memory_bytes) <= 64
-    assert subject.slab_bytes % (64 * MiB if subject.slab_bytes > 64 * MiB else GRANULE) == 0
+    assert subject.slab_bytes % (64 * MiB if subject.slab_bytes >= 64 * MiB else GRANULE) == 0
+    assert subject.slab_bytes >= 64 * MiB or subject.slab_count(memory_bytes) <= 16
 
 
 def test_sizes_are_rounded_up_to_the_granularity() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from devices.api import Device, OutOfMemory, Region
 from engines.backing import BrokerBacking, at_once
+from engines.simulated.memory import KvSlabs
 from engines.store.connection import CONNECT_WITHIN_S, StoreError, StoreSettings, settings_from
 from engines.store.memory import GpuStore
 from schemas.brokers import (
@@ -94,6 +95,46 @@ def test_more_pieces_than_one_message_carries_arrive_in_their_order(store: GpuSt
     store.take(large, "large")
 
     assert [PIECE_BYTES] * 600 == device.mapped[large.region_id]
+
+
+def test_many_ranges_are_had_in_one_question_and_each_is_given_back_alone(
+    broker: PlayedBroker, store: GpuStore, device: PaperDevice
+) -> None:
+    regions = {f"kv-{number}": device.reserve(SIZE_BYTES) for number in range(40)}
+
+    taken = store.take_all(regions)
+
+    assert 1 == len(broker.told(MemoryAsk))
+    assert 40 * SIZE_BYTES == taken.size_bytes == store.held_bytes == sum(broker.ranges.values())
+    assert all([PIECE_BYTES] * 8 == device.mapped[region.region_id] for region in regions.values())
+    assert SIZE_BYTES == store.give_back(regions["kv-7"], "kv-7")
+    assert "kv-7" not in broker.ranges
+    assert 39 * SIZE_BYTES == store.held_bytes == sum(broker.ranges.values())
+
+
+def test_ranges_of_which_the_driver_does_not_map_one_are_all_returned(
+    broker: PlayedBroker, store: GpuStore, device: PaperDevice
+) -> None:
+    regions = {f"kv-{number}": device.reserve(SIZE_BYTES) for number in range(4)}
+    device.error, device.good_imports = OutOfMemory(call="cuMemMap", code="OUT", requested_bytes=1, free_bytes=0), 2
+
+    with pytest.raises(OutOfMemory):
+        store.take_all(regions)
+
+    assert (0, {}, {}) == (store.held_bytes, broker.ranges, device.mapped)
+
+
+def test_other_memory_may_be_asked_for_once_a_restore_has_its_own(
+    broker: PlayedBroker, store: GpuStore, region: Region
+) -> None:
+    broker._images["image"] = region.size_bytes
+    lent: list[int] = []
+
+    store.restore(
+        region, "a", image_id="image", generation=1, on_lent=lambda: lent.append(len(broker.told(ImageRestore)))
+    )
+
+    assert [1] == lent
 
 
 def test_a_refusal_leaves_nothing_and_says_what_was_missing(
@@ -305,6 +346,26 @@ def test_a_refusal_for_want_of_bytes_is_out_of_memory(
         backing.back(region, "kv-0")
 
     assert (SIZE_BYTES, SIZE_BYTES - PIECE_BYTES) == (raised.value.requested_bytes, raised.value.free_bytes)
+    backing.close()
+
+
+def test_a_cache_grows_in_one_question_to_what_there_is_room_for(broker: PlayedBroker, device: PaperDevice) -> None:
+    granted_bytes = 5 * SIZE_BYTES
+
+    def within_the_grant(question: MemoryAsk) -> list[Any]:
+        short_by_bytes = question.size_bytes * (1 + len(question.more_range_ids)) - granted_bytes
+        if short_by_bytes > 0:
+            return [BrokerRefused(refused="the grant is full", short_by_bytes=short_by_bytes)]
+        return broker._answers(question)
+
+    broker.answers[MemoryAsk] = within_the_grant
+    backing = BrokerBacking(cast("Device", device), broker.settings())
+    cache = KvSlabs(backing, slab_bytes=SIZE_BYTES)
+
+    with pytest.raises(OutOfMemory):
+        cache.grow(9)
+
+    assert (5, 5, 2) == (cache.backed_count, len(broker.ranges), len(broker.told(MemoryAsk)))
     backing.close()
 
 
