@@ -263,7 +263,7 @@ class Broker:
             await self._end_copy(gpu, copy)
             self._let_go(account, held)
             raise
-        if any(account.ranges.get(one.range_id) is not one for one in held):  # its engine ended meanwhile
+        if any(one.is_ended for one in held):
             close_all(lent.descriptors)
             await self._end_copy(gpu, copy)
             await gpu.take_back(lent.pieces, tenant=account.tenant)
@@ -299,13 +299,19 @@ class Broker:
 
     async def _take_back(self, account: Account, ranges: Sequence[Range]) -> None:
         """Nobody maps these any more. One that is just being lent is given back by who lends it."""
-        held_now = [held for held in ranges if account.ranges.get(held.range_id) is held]
-        loans = [self._loans.pop((account.key, held.range_id), None) for held in held_now]
+        held_now: list[Range] = []
+        loans: list[Loan] = []
+        for held in ranges:
+            loan = self._loans.pop((account.key, held.range_id), None)
+            if loan is not None:
+                held_now.append(held)
+                loans.append(loan)
+            elif account.ranges.get(held.range_id) is held:
+                held.is_ended = True
         pieces: dict[str, list[Piece]] = {}
         for loan in loans:
-            if loan is not None:
-                await self._end_copy(loan.gpu, loan.copy)
-                pieces.setdefault(loan.gpu.gpu_uuid, []).extend(loan.pieces)
+            await self._end_copy(loan.gpu, loan.copy)
+            pieces.setdefault(loan.gpu.gpu_uuid, []).extend(loan.pieces)
         for gpu_uuid, gone in pieces.items():
             await self.gpus[gpu_uuid].take_back(tuple(gone), tenant=account.tenant)
         self._let_go(account, held_now)

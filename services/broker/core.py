@@ -41,6 +41,8 @@ class Range:
     """Of the connection that asked for it; it may have ended since."""
     process: int
     """Who may map it."""
+    is_ended: bool = False
+    """It was returned, or its process ended, while its memory was still being made; it counts until that is back."""
 
 
 @dataclass(slots=True, kw_only=True)
