@@ -336,7 +336,8 @@ class GiveBackAsked(ReplicaFact, frozen=True, tag="nodes.give_back_asked.v1"):
     """A borrower must give bytes: the ladder begins. Each of its steps ends with `GaveBack`."""
 
     for_replica_id: str
-    """Who wants its bytes; the first of several. Empty: nobody of ours, but strangers left the GPU too little."""
+    """Who wants its bytes; the first of several. Empty: nobody of ours, but strangers left the GPU too little; or
+    nobody at all, where it is not owed: it does not use them."""
     asked_bytes: Bytes
     """What is missing on the GPU that lacks most, of all its borrowers together."""
     is_owed: bool = True

@@ -306,7 +306,9 @@ class SimulatedSystem:
         self.hosts[node] = host
         self.nodes[node] = _Node(host, routes)
         writer = f"node.{node}"
-        settings = NodeAgentSettings(node=node, alive_s=self.shape.alive_s, burst_tick_s=self.shape.burst_tick_s)
+        settings = NodeAgentSettings(
+            node=node, alive_s=self.shape.alive_s, burst_tick_s=self.shape.burst_tick_s, demand_s=0.0
+        )
         member = simulation.add(agent, settings, writer=writer, world=host, is_journaled=True)
         host.agent_life = lambda: member.life
         host.eyes.report = lambda seen: simulation.tell(writer, seen)

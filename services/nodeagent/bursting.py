@@ -1,4 +1,4 @@
-"""Who gets how much of what no lease claims: by weight, equal weights equal parts, never beyond a limit.
+"""Who gets how much of what no lease claims: by need and weight, equal weights equal parts, never beyond a limit.
 
 Pure arithmetic over whole bytes. One level rises for all at once, as water does, until a limit or a full GPU stops
 somebody; the others go on.
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kit.outcomes import Context, Timer
+from services.nodeagent.demand import Size, wanted_bytes
 from services.nodeagent.growth import is_elastic
 from services.nodeagent.inputs import BurstDue
 from services.nodeagent.ledger import Ledger
@@ -26,7 +27,7 @@ class Burster:
     extra_bytes: int
     """What it has beyond its request now."""
     most_bytes: int
-    """What it may have beyond its request."""
+    """What it needs beyond its request, as far as it may have that."""
     is_resting: bool = False
     """It has given back lately, or one of its GPUs takes nothing new: it does not grow now."""
 
@@ -46,7 +47,7 @@ def bursters(state: NodeState, *, now_s: float) -> list[Burster]:
             gpu_uuids=tuple(replica.share_bytes),
             weight=replica.proposal.deployment.share.burst_weight,
             extra_bytes=min(replica.borrowed_bytes.values()),
-            most_bytes=most_bytes(replica),
+            most_bytes=_wished_bytes(state, replica, now_s=now_s),
             is_resting=now_s < replica.gave_back_at_s + replica.growth.rest_s(state.settings.burst_rest_s)
             or bool(barred(state, replica.share_bytes)),
         )
@@ -58,6 +59,23 @@ def bursters(state: NodeState, *, now_s: float) -> list[Burster]:
 def may_burst(replica: Replica) -> bool:
     is_here = replica.residency is Residency.RESIDENT and replica.growth.is_able
     return is_here and is_elastic(replica.proposal.deployment) and most_bytes(replica) > 0
+
+
+def _wished_bytes(state: NodeState, replica: Replica, *, now_s: float) -> int:
+    """All that it may have, where nobody asks engines how full they are."""
+    if state.settings.demand_s <= 0:
+        return most_bytes(replica)
+    told = state.observed.demands.get(replica.proposal.replica_id)
+    shares = replica.proposal.shares
+    size = Size(
+        request_bytes=min(share.request_bytes for share in shares),
+        fixed_bytes=replica.proposal.deployment.engine.weights_bytes // len(shares),
+        extra_bytes=min(replica.borrowed_bytes.values()),
+        most_bytes=most_bytes(replica),
+        changed_at_s=replica.gave_back_at_s,
+    )
+    is_its = told is not None and told.lease_epoch == replica.lease_epoch
+    return wanted_bytes(told if is_its else None, size, now_s=now_s, idle_s=state.settings.burst_idle_s)
 
 
 def most_bytes(replica: Replica) -> int:
@@ -119,7 +137,7 @@ def growths(
     for burster in here:
         free_bytes = min(ledger.unclaimed_bytes(gpu_uuid) for gpu_uuid in burster.gpu_uuids)
         more_bytes = min(extras[burster.replica_id] - burster.extra_bytes, free_bytes)
-        if burster.is_resting or more_bytes < min(step_bytes, burster.most_bytes):
+        if burster.is_resting or more_bytes < max(1, min(step_bytes, burster.most_bytes)):
             continue
         ledger.hold(dict.fromkeys(burster.gpu_uuids, more_bytes))
         found.append((burster, burster.extra_bytes + more_bytes))
@@ -128,19 +146,24 @@ def growths(
 
 def surpluses(
     here: Sequence[Burster], extras: Mapping[str, int], *, step_bytes: int
-) -> list[tuple[Burster, int, Burster]]:
-    """Who has more than its part while somebody on one of its GPUs has less; to which extra it shrinks; for whom."""
+) -> list[tuple[Burster, int, Burster | None]]:
+    """Who has more than its part while somebody on one of its GPUs has less; to which extra it shrinks; for whom.
+
+    And who has more than it needs: for nobody, so that the next owner finds it free.
+    """
     short = [
         burster
         for burster in here
-        if extras[burster.replica_id] - burster.extra_bytes >= min(step_bytes, burster.most_bytes)
+        if extras[burster.replica_id] - burster.extra_bytes >= max(1, min(step_bytes, burster.most_bytes))
         if not burster.is_resting
     ]
-    found = []
+    found: list[tuple[Burster, int, Burster | None]] = []
     for burster in here:
         if burster.extra_bytes - extras[burster.replica_id] < step_bytes:
             continue
         wanting = [other for other in short if set(other.gpu_uuids) & set(burster.gpu_uuids)]
         if wanting:
             found.append((burster, extras[burster.replica_id], wanting[0]))
+        elif burster.extra_bytes - burster.most_bytes >= step_bytes:
+            found.append((burster, burster.most_bytes, None))
     return found

@@ -43,6 +43,13 @@ class EngineState(msgspec.Struct, kw_only=True):
     """Device bytes that it says it holds, its context included; 0 when it does not say."""
 
 
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How much an engine has to do."""
+
+    kv_used_fraction: float
+    waiting_count: int
+
+
 class _Failure(msgspec.Struct, kw_only=True):
     error: str | dict[str, object] = ""
     free_bytes: int = 0
@@ -128,6 +135,17 @@ class EngineClient:
             raise
         running, waiting = gauge(text, gauges.running), gauge(text, gauges.waiting)
         return None if running is None or waiting is None else round(running + waiting)
+
+    async def load(self, endpoint: str, kind: EngineKind) -> EngineLoad | None:
+        """None when it does not tell how full its cache is. Raises `EngineProblem` when it does not answer."""
+        gauges = ADAPTERS[kind].gauges
+        if gauges is None or not gauges.kv_used_fraction:
+            return None
+        text = (await self._call("GET", endpoint + gauges.route, timeout_s=STATE_S)).decode(errors="replace")
+        used, waiting = gauge(text, gauges.kv_used_fraction), gauge(text, gauges.waiting)
+        if used is None:
+            return None
+        return EngineLoad(kv_used_fraction=min(1.0, max(0.0, used)), waiting_count=round(waiting or 0.0))
 
     async def wait_until_ready(self, endpoint: str, kind: EngineKind = EngineKind.SIMULATED) -> None:
         """Returns when weights are loaded; raises `EngineProblem` when loading failed. No deadline of its own."""

@@ -278,6 +278,14 @@ class GiveBackDue(EngineInput):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadMeasured(EngineInput):
+    """How full its cache is, and who waits there; of engines that may have more than their request."""
+
+    kv_used_fraction: float
+    waiting_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BurstDue(Input):
     """Time to share out what no lease claims."""
 

@@ -22,6 +22,7 @@ from schemas.catalogue import UNDECODABLE
 from schemas.queries import LogChunk, QueryRefused, ReadLogs
 from services.nodeagent import health, leases, residency, shares, suspicion
 from services.nodeagent.core import SERVICE
+from services.nodeagent.demand_watch import DemandWatch
 from services.nodeagent.effects import reconciling
 from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
@@ -121,6 +122,13 @@ def _watch(hands: Hands, runner: Runner[NodeState], inventory: Inventory) -> Non
     hands.watchers.start_soon(reconciling.keep, hands)
     if hands.guard.accounts is not None:
         hands.watchers.start_soon(hands.guard.accounts.keep, lambda: _deployments_of(runner))
+    demand = DemandWatch(
+        hands.engines,
+        every_s=hands.settings.demand_s,
+        state=lambda: runner.processor.state if runner.processor is not None else None,
+        report=runner.offer,
+    )
+    hands.watchers.start_soon(demand.run)
     watch = GpuWatch(
         inventory,
         every_s=hands.settings.measure_s,

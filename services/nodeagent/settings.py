@@ -116,6 +116,11 @@ class NodeAgentSettings(Struct, frozen=True, kw_only=True):
     """A grant changes by so much at least: each change costs its engine some driver calls."""
     burst_rest_s: float = 5.0
     """Whoever has given bytes back does not grow again sooner."""
+    demand_s: float = 2.0
+    """How often engines that may have more than their request are asked how full their caches are: they grow when they
+    need it. 0: never, so that whoever may have more gets it."""
+    burst_idle_s: float = 30.0
+    """Whoever has used little of its cache for so long gives back what it does not use."""
     grow_deadline_s: float = 10.0
     """An engine that has not grown by then keeps what it had."""
     freeze_deadline_s: float = 0.5

@@ -13,7 +13,8 @@ from schemas.nodes import BorrowAccounted, GaveBack, GiveBackAsked, LeaseResized
 from services.nodeagent import accounts, bursting, giving_back
 from services.nodeagent import state as fold
 from services.nodeagent.core import SERVICE, current, names
-from services.nodeagent.inputs import BurstDue, EngineNotResized, EngineResized, GiveBackDue
+from services.nodeagent.demand import Demand, heard
+from services.nodeagent.inputs import BurstDue, EngineNotResized, EngineResized, GiveBackDue, LoadMeasured
 from services.nodeagent.ledger import Ledger
 from services.nodeagent.residency import come_back, wakes_from
 from services.nodeagent.state import NodeState, Replica
@@ -74,7 +75,7 @@ def _shared_out(state: NodeState, ledger: Ledger, ctx: Context) -> Iterator[Outc
         replica = state.replicas[burster.replica_id]
         yield GiveBackAsked(
             **names(state, replica, ctx),
-            for_replica_id=other.replica_id,
+            for_replica_id=other.replica_id if other is not None else "",
             asked_bytes=burster.extra_bytes - extra_bytes,
             is_owed=False,
         )
@@ -92,6 +93,27 @@ def _shared_out(state: NodeState, ledger: Ledger, ctx: Context) -> Iterator[Outc
         deadline_s = state.settings.grow_deadline_s
         grow, _ = giving_back.resized(replica, ResizeReason.BURST, granted, deadline_s=deadline_s, ctx=ctx)
         yield grow  # Nobody waits for it: it needs no timer.
+
+
+@SERVICE.observing(LoadMeasured)
+def observe_load(state: NodeState, measured: LoadMeasured, now_s: float) -> None:
+    demands = state.observed.demands
+    for gone in demands.keys() - state.replicas.keys():
+        del demands[gone]
+    if measured.replica_id in state.replicas:
+        now = Demand(
+            lease_epoch=measured.lease_epoch,
+            kv_used_fraction=measured.kv_used_fraction,
+            waiting_count=measured.waiting_count,
+            at_s=now_s,
+        )
+        demands[measured.replica_id] = heard(demands.get(measured.replica_id), now)
+
+
+@SERVICE.on(LoadMeasured)
+def load_measured(state: NodeState, measured: LoadMeasured, ctx: Context) -> Sequence[Outcome]:
+    """The next look at shares decides by it."""
+    return []
 
 
 def _overdue(state: NodeState, ctx: Context) -> Iterator[Outcome]:

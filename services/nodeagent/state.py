@@ -31,6 +31,7 @@ from schemas.nodes import (
 )
 from schemas.placement import GangCommitted, ReplicaProposal, ShareProposal
 from services.nodeagent.accounts import Account
+from services.nodeagent.demand import Demand
 from services.nodeagent.grades import is_brokered
 from services.nodeagent.growth import Growth, is_elastic
 from services.nodeagent.quarantines import GpuHealth, Watched, start_failed, start_succeeded
@@ -183,6 +184,8 @@ class Observed:
     """{replica_id: (residency, lease epoch, wake epoch)} as an earlier life of this agent left it."""
     gpus: dict[str, Watched] = field(default_factory=dict)
     """{gpu_uuid: what is seen of it}"""
+    demands: dict[str, Demand] = field(default_factory=dict)
+    """{replica_id: what its engine told last}; of those that may have more than their request."""
 
 
 AWAY = frozenset({Residency.DRAINING, Residency.PARKED, Residency.WAITING, Residency.WAKING})

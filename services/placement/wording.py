@@ -146,6 +146,8 @@ _TEXTS: Final[dict[type[Fact], Callable[[Any], str]]] = {
         f"must give back: {gib(f.asked_bytes)} are missing for {f.for_replica_id}"
         if f.is_owed
         else f"should give back: {f.for_replica_id} gets its part of {gib(f.asked_bytes)}"
+        if f.for_replica_id
+        else f"should give back {gib(f.asked_bytes)}, which it does not use"
     ),
     GaveBack: lambda f: (
         f"{f.step} gave {gib(f.freed_bytes)} of {gib(f.asked_bytes)} back in {f.step_s:.2f} s"

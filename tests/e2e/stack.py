@@ -49,6 +49,7 @@ class RunningStack:
         command = [sys.executable, "-m", "services", "up", "--state", str(state_dir), "--port", "0",
                    "--cold-start-s", str(COLD_START_S)]  # fmt: skip
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SUBLET_")}
+        environment["SUBLET_NODEAGENT_DEMAND_S"] = "0"  # Engines have next to nothing to do here, and shall grow.
         with output_of(state_dir).open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,

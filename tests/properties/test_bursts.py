@@ -101,6 +101,28 @@ def test_no_byte_is_promised_twice_and_every_ladder_has_an_end(seed: int) -> Non
     Bursting(draw.choice).play(80)
 
 
+class Needing(Bursting):
+    """The same, where engines tell how full they are, and it changes all the time."""
+
+    demand_s = 2.0
+
+    def step(self, step: str) -> None:
+        if step == "burst" and not self.is_obedient:
+            for name, replica in sorted(self.agent.state.replicas.items()):
+                if replica.residency is Residency.RESIDENT and self._choose((True, True, False)):
+                    used_fraction = self._choose((0.0, 0.1, 0.4, 0.6, 0.9, 1.0))
+                    self._handle(self.agent.load(name, used_fraction, waiting_count=self._choose((0, 0, 3))))
+            self.agent.now_s += self._choose((0.0, 40.0))
+        super().step(step)
+
+
+@many
+@given(seed=st.integers(0, 2**32))
+def test_no_byte_is_promised_twice_where_grants_follow_need_either(seed: int) -> None:
+    draw = random.Random(seed)
+    Needing(draw.choice).play(80)
+
+
 def _pick(names: Sequence[Any]) -> Any:
     return names[0]
 

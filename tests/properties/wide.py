@@ -37,11 +37,12 @@ class Alone:
     """One agent and what is on its way for it."""
 
     swap_drivers: tuple[SwapDriver, ...] = ()
+    demand_s = 0.0
 
     def __init__(self, choose: Choose, service: Service[Any] = SERVICE) -> None:
         self.service = service
         gpus = [nodes.gpu(index, swap_drivers=self.swap_drivers) for index in range(len(GPUS))]
-        self.agent = nodes.Agent(*gpus, service=service)
+        self.agent = nodes.Agent(*gpus, service=service, demand_s=self.demand_s)
         self.books = Books(gpus={gpu.gpu_uuid: gpu for gpu in gpus})
         self.ladders = Ladders()
         self.gangs = Gangs()

@@ -32,6 +32,7 @@ from services.nodeagent.inputs import (
     EngineStopped,
     EngineUnexplained,
     EngineWoken,
+    LoadMeasured,
     NodeProbed,
     ResizeEngine,
     StartEngine,
@@ -128,11 +129,12 @@ class Agent:
         host_gib: int = 1000,
         service: Service[NodeState] = SERVICE,
         start_attempt_count: int = 5,
+        demand_s: float = 0.0,
     ) -> None:
         """`service`: another one to run in place of the real one; tests plant faults that checks must find."""
         self.service = service
         settings = NodeAgentSettings(
-            node=NODE, residue_bytes=RESIDUE_GIB * GiB, start_attempt_count=start_attempt_count
+            node=NODE, residue_bytes=RESIDUE_GIB * GiB, start_attempt_count=start_attempt_count, demand_s=demand_s
         )
         self.state: NodeState = service.new_state(settings)
         self.now_s = 100.0
@@ -257,6 +259,9 @@ class Agent:
         """Shares are looked at, long enough after the last change that nobody rests."""
         self.now_s += 10.0
         return self.handle(BurstDue())
+
+    def load(self, name: str, kv_used_fraction: float, *, waiting_count: int = 0) -> LoadMeasured:
+        return LoadMeasured(**self._of(name), kv_used_fraction=kv_used_fraction, waiting_count=waiting_count)
 
     def resized(self, effect: ResizeEngine, *gib: float) -> EngineResized:
         """It did what it was asked for; `gib`: it lives in these instead, by shard."""

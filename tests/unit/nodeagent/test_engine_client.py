@@ -204,3 +204,23 @@ async def test_an_engine_that_gives_no_token_has_failed() -> None:
     async with asking({}) as (client, endpoint):
         with pytest.raises(EngineProblem):
             await client.verify(endpoint, "chat", WorkloadKind.INFERENCE, timeout_s=20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (EngineKind.VLLM, (0.25, 3)),
+        (EngineKind.SGLANG, (0.1, 3)),
+        (EngineKind.LLAMA_SERVER, None),
+        (EngineKind.NIM, None),
+    ],
+)
+async def test_how_full_its_cache_is_and_who_waits_are_read_where_an_engine_tells_them(
+    kind: EngineKind, told: tuple[float, int] | None
+) -> None:
+    client = EngineClient()
+    async with engine(ready(kind, running=2, waiting=3)) as endpoint:
+        load = await client.load(endpoint, kind)
+    await client.close()
+
+    assert told == (None if load is None else (load.kv_used_fraction, load.waiting_count))
