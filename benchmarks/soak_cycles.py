@@ -3,6 +3,7 @@
 import random
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Final
 
 import aiohttp
@@ -19,11 +20,14 @@ from services.nodeagent.holder_client import HolderClient, HolderProblem
 from sublet.context import load as load_context
 from sublet.errors import SubletError
 
-MODEL_COUNT: Final = 5
+MODELS_PER_GPU: Final = 4
 SHARES: Final = (0.3, 0.45, 0.6)
+"""Together 1.8 of each GPU: about half of the models are parked."""
 WEIGHTS_MB: Final = (48, 200, 700)
-WORKERS: Final = 2
+WORKERS_PER_GPU: Final = 2
 REQUEST_S: Final = 60.0
+COMPARE_S: Final = 5.0
+"""A frozen process answers nothing."""
 LOOK_EVERY_S: Final = 0.05
 AGAIN_S: Final = 0.2
 SETTLED: Final = frozenset({"resident", "parked"})
@@ -38,18 +42,23 @@ class Cycles:
     """Models that do not fit together, asked for by chance."""
 
     def __init__(
-        self, stack: LocalStack, history: History, progress: Progress, *, seed: int, driver: SwapDriver
+        self, stack: LocalStack, history: History, progress: Progress, *, seed: int, drivers: Sequence[SwapDriver]
     ) -> None:
         self._stack = stack
         self._history = history
+        self._progress = progress
+        self._unsettled: list[str] = []
         self._draw = random.Random(f"{seed}/cycles")
-        self._driver = driver
-        self.models = [f"m{number}" for number in range(MODEL_COUNT)]
-        self._fleet = Fleet(stack, history, progress, self.models)
+        gpu_count = stack.settings.gpu_count
+        names = [f"{drivers[number % len(drivers)]}-{number}" for number in range(MODELS_PER_GPU * gpu_count)]
+        self.models: Final = {name: drivers[number % len(drivers)] for number, name in enumerate(names)}
+        """{model: how it leaves its GPU}"""
+        self._worker_count = WORKERS_PER_GPU * gpu_count
+        self._fleet = Fleet(stack, history, progress, list(self.models))
         self._digests: dict[str, str] = {}
         """{model: of its weights, as they were first on the device}; equal in every life of its engine."""
-        self._latest: deque[str] = deque(maxlen=WORKERS)
-        """Asked for last: whoever is asked for next has probably been parked since."""
+        self._latest: tuple[deque[str], ...] = tuple(deque(maxlen=WORKERS_PER_GPU) for _ in range(gpu_count))
+        """Asked for last, of each GPU: whoever is asked for next has probably been parked since."""
         self.answered_count = 0
         self.checked_count = 0
         self.wrong: list[str] = []
@@ -65,11 +74,11 @@ class Cycles:
             sublet.deployment(
                 model,
                 weights=f"{self._draw.choice(WEIGHTS_MB)}MB",
-                share=SHARES[number % len(SHARES)],
-                swap=self._driver.value,
+                share=self._draw.choice(SHARES),
+                swap=driver.value,
                 minimum_residency="50ms",
             )
-            for number, model in enumerate(self.models)
+            for model, driver in self.models.items()
         ]
         await self._fleet.deploy_these(specs)
 
@@ -79,20 +88,28 @@ class Cycles:
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_S)) as session,
             anyio.create_task_group() as tg,
         ):
-            for _ in range(WORKERS):
-                tg.start_soon(self._ask_on, session)
+            for number in range(self._worker_count):
+                tg.start_soon(self._ask_on, session, number % self._stack.settings.gpu_count)
             while self.cycle_count < count:  # noqa: ASYNC110  (the bus tells)
                 await anyio.sleep(LOOK_EVERY_S)
             tg.cancel_scope.cancel()
 
-    async def _ask_on(self, session: aiohttp.ClientSession) -> None:
+    async def _ask_on(self, session: aiohttp.ClientSession, gpu: int) -> None:
+        """Models of one GPU, so that another where somebody stands still holds nobody up."""
         while True:
-            model = self._draw.choice([model for model in self.models if model not in self._latest])
-            self._latest.append(model)
+            model = self._draw.choice([model for model in self._models_on(gpu) if model not in self._latest[gpu]])
+            self._latest[gpu].append(model)
             if await self._ask(session, model):
                 await self._compare(session, model)
             else:
                 await anyio.sleep(AGAIN_S)
+
+    def _models_on(self, gpu: int) -> list[str]:
+        """Where there are enough to take turns; else all."""
+        tally = self._history.tally
+        uuid = sorted(tally.gpus)[gpu]
+        here = sorted(replica.model for replica in tally.replicas.values() if replica.gpu_uuid == uuid)
+        return here if len(here) > WORKERS_PER_GPU else list(self.models)
 
     async def _ask(self, session: aiohttp.ClientSession, model: str) -> bool:
         """Whether it was answered. Where parts die and calls fail, some are not; each says why."""
@@ -117,7 +134,9 @@ class Cycles:
         if endpoint is None:
             return
         try:
-            async with session.get(f"{endpoint}/sublet/weights") as response:
+            async with session.get(
+                f"{endpoint}/sublet/weights", timeout=aiohttp.ClientTimeout(total=COMPARE_S)
+            ) as response:
                 if response.status != 200:
                     return
                 answer = msgspec.json.decode(await response.read(), type=_Answer)
@@ -144,10 +163,11 @@ class Cycles:
 
     async def settle(self, *, within_s: float) -> bool:
         """Whether each model is resident or parked before the time is over, and stays what its engine says."""
-        with anyio.move_on_after(within_s):
-            while not await self._is_settled():  # noqa: ASYNC110  (another process tells)
-                await anyio.sleep(AGAIN_S)
-            return True
+        async with self._progress.showing(lambda: f"not settled: {', '.join(self._unsettled) or 'none'}"):
+            with anyio.move_on_after(within_s):
+                while not await self._is_settled():  # noqa: ASYNC110  (another process tells)
+                    await anyio.sleep(AGAIN_S)
+                return True
         return False
 
     async def _is_settled(self) -> bool:
@@ -156,8 +176,13 @@ class Cycles:
                 views = (await client.deployments()).deployments
         except SubletError:
             return False
-        states = [replica.state for view in views for replica in view.replicas]
-        return len(states) == len(self.models) and SETTLED.issuperset(states)
+        states = {view.deployment.name: [str(replica.state) for replica in view.replicas] for view in views}
+        self._unsettled = [
+            f"{model} {' '.join(states.get(model, ())) or 'nowhere'}"
+            for model in self.models
+            if len(states.get(model, ())) != 1 or not SETTLED.issuperset(states[model])
+        ]
+        return not self._unsettled
 
     async def check_all(self) -> None:
         """Wake each once more, without faults, and compare."""

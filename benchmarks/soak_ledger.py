@@ -1,6 +1,7 @@
 """The accounts at the end of a soak: what is left on the device and in host memory, and which steps took too long."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,15 +14,17 @@ from kit.bus import Stored
 from schemas.brokers import BrokerView
 from schemas.catalogue import UnreadableMessage, decode
 from schemas.holders import HolderView
-from schemas.nodes import LeaseReleased, ReplicaFact, ReplicaReady, ReplicaWaking
+from schemas.nodes import LeaseReleased, ReplicaFact, ReplicaParked, ReplicaReady, ReplicaResident, ReplicaWaking
 from services.local.stack import LocalStack
 from services.nodeagent.broker_client import BrokerClient, BrokerProblem
 from services.nodeagent.holder_client import HolderClient
+from services.nodeagent.mover.mover import images_folder
 from services.nodeagent.settings import NodeAgentSettings
 
 SETTLE_S: Final = 10.0
 """The driver's account and the broker's follow an end within milliseconds."""
 LOOK_EVERY_S: Final = 0.1
+BLOCK_BYTES: Final = 512
 OURS: Final = "-m services"
 """The memory broker, and what freezes engines by the driver's checkpoint: each keeps a context as long as it lives."""
 AWAY_S: Final = 15.0
@@ -84,10 +87,22 @@ async def _left(stack: LocalStack) -> Leftovers:
             owners += [f"{process['pid']} ({command}): {size}"] if size else []
     return Leftovers(
         device_bytes=device_bytes,
-        pinned_bytes=sum(pool.used_bytes + pool.reserved_bytes for pool in broker.host) if broker else None,
+        pinned_bytes=None
+        if broker is None
+        else sum(pool.used_bytes + pool.reserved_bytes for pool in broker.host) + _image_bytes(stack),
         engine_count=len(held.engines),
         told=f"Left on the device: {', '.join(owners)}." if owners else "",
     )
+
+
+def _image_bytes(stack: LocalStack) -> int:
+    """Of frozen processes, which the checkpointer keeps in files."""
+    settings = NodeAgentSettings(node=stack.settings.node, state_dir=str(stack.folder.service("nodeagent")))
+    total_bytes = 0
+    for path in images_folder(settings).rglob("*"):
+        with contextlib.suppress(OSError):
+            total_bytes += path.stat().st_blocks * BLOCK_BYTES if path.is_file() else 0
+    return total_bytes
 
 
 async def _command(pid: int) -> str:
@@ -109,9 +124,9 @@ async def _broker(held: HolderView) -> BrokerView | None:
         return None
 
 
-def late_steps(history: Sequence[Stored]) -> list[str]:
+def late_steps(history: Sequence[Stored], *, step_grace_s: float, wake_deadline_s: float) -> list[str]:
     """Steps that neither ended nor made their replica suspect within their time, by their replica's next fact."""
-    grace_s = NodeAgentSettings().step_grace_s + AWAY_S + NodeAgentSettings().wake_deadline_s
+    grace_s = step_grace_s + AWAY_S + wake_deadline_s
     open_steps: dict[str, tuple[str, float]] = {}
     late = []
     for stored in history:
@@ -133,3 +148,20 @@ def late_steps(history: Sequence[Stored]) -> list[str]:
             step = type(fact).__name__ + (" (reserved)" if isinstance(fact, ReplicaWaking) else "")
             open_steps[fact.replica_id] = (step, at_s + fact.ends_within_s + grace_s)
     return late + [f"{name}, {step}: has not ended" for name, (step, _) in open_steps.items()]
+
+
+def cycles_by_driver(history: Sequence[Stored]) -> Counter[str]:
+    """{swap driver: parks and wakes, one of each is one}; a wake's driver is that of the park before."""
+    parks, wakes = Counter[str](), Counter[str]()
+    driver: dict[str, str] = {}
+    for stored in history:
+        try:
+            fact = decode(stored.body)
+        except UnreadableMessage:
+            continue
+        if isinstance(fact, ReplicaParked):
+            driver[fact.replica_id] = fact.swap_driver or "none"
+            parks[driver[fact.replica_id]] += 1
+        elif isinstance(fact, ReplicaResident) and fact.replica_id in driver:
+            wakes[driver[fact.replica_id]] += 1
+    return Counter({name: min(parks[name], wakes[name]) for name in parks})

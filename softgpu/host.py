@@ -98,6 +98,8 @@ class FaultStatus(TypedDict):
     times: int
     kind: str  # of FAULT_KINDS
     value: int  # a code, or nanoseconds of delay
+    hit_count: int  # calls that it struck
+    struck_pid: int  # whose call was the last of them; 0: none yet
 
 
 class HostStatus(TypedDict):
@@ -285,7 +287,7 @@ class Host:
         known = FAULT_KINDS.get(kind)
         if known is None:
             raise HostError(f"there is no kind of fault {kind!r}; known: {', '.join(FAULT_KINDS)}")
-        if not _is_modelled(function):
+        if not is_modelled(function):
             raise HostError(f"softgpu does not model {function}, so a fault of it would never come")
         if known and function not in known:
             raise HostError(f"a fault of the kind {kind} can be set for {', '.join(known)}; not for {function}")
@@ -404,7 +406,7 @@ def mig_parts(name: str) -> tuple[int, int]:
     return count, {1: 1, 2: 2, 3: 4, 4: 4, 7: 8}[count]
 
 
-def _is_modelled(function: str) -> bool:
+def is_modelled(function: str) -> bool:
     """Whether one of the two libraries exports a function of that name, in some version.
 
     Loading a library starts nothing.

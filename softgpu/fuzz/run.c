@@ -176,6 +176,8 @@ static const char *const breakable[] = {"cuMemAlloc",
                                         "cuDevicePrimaryCtxRetain",
                                         "cuMemExportToShareableHandle"};
 
+enum { BROKEN_MAX = 16 }; /* calls that are faulty at once; a seed's run depends on it */
+
 /* One of those that the options name, apart by commas; without any, one of those above. */
 static void choose_breakable(const char *named, char *chosen, size_t size) {
     uint64_t count = 1;
@@ -197,7 +199,7 @@ static void break_something(const char *named) {
         gpu->is_lost = 1;
         run.losses++;
     } else {
-        fault_record *fault = &host->faults[below(random, FAULT_MAX)];
+        fault_record *fault = &host->faults[below(random, BROKEN_MAX)];
         host->fault_count += !fault->function[0];
         fault->after = (int32_t)below(random, *named ? 5 : 50);
         fault->times = 1 + (int32_t)below(random, 3);

@@ -116,8 +116,10 @@ static void all_faults(void) {
             continue;
         printf("%s{\"function\": ", separator);
         text(fault->function);
-        printf(", \"after\": %d, \"times\": %d, \"kind\": \"%s\", \"value\": %llu}", fault->after,
-               fault->times, fault_names[fault->kind], (unsigned long long)fault->value);
+        printf(", \"after\": %d, \"times\": %d, \"kind\": \"%s\", \"value\": %llu, "
+               "\"hit_count\": %u, \"struck_pid\": %d}",
+               fault->after, fault->times, fault_names[fault->kind], (unsigned long long)fault->value,
+               fault->hit_count, fault->struck_pid);
         separator = ", ";
     }
     printf("]");

@@ -25,7 +25,7 @@ enum {
     CHUNK_MAX = 65536,      /* an 80 GiB device in 2 MiB chunks is 40,960 */
     SHARED_EVENT_MAX = 128, /* events that several processes use (cuIpc) */
     EVENT_MAX = 64,         /* a reader that falls further behind misses the oldest */
-    FAULT_MAX = 16,
+    FAULT_MAX = 128, /* one for each call that a client uses, so that all can be counted at once */
     GROUP_MAX = 256,
     GROUP_DEPTH_MAX = 8,  /* a process's cgroup and its ancestors */
     GROUP_NAME_MAX = 256, /* the path of a container's cgroup holds a 64 digit id */
@@ -189,6 +189,8 @@ typedef struct {
     int32_t times;     /* then so many fail; below zero: all */
     uint32_t kind;
     uint64_t value;
+    uint32_t hit_count; /* calls that it struck */
+    int32_t struck_pid; /* whose call was the last of them */
     uint64_t serial;
     uint64_t used_bytes[DEVICE_MAX]; /* when it was set, for FAULT_STALE */
 } fault_record;

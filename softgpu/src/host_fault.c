@@ -3,6 +3,7 @@
 
 #include <ctype.h>
 #include <string.h>
+#include <unistd.h>
 
 #define HANG_POLL_NS 10000000ull
 
@@ -37,6 +38,8 @@ static int due(const char *function, unsigned kinds, fault_record *struck) {
         }
         if (fault->times > 0)
             fault->times--;
+        fault->hit_count++;
+        fault->struck_pid = (int32_t)getpid();
         *struck = *fault;
         found = 1;
     }

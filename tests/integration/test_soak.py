@@ -12,7 +12,7 @@ import softgpu
 from benchmarks.history import History
 from benchmarks.progress import Progress
 from benchmarks.report import Report
-from benchmarks.soak import COLD_START_S, soak
+from benchmarks.soak import MIXED, soak, soak_settings
 from benchmarks.soak_cycles import Cycles
 from benchmarks.soak_ledger import left
 from kit.bus_nats import NatsBus
@@ -22,23 +22,16 @@ from services.local.settings import StackSettings
 from services.local.stack import LocalStack, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.nats, pytest.mark.slow, pytest.mark.timeout(600)]
-CYCLES = 25
+CYCLES = 15
 SEED = 7
 
 
 def settings(tmp_path: Path) -> StackSettings:
-    return StackSettings(
-        state_dir=tmp_path / "state",
-        gpu_count=1,
-        uses_software_gpu=True,
-        cold_start_s=COLD_START_S,
-        service_settings={"swapper": {"tick_s": 0.1}},
-        handles_signals=False,
-    )
+    return soak_settings(tmp_path / "state", gpu_count=1, handles_signals=False)
 
 
-def options(driver: SwapDriver) -> argparse.Namespace:
-    return argparse.Namespace(cycles=CYCLES, seed=SEED, driver=driver.value, minutes=6.0)
+def options() -> argparse.Namespace:
+    return argparse.Namespace(cycles=CYCLES, seed=SEED, driver=MIXED, minutes=6.0)
 
 
 async def test_parks_and_wakes_under_kills_and_faults_leave_nothing(tmp_path: Path) -> None:
@@ -53,7 +46,7 @@ async def _soaked(stack: LocalStack) -> Report:
     async with NatsBus(stack.nats_url, read_seed(stack.folder.keys, ADMINISTRATOR), ADMINISTRATOR) as bus:
         history = History(bus)
         async with history.following():
-            reports.append(await soak(options(SwapDriver.HTTP_SLEEP), stack, history, Progress()))
+            reports.append(await soak(options(), stack, history, Progress()))
     return reports[0]
 
 
@@ -70,7 +63,7 @@ async def test_a_leak_and_a_wrong_content_are_told(tmp_path: Path) -> None:
         ):
             history = History(bus)
             async with history.following():
-                cycles = Cycles(stack, history, Progress(), seed=SEED, driver=SwapDriver.HTTP_SLEEP)
+                cycles = Cycles(stack, history, Progress(), seed=SEED, drivers=[SwapDriver.HTTP_SLEEP])
                 await cycles.deploy()
                 await cycles.run(1)
                 cycles.expect("other content than before")

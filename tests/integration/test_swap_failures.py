@@ -22,6 +22,7 @@ __all__ = ["host", "images"]
 pytestmark = pytest.mark.anyio
 
 NEVER = -1
+UNKNOWN = 999
 HOG = """
 import sys
 from devices.cuda import CudaDevice
@@ -119,6 +120,36 @@ async def test_a_park_that_fails_leaves_the_engine_serving_with_its_bytes(
     assert words in stayed["result"]["reason"]
     assert resident == after
     assert ["EngineParked", "EngineWoken"] == [parked["kind"], woken["kind"]], (parked, woken)
+
+
+@pytest.mark.parametrize("function", ["nvmlDeviceSetMemoryLimits_v1", "nvmlDeviceGetMemoryLimits_v1"])
+async def test_a_driver_that_fails_once_at_a_limit_is_asked_again_in_the_middle_of_a_swap(
+    tmp_path: Path, host: softgpu.Host, images: Path, function: str
+) -> None:
+    async with started(tmp_path, host, images, SwapDriver.HTTP_SLEEP) as (hands, _):
+        host.set_fault(function, code=UNKNOWN)
+        parked = await hands.do("park")
+        host.set_fault(function, code=UNKNOWN)
+        woken = await hands.do("wake")
+
+        assert 1 == host.status()["faults"][-1]["hit_count"]
+    assert ["EngineParked", "EngineWoken"] == [parked["kind"], woken["kind"]], (parked, woken)
+
+
+async def test_an_engine_without_a_limit_is_ended_and_no_agent_with_it(
+    tmp_path: Path, host: softgpu.Host, images: Path
+) -> None:
+    async with started(tmp_path, host, images, SwapDriver.HTTP_SLEEP, wake_deadline_s=2.0) as (hands, told):
+        await hands.do("park")
+        host.set_fault("nvmlDeviceSetMemoryLimits_v1", code=UNKNOWN, times=NEVER)
+
+        lost = await hands.do("wake")
+
+        host.clear_faults()
+        assert "EngineLost" == lost["kind"], lost
+        assert "its limit cannot be set" in lost["result"]["reason"]
+        assert [0, 0] == engine_bytes(host, told)
+        assert "EngineStarted" == (await hands.do("start"))["kind"]
 
 
 @pytest.mark.parametrize("driver", [SwapDriver.CHECKPOINT, SwapDriver.SLEEP_CHECKPOINT])

@@ -1,5 +1,6 @@
 """After the agent's own restart: whether an engine is as its lease says."""
 
+from devices.api import DeviceError
 from kit.outcomes import Input
 from schemas.holders import EngineView
 from services.nodeagent.effects.ending import watch
@@ -7,6 +8,7 @@ from services.nodeagent.effects.hands import Gone, Hands
 from services.nodeagent.effects.parking import settled
 from services.nodeagent.effects.resizing import live_as_leased
 from services.nodeagent.effects.waking import restored
+from services.nodeagent.guard import NotEnforced
 from services.nodeagent.inputs import AdoptEngine, EngineDoubtful
 from services.nodeagent.mover.driver import Broken, Standing, StillParked, StillResident
 
@@ -27,7 +29,7 @@ async def adopt(hands: Hands, effect: AdoptEngine, traceparent: str) -> Input | 
                 await restored(hands, effect, engine)
             await live_as_leased(hands, effect, engine)
             await hands.holder.open_route(effect.replica.replica_id, hands.endpoint(engine))
-    except (Gone, Broken, StillResident, StillParked) as error:
+    except (Gone, Broken, StillResident, StillParked, NotEnforced, DeviceError) as error:
         replica_id, lease_epoch = effect.replica.replica_id, effect.lease_epoch
         return EngineDoubtful(replica_id=replica_id, lease_epoch=lease_epoch, reason=str(error))
     watch(hands, effect)

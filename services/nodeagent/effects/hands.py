@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import anyio
 from anyio.abc import TaskGroup
 
+from devices.api import DeviceError
 from kit.outcomes import Input
 from kit.telemetry import Tracer
 from schemas.holders import EngineView
@@ -16,7 +18,7 @@ from schemas.placement import ReplicaProposal
 from services.nodeagent.adapters.registry import is_container
 from services.nodeagent.effects.lanes import Lanes
 from services.nodeagent.engine_client import EngineClient, EngineProblem
-from services.nodeagent.guard import Guard
+from services.nodeagent.guard import Guard, NotEnforced
 from services.nodeagent.holder_client import HolderClient
 from services.nodeagent.inputs import EngineEffect
 from services.nodeagent.mover.driver import SwapTarget
@@ -29,6 +31,7 @@ from services.nodeagent.runtimes.docker import Containers
 from services.nodeagent.settings import NodeAgentSettings
 
 HOLDER_RETRY_S: Final = 0.5
+LIMIT_RETRY_S: Final = 0.1
 PROOF_S: Final = 5.0
 """For one token of an engine that has nothing else to do."""
 log = logging.getLogger("nodeagent")
@@ -97,6 +100,23 @@ class Hands:
     async def limit(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> int:
         """Allow it so much on each of its GPUs, by shard, and give the sum as read back; see `Guard.hold`."""
         return await self.guard.hold(replica, engine, sizes)
+
+    async def limit_in_time(self, replica: ReplicaProposal, engine: EngineView, sizes: Sequence[int]) -> None:
+        """The same in the middle of a swap. Raises `NotEnforced`.
+
+        A driver or memory broker that fails now is asked again, for half of a wake's deadline: it may be restarted.
+        """
+        problem: Exception | None = None
+        with anyio.move_on_after(self.settings.wake_deadline_s / 2):
+            while True:
+                try:
+                    await self.limit(replica, engine, sizes)
+                    return
+                except (NotEnforced, DeviceError) as error:
+                    problem = error
+                    log.warning("limit not set", extra={"replica": replica.replica_id, "reason": str(error)})
+                await anyio.sleep(LIMIT_RETRY_S)
+        raise NotEnforced(f"its limit cannot be set: {problem or 'no answer'}")
 
     async def is_idle(self, effect: EngineEffect, endpoint: str, *, timeout_s: float) -> bool:
         """True when nothing is in flight; a training job yields between two steps by itself."""

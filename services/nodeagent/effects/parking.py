@@ -1,6 +1,7 @@
 """Parks: no request is lost, and nobody gets the bytes before the driver says that they are free."""
 
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import anyio
@@ -14,6 +15,7 @@ from services.nodeagent.effects.ending import end, unwatch
 from services.nodeagent.effects.hands import Gone, Hands
 from services.nodeagent.effects.resizing import is_beyond_request, live_in_request
 from services.nodeagent.engine_client import EngineProblem
+from services.nodeagent.guard import NotEnforced
 from services.nodeagent.inputs import EngineEffect, EngineParked, EngineStayed, ParkEngine
 from services.nodeagent.mover.driver import Broken, Parked, StillResident
 
@@ -75,9 +77,17 @@ async def settled(hands: Hands, effect: EngineEffect, engine: EngineView, parked
         await end(hands, effect, engine)
         return (0,) * len(effect.replica.shares)
     residues = await proven_residues(hands, effect, engine)
-    # Nothing may stay without a limit, and none is as small as no bytes at all.
-    await hands.limit(effect.replica, engine, [max(size, MiB) for size in residues])
+    await confine(hands, effect, engine, residues)
     return residues
+
+
+async def confine(hands: Hands, effect: EngineEffect, engine: EngineView, residues: Sequence[int]) -> None:
+    """No more allowed than what is left. Raises `Gone` where that cannot be had: nothing may stay without a limit."""
+    try:
+        # No limit is as small as no bytes at all.
+        await hands.limit_in_time(effect.replica, engine, [max(size, MiB) for size in residues])
+    except NotEnforced as error:
+        raise Gone(str(error)) from error
 
 
 async def proven_residues(hands: Hands, effect: EngineEffect, engine: EngineView) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import anyio
 
+from devices.api import DeviceError
 from kit.outcomes import Effect, Input
 from services.nodeagent.effects.adopting import adopt
 from services.nodeagent.effects.ending import lost, stop
@@ -17,6 +18,7 @@ from services.nodeagent.effects.starting import start
 from services.nodeagent.effects.trying import try_gpu
 from services.nodeagent.effects.waking import wake
 from services.nodeagent.gpu_inputs import TryGpu
+from services.nodeagent.guard import NotEnforced
 from services.nodeagent.inputs import (
     AdoptEngine,
     EngineEffect,
@@ -95,5 +97,13 @@ class NodeEffects:
             except RuntimeProblem as problem:
                 log.warning("holder problem", extra={"reason": str(problem), "effect": type(effect).__name__})
                 await anyio.sleep(HOLDER_RETRY_S)
+            except (NotEnforced, DeviceError) as problem:
+                # What a step can do about it, it has done. Nothing may stay as nobody knows it: an engine is ended; its
+                # end, and what concerns no engine, is tried again.
+                log.warning("driver problem", extra={"reason": str(problem), "effect": type(effect).__name__})
+                if lost_because is None and isinstance(effect, StartEngine | ParkEngine | WakeEngine):
+                    lost_because = str(problem)
+                else:
+                    await anyio.sleep(HOLDER_RETRY_S)
             except Gone as gone:
                 lost_because = str(gone)

@@ -7,9 +7,9 @@ import anyio
 
 from kit.outcomes import Input
 from schemas.holders import EngineView
-from schemas.units import MiB
 from services.nodeagent.effects.hands import Gone, Hands, requests
-from services.nodeagent.effects.parking import proven_residues
+from services.nodeagent.effects.parking import confine, proven_residues
+from services.nodeagent.guard import NotEnforced
 from services.nodeagent.inputs import EngineEffect, EngineNotWoken, EngineWoken, WakeEngine
 from services.nodeagent.mover.driver import Broken, Driver, StillParked, SwapTarget, Woken
 
@@ -49,7 +49,10 @@ async def wake(hands: Hands, effect: WakeEngine, traceparent: str) -> Input:
 async def restored(hands: Hands, effect: EngineEffect, engine: EngineView) -> Woken:
     """Allowed its share again, and back in it. Raises `StillParked`, or `Gone`."""
     driver, target = hands.mover.by(effect.swap_driver), hands.target(effect, engine)
-    await hands.limit(effect.replica, engine, requests(effect.replica))
+    try:
+        await hands.limit_in_time(effect.replica, engine, requests(effect.replica))
+    except NotEnforced as error:
+        raise StillParked(str(error)) from error
     try:
         return await _twice_at_most(driver, target)
     except Broken as error:
@@ -68,8 +71,7 @@ async def _twice_at_most(driver: Driver, target: SwapTarget) -> Woken:
 
 async def _rolled_back(hands: Hands, effect: WakeEngine, engine: EngineView, error: StillParked) -> Input:
     """Parked as before, which is proven again: what failed half-way may have left something."""
-    residues = await proven_residues(hands, effect, engine)
-    await hands.limit(effect.replica, engine, [max(size, MiB) for size in residues])
+    await confine(hands, effect, engine, await proven_residues(hands, effect, engine))
     return EngineNotWoken(
         replica_id=effect.replica.replica_id,
         lease_epoch=effect.lease_epoch,

@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 from msgspec.structs import replace
 
-from devices.api import GpuDescription, Inventory, NotSupported
+from devices.api import DeviceError, GpuDescription, Inventory, NotSupported
 from schemas.deployments import GRADE_ORDER, IsolationGrade
 from schemas.holders import EngineView
 from schemas.nodes import GpuOffer
@@ -266,17 +266,19 @@ class Guard:
         return self._settings.residue_bytes if measured_bytes is None else measured_bytes
 
     async def used_bytes(self, gpu_uuid: str, namespace: str, pid: int) -> int | None:
-        """What the engine uses now, by the driver's account; None when it does not say."""
-        grade = await self.grade(gpu_uuid)
-        return await anyio.to_thread.run_sync(self._used_bytes, gpu_uuid, namespace, pid, grade)
+        """What the engine uses now, by the driver's account; None when it does not say, or fails."""
+        try:
+            grade = await self.grade(gpu_uuid)
+            return await anyio.to_thread.run_sync(self._used_bytes, gpu_uuid, namespace, pid, grade)
+        except (DeviceError, NotEnforced) as problem:
+            if not isinstance(problem, NotSupported):
+                log.warning("not measured", extra={"gpu": gpu_uuid, "reason": str(problem)})
+            return None
 
     def _used_bytes(self, gpu_uuid: str, namespace: str, pid: int, grade: IsolationGrade) -> int | None:
-        try:
-            if grade is IsolationGrade.DRIVER and namespace:
-                return self.inventory.limit(gpu_uuid, namespace).used_bytes
-            return self._listed_bytes(gpu_uuid, pid)
-        except NotSupported:
-            return None
+        if grade is IsolationGrade.DRIVER and namespace:
+            return self.inventory.limit(gpu_uuid, namespace).used_bytes
+        return self._listed_bytes(gpu_uuid, pid)
 
     def _listed_bytes(self, gpu_uuid: str, pid: int) -> int | None:
         """Of it and its children. Where none is listed it is 0 only when nobody's bytes are missing from the list."""
