@@ -222,16 +222,20 @@ def _report(
         wanted += [("call_never_met_count", "==", 0), ("suspect_count", ">", 0)]
         least_count = int(options.cycles * LEAST_OF_ALL)
         wanted += [(name, ">=", least_count) for name in figures if name.startswith("cycle_") and name != "cycle_count"]
-    notes = ["Figures of a software GPU say nothing about the speed of a real one; docs/benchmarks.md defines each."]
-    notes += [f"Wrong content: {wrong}." for wrong in cycles.wrong[:3]]
-    notes += [f"Past its deadline: {step}." for step in late[:3]]
-    notes += [f"Used, and not met by a fault: {', '.join(missing)}."] if missing else []
-    notes += [leftovers.told] if leftovers.told else []
     bars = [Bar(name=name, value=figures[name], op=op, bar=bar) for name, op, bar in wanted]
     return Report(
-        benchmark="soak", label=stack.label, commit=commit(), figures=figures, bars=bars, notes=notes,
+        benchmark="soak", label=stack.label, commit=commit(), figures=figures, bars=bars,
+        notes=_notes(cycles.wrong, late, missing, leftovers.told),
         series=_series(chaos, cycles.problems),
     )  # fmt: skip
+
+
+def _notes(wrong: Sequence[str], late: Sequence[str], missing: Sequence[str], left_told: str) -> list[str]:
+    notes = ["Figures of a software GPU say nothing about the speed of a real one; docs/benchmarks.md defines each."]
+    notes += [f"Wrong content: {one}." for one in wrong[:3]]
+    notes += [f"Past its deadline: {step}." for step in late[:3]]
+    notes += [f"Used, and not met by a fault: {', '.join(missing)}."] if missing else []
+    return notes + ([left_told] if left_told else [])
 
 
 def _series(chaos: Chaos, problems: Counter[str]) -> dict[str, dict[str, Value]]:
