@@ -95,6 +95,7 @@ async def main() -> None:
                 containers=containers,
             )
             effects = NodeEffects(hands)
+            watchers.start_soon(mover.warm)
             _watch(hands, runner, inventory)
             async with bus.subscribe(_logs_subject(settings.node), _log_server(bus, runner, hands, watchers)):
                 await serve(runner, connection, telemetry)

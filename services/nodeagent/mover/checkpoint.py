@@ -25,6 +25,7 @@ from services.nodeagent.mover.driver import (
     SwapTarget,
     Woken,
 )
+from services.nodeagent.mover.kept_support import KeptSupport
 from services.nodeagent.mover.processes import pids_of
 
 QUICK_S: Final = 10.0
@@ -67,22 +68,33 @@ class Checkpoint:
         *,
         lock_timeout_s: float,
         members: Callable[[EngineView], Collection[int]] = pids_of,
+        kept: KeptSupport | None = None,
     ) -> None:
         """`members`: the processes that an engine consists of."""
         self._client = client
         self._lock_timeout_s = lock_timeout_s
         self._members = members
+        self._kept = kept
         self._is_ours = True  # Until the checkpointer says that its driver keeps the images itself.
 
     async def support(self, gpu_uuids: Collection[str]) -> dict[str, Support]:
+        """As the driver said earlier in this boot, while no checkpointer runs to be asked."""
+        known = self._kept.read() if self._kept is not None and not self._client.pids else None
         try:
-            told = await self._client.ask(wire.Supports(), wire.Supported, timeout_s=QUICK_S)
+            told = known or await self.asked()
         except CheckpointProblem as problem:
             return dict.fromkeys(gpu_uuids, Support(is_supported=False, reason=str(problem)))
         self._is_ours = told.has_custom_storage
         found = dict.fromkeys(gpu_uuids, Support(is_supported=told.is_supported, reason=told.reason))
         no_mig = Support(is_supported=False, reason="a part of a GPU (MIG) cannot be checkpointed")
         return found | {gpu_uuid: no_mig for gpu_uuid in gpu_uuids if gpu_uuid.startswith("MIG-")}
+
+    async def asked(self) -> wire.Supported:
+        """The driver's word of now. Raises `CheckpointProblem`."""
+        told = await self._client.ask(wire.Supports(), wire.Supported, timeout_s=QUICK_S)
+        if self._kept is not None:
+            self._kept.write(told)
+        return told
 
     def estimate_s(self, size_bytes: int, *, link_bytes_per_s: float) -> float:
         fraction = CUSTOM_LINK_FRACTION if self._is_ours else PLAIN_LINK_FRACTION

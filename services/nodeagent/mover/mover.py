@@ -1,23 +1,31 @@
 """All swap drivers of one host."""
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
+
+import anyio
 
 from schemas.deployments import ComputeSharing, SwapDriver
 from schemas.nodes import GpuOffer
 from services.nodeagent.broker_client import BrokerClient
 from services.nodeagent.engine_client import EngineClient
 from services.nodeagent.mover.checkpoint import Checkpoint
-from services.nodeagent.mover.checkpointer_client import CheckpointerClient
+from services.nodeagent.mover.checkpointer_client import CheckpointerClient, CheckpointProblem
 from services.nodeagent.mover.driver import Driver
+from services.nodeagent.mover.kept_support import KeptSupport
 from services.nodeagent.mover.over_http import RELEASE, SLEEP, OverHttp
 from services.nodeagent.mover.restart import Restart
 from services.nodeagent.mover.sleep_checkpoint import SleepCheckpoint
 from services.nodeagent.mover.store import Store
 from services.nodeagent.settings import NodeAgentSettings
 
+log = logging.getLogger("nodeagent")
+
+WARM_AFTER_S: Final = 5.0
+"""By then everything is adopted. A park by checkpoint that comes sooner starts it itself."""
 NOT_UNDER_MPS: Final = frozenset({SwapDriver.CHECKPOINT, SwapDriver.SLEEP_CHECKPOINT})
 """NVIDIA says nothing of clients of an MPS server that are checkpointed."""
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  (a memory file system is what is wanted)
@@ -26,9 +34,25 @@ SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  (a memory file system is 
 class Mover:
     """Knows them by name, and what this node can do with them."""
 
-    def __init__(self, drivers: Iterable[Driver], *, checkpointer: CheckpointerClient | None = None) -> None:
+    def __init__(
+        self,
+        drivers: Iterable[Driver],
+        *,
+        checkpointer: CheckpointerClient | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self._drivers: Mapping[SwapDriver, Driver] = {driver.name: driver for driver in drivers}
         self._checkpointer = checkpointer
+        self._checkpoint = checkpoint
+
+    async def warm(self) -> None:
+        """Some time after a return: start what takes long to start, so that the first park need not wait for it."""
+        await anyio.sleep(WARM_AFTER_S)
+        if self._checkpoint is not None:
+            try:
+                await self._checkpoint.asked()
+            except CheckpointProblem as problem:
+                log.warning("no checkpoints now", extra={"reason": str(problem)})
 
     async def close(self) -> None:
         if self._checkpointer is not None:
@@ -68,9 +92,10 @@ def mover_of(settings: NodeAgentSettings, engines: EngineClient) -> Mover:
         folder=images_folder(settings),
         is_plain=settings.is_checkpoint_plain,
     )
-    checkpoint = Checkpoint(client, lock_timeout_s=settings.lock_timeout_s)
+    kept = KeptSupport(Path(settings.state_dir) / f"checkpoint-support{'-plain' * settings.is_checkpoint_plain}.json")
+    checkpoint = Checkpoint(client, lock_timeout_s=settings.lock_timeout_s, kept=kept)
     sleep_checkpoint = SleepCheckpoint(OverHttp(SLEEP, engines), checkpoint)
-    return Mover([*drivers, checkpoint, sleep_checkpoint], checkpointer=client)
+    return Mover([*drivers, checkpoint, sleep_checkpoint], checkpointer=client, checkpoint=checkpoint)
 
 
 def images_folder(settings: NodeAgentSettings) -> Path:

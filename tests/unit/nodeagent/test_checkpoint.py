@@ -1,6 +1,7 @@
 """An engine of several processes under the driver's checkpoint: all of it moves, or none of it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -14,6 +15,7 @@ from services.nodeagent.mover import wire
 from services.nodeagent.mover.checkpoint import Checkpoint
 from services.nodeagent.mover.checkpointer_client import CheckpointerClient, CheckpointProblem
 from services.nodeagent.mover.driver import Broken, Standing, StillParked, StillResident, SwapTarget
+from services.nodeagent.mover.kept_support import KeptSupport
 
 pytestmark = pytest.mark.anyio
 
@@ -191,3 +193,49 @@ async def test_one_that_the_driver_gave_up_breaks_the_engine() -> None:
 async def test_an_engine_without_a_gpu_process_cannot_be_parked_this_way() -> None:
     with pytest.raises(Broken, match="none of its processes uses a GPU"):
         await Processes().driver().park(TARGET)
+
+
+class Told:
+    """A checkpointer that is asked what its driver can do."""
+
+    def __init__(self, *, is_supported: bool) -> None:
+        self.pids: frozenset[int] = frozenset()
+        self.is_supported = is_supported
+        self.asked_count = 0
+
+    async def ask(self, question: wire.Question, kind: type[msgspec.Struct], *, timeout_s: float) -> Any:
+        assert isinstance(question, wire.Supports)
+        self.asked_count += 1
+        return wire.Supported(is_supported=self.is_supported, has_custom_storage=True, reason="as the test says")
+
+
+async def lives(tmp_path: Path, *told: Told, boots: tuple[str, ...]) -> list[bool]:
+    """What each life of an agent finds, the first of them on a host that it does not know."""
+    found = []
+    for client, boot in zip(told, boots, strict=True):
+        (tmp_path / "boot").write_text(boot)
+        kept = KeptSupport(tmp_path / "state" / "kept.json", of_the_host=(tmp_path / "boot", tmp_path / "no driver"))
+        driver = Checkpoint(cast(CheckpointerClient, client), lock_timeout_s=1.0, kept=kept)
+        found.append((await driver.support(["GPU-0"]))["GPU-0"].is_supported)
+    return found
+
+
+async def test_a_returning_agent_does_not_wait_for_what_the_driver_has_said_in_this_boot(tmp_path: Path) -> None:
+    first, second, third = Told(is_supported=True), Told(is_supported=True), Told(is_supported=False)
+
+    assert [True, True, False] == await lives(tmp_path, first, second, third, boots=("one", "one", "two"))
+    assert [1, 0, 1] == [first.asked_count, second.asked_count, third.asked_count]
+
+
+async def test_a_no_of_the_driver_is_asked_for_again(tmp_path: Path) -> None:
+    first, second = Told(is_supported=False), Told(is_supported=True)
+
+    assert [False, True] == await lives(tmp_path, first, second, boots=("one", "one"))
+
+
+async def test_a_checkpointer_that_runs_is_asked(tmp_path: Path) -> None:
+    first, second = Told(is_supported=True), Told(is_supported=True)
+    second.pids = frozenset({99})
+
+    assert [True, True] == await lives(tmp_path, first, second, boots=("one", "one"))
+    assert 1 == second.asked_count
