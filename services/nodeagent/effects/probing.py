@@ -58,7 +58,7 @@ async def our_pids(hands: Hands) -> frozenset[int]:
         roots.append(holder_pid)
     strays = [e.pid for e in engines if e not in named and e.is_alive and started_ticks(e.pid) == e.started_ticks]
     ours = await anyio.to_thread.run_sync(trees_of, roots)
-    return ours - await anyio.to_thread.run_sync(trees_of, strays)
+    return ours - await anyio.to_thread.run_sync(trees_of, strays) if strays else ours
 
 
 def _beside_budget(memory_bytes: int, budget_bytes: int) -> int:
