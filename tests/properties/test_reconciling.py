@@ -112,13 +112,21 @@ def test_a_probe_by_which_the_agent_tries_a_gpu_is_its_own(record: Record, here:
 
 
 @given(records(), holdings())
-def test_every_living_engine_has_a_lease_or_is_ended(record: Record, here: Holdings) -> None:
-    alive = {one.replica_id for one in here.engines if one.is_alive}
-    named = {one.replica_id for one in leased(here.engines, record)}
-    ended = {stray.engine.replica_id for stray in differences(record, here).strays}
+def test_a_living_engine_is_ended_exactly_where_no_lease_of_its_epoch_is_there(record: Record, here: Holdings) -> None:
+    alive = {(one.replica_id, one.lease_epoch) for one in here.engines if one.is_alive and one.replica_id != PROBE}
+    found = differences(record, here).strays
+    ended = {(stray.engine.replica_id, stray.engine.lease_epoch) for stray in found if stray.engine.is_alive}
 
-    assert alive <= named | ended
-    assert not named & ended
+    assert alive - record.leases == ended
+
+
+@given(records(), holdings())
+def test_an_engine_that_lives_keeps_its_account_for_it_may_still_map_what_it_was_lent(
+    record: Record, here: Holdings
+) -> None:
+    alive = {(one.replica_id, one.lease_epoch) for one in here.engines if one.is_alive}
+
+    assert not alive & set(differences(record, here).accounts)
 
 
 @given(records(), holdings())
