@@ -41,7 +41,7 @@ class Belady:
     def forgotten(self, key: str) -> None:
         pass
 
-    def worth(self, key: str, *, now_s: float, restore_s: float, size_bytes: int) -> Worth:
+    def worth(self, key: str, *, now_s: float, since_s: float, restore_s: float, size_bytes: int) -> Worth:
         arrivals_s = self._arrivals_s[key]
         index = bisect.bisect_right(arrivals_s, now_s)
         next_s = arrivals_s[index] - now_s if index < len(arrivals_s) else NEVER_S

@@ -223,7 +223,9 @@ class World:
 
     def _candidate(self, gpu: _Gpu, other: _Model, now_s: float) -> Candidate:
         size = other.size
-        worth = self._policy.worth(other.key, now_s=now_s, restore_s=size.load_s, size_bytes=size.held_bytes)
+        worth = self._policy.worth(
+            other.key, now_s=now_s, since_s=other.since_s, restore_s=size.load_s, size_bytes=size.held_bytes
+        )
         return Candidate(key=other.key, priority=PRIORITY, freed_bytes={gpu.name: size.held_bytes}, worth=worth)
 
     def _park(self, model: _Model, now_s: float) -> None:

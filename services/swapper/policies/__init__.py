@@ -6,6 +6,7 @@ from typing import Final
 from services.swapper.policies.cost_rate import CostRate
 from services.swapper.policies.frequency import Frequency
 from services.swapper.policies.landlord import Landlord
+from services.swapper.policies.likely_return import LikelyReturn
 from services.swapper.policies.port import Policy
 from services.swapper.policies.recency import Recency
 
@@ -15,5 +16,5 @@ CLASSIC: Final[dict[str, Callable[[], Policy]]] = {
     "landlord": Landlord,
     "cost-rate": CostRate,
 }
-POLICIES: Final[dict[str, Callable[[], Policy]]] = {**CLASSIC}
-DEFAULT_POLICY: Final = "cost-rate"
+POLICIES: Final[dict[str, Callable[[], Policy]]] = {"likely-return": LikelyReturn, **CLASSIC}
+DEFAULT_POLICY: Final = "likely-return"

@@ -33,7 +33,7 @@ class CostRate(Remembering):
         super().forgotten(key)
         self._gap_s.pop(key, None)
 
-    def worth(self, key: str, *, now_s: float, restore_s: float, size_bytes: int) -> Worth:
-        last_used_s = self.usage(key).last_used_s
+    def worth(self, key: str, *, now_s: float, since_s: float, restore_s: float, size_bytes: int) -> Worth:
+        last_used_s = max(since_s, self.usage(key).last_used_s)
         gap_s = max(self._gap_s.get(key, UNKNOWN_GAP_S), now_s - last_used_s, 1e-3)
         return (restore_s / (max(1, size_bytes) * gap_s), last_used_s)

@@ -4,6 +4,6 @@ from services.swapper.policies.port import Remembering, Worth
 
 
 class Frequency(Remembering):
-    def worth(self, key: str, *, now_s: float, restore_s: float, size_bytes: int) -> Worth:
+    def worth(self, key: str, *, now_s: float, since_s: float, restore_s: float, size_bytes: int) -> Worth:
         usage = self.usage(key)
-        return (usage.use_count, usage.last_used_s)
+        return (usage.use_count, max(since_s, usage.last_used_s))

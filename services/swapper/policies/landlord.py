@@ -32,5 +32,5 @@ class Landlord(Remembering):
         self._credit.pop(key, None)
         self._price.pop(key, None)
 
-    def worth(self, key: str, *, now_s: float, restore_s: float, size_bytes: int) -> Worth:
-        return (self._credit.get(key, self._rent), self.usage(key).last_used_s)
+    def worth(self, key: str, *, now_s: float, since_s: float, restore_s: float, size_bytes: int) -> Worth:
+        return (self._credit.get(key, self._rent), max(since_s, self.usage(key).last_used_s))

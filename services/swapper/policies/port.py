@@ -37,8 +37,11 @@ class Policy(Protocol):
     def forgotten(self, key: str) -> None:
         """It is gone for good."""
 
-    def worth(self, key: str, *, now_s: float, restore_s: float, size_bytes: int) -> Worth:
-        """Of keeping it, now that it is idle. `restore_s`, `size_bytes`: its return, and what parking it would free."""
+    def worth(self, key: str, *, now_s: float, since_s: float, restore_s: float, size_bytes: int) -> Worth:
+        """Of keeping it, now that it is idle. That it came, at `since_s`, counts as a use: it came for someone.
+
+        `restore_s`, `size_bytes`: what its return takes, and what parking it would free.
+        """
 
 
 @dataclass(slots=True)

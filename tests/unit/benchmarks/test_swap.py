@@ -164,7 +164,7 @@ def test_a_run_writes_figures_and_prints_a_table_that_fits(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "fifo"], "error: --policy: there is no policy 'fifo'; there is: all, lru"),
+        (["--policy", "fifo"], "error: --policy: there is no policy 'fifo'; there is: all, likely-return"),
         (["--gpus", "0"], "error: --gpus: '0' is not a number of GPUs such as 4"),
         (["--time-scale", "0"], "error: --time-scale: arrivals come so many times as fast, so more than 0"),
         (["--seeds", "x"], "error: --seeds: 'x' is neither a seed nor a range"),
