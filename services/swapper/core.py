@@ -52,7 +52,12 @@ def check_invariants(state: FleetState) -> None:
 
 
 SERVICE: Service[FleetState] = Service(
-    name="swapper", new_state=fold.new_state, reads=reads, on_start=on_start, check_invariants=check_invariants
+    name="swapper",
+    new_state=fold.new_state,
+    reads=reads,
+    on_start=on_start,
+    check_invariants=check_invariants,
+    state_version=2,
 )
 _FOLDS: tuple[tuple[type, Any], ...] = (
     (NodeJoined, fold.fold_joined),

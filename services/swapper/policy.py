@@ -1,13 +1,13 @@
-"""Who comes back, and who gives way: least recently used first, training before inference.
+"""Who comes back, and who may give way: the hard rules, which no policy can break. Training gives way before inference.
 
-Pure, total orders, ties by id.
+Who of those that may is worth least, says the policy (`policies/`). Pure, total orders, ties by id.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from services.swapper.policies.selection import Candidate, chosen
 from services.swapper.state import FleetState, Replica, Tier, Wanted
 
 AWAY: Final = (Tier.PARKED, Tier.GRANTED)
@@ -187,12 +187,12 @@ def _victims(
     missing: Mapping[str, int],
     now_s: float,
 ) -> tuple[Replica, ...]:
-    """The fewest that free enough on every GPU: lowest priority first, then least recently used; () when too few may.
+    """Those worth least that free enough on every GPU, lowest priority first; () when too few may.
 
     One that spans several GPUs gives on all of them.
     """
     has_waited = wanted is not None and now_s - wanted.since_s >= state.settings.switch_after_s
-    candidates = [
+    may = [
         other
         for other in _here(state, missing)
         if other.tier is Tier.RESIDENT
@@ -200,31 +200,23 @@ def _victims(
         and other.spec.swap.is_parkable
         and _may_give_way(state, other, replica, has_waited=has_waited, now_s=now_s)
     ]
-    candidates.sort(key=lambda o: (o.spec.priority_number, last_used_s(state, o), o.replica_id))
-    chosen: list[Replica] = []
-    lacking = list(missing)
-    for other in candidates:
-        if not lacking:
-            break
-        freed = other.freed_bytes
-        if any(freed.get(uuid, 0) > 0 for uuid in lacking):
-            chosen.append(other)
-            lacking = _uncovered(missing, chosen)
-    if lacking:
-        return ()
-    for other in list(chosen):
-        rest = [kept for kept in chosen if kept is not other]
-        if not _uncovered(missing, rest):
-            chosen = rest
-    return tuple(chosen)
+    candidates = [_candidate(state, other, now_s=now_s) for other in may]
+    choice = chosen(candidates, missing_bytes=missing, adds=state.observed.policy.adds)
+    return () if choice is None else tuple(state.replicas[key] for key in choice.keys)
 
 
-def _uncovered(missing: Mapping[str, int], chosen: Iterable[Replica]) -> list[str]:
-    """GPUs on which these together do not free what is missing."""
-    freed: Counter[str] = Counter()
-    for victim in chosen:
-        freed.update(victim.freed_bytes)
-    return [uuid for uuid, size in missing.items() if freed[uuid] < size]
+def _candidate(state: FleetState, replica: Replica, *, now_s: float) -> Candidate:
+    freed_bytes = replica.freed_bytes
+    worth = state.observed.policy.worth(
+        replica.deployment_id,
+        now_s=now_s,
+        since_s=replica.since_s,
+        restore_s=state.restore_s(replica),
+        size_bytes=sum(freed_bytes.values()),
+    )
+    return Candidate(
+        key=replica.replica_id, priority=replica.spec.priority_number, freed_bytes=freed_bytes, worth=worth
+    )
 
 
 def _may_give_way(state: FleetState, other: Replica, replica: Replica, *, has_waited: bool, now_s: float) -> bool:

@@ -1,11 +1,15 @@
 """Settings of the swapper; variables ``SUBLET_SWAPPER_<NAME>``."""
 
+from typing import Literal
+
 from msgspec import Struct
 
 
 class SwapperSettings(Struct, frozen=True, kw_only=True):
     """One active instance in the whole system."""
 
+    policy: Literal["likely-return", "lru", "lfu", "landlord", "cost-rate"] = "likely-return"
+    """Who of those that may give way is worth least."""
     tick_s: float = 0.25
     """How often warm windows, returns and unanswered orders are looked at. Wakes do not wait for it."""
     wanted_fresh_s: float = 1.0

@@ -24,6 +24,8 @@ from schemas.nodes import (
 )
 from schemas.placement import GangCommitted, ParkAsked, WakeAsked
 from schemas.swapper import DecisionClosed, ParkDecided, WakeDecided
+from services.swapper.policies import POLICIES
+from services.swapper.policies.port import Policy
 from services.swapper.settings import SwapperSettings
 
 
@@ -41,6 +43,10 @@ class Tier(StrEnum):
     FAILED = "failed"
 
 
+RESTORE_FIXED_S = 0.25
+"""Of a return that was never measured: what it takes besides the copy."""
+LINK_BYTES_PER_S_UNKNOWN = 25e9
+"""Of a GPU whose node names no rate: a link of PCIe 4."""
 HOLDING_SHARE = frozenset({Tier.STARTING, Tier.RESIDENT, Tier.DRAINING, Tier.WAKING})
 
 
@@ -68,6 +74,8 @@ class Replica:
     refused_at_s: float = 0.0
     not_before_s: float = 0.0
     """Its node tries a failed start again by itself then; asking sooner would spend its attempts at once."""
+    restore_s: float | None = None
+    """What its newest return took, once its bytes were free. None: it has not returned yet."""
     held_for: str = ""
     """The gang for which its lease is held: nobody may wake it before that gang is committed."""
 
@@ -126,11 +134,15 @@ class GatewayLoad:
 class Observed:
     """Not history: lost at a restart, and then unknown, never zero."""
 
+    policy: Policy
+    """What it has learnt of uses. Keys are deployment ids."""
     wanted: dict[str, Wanted] = field(default_factory=dict)
     """{replica_id: newest wish}"""
     gateways: dict[str, GatewayLoad] = field(default_factory=dict)
     last_used_s: dict[str, float] = field(default_factory=dict)
     """{deployment_id: when a request for it was last in flight or waiting}"""
+    working: set[str] = field(default_factory=set)
+    """Deployments with a request in flight or waiting, as gateways last said."""
 
 
 @dataclass(slots=True)
@@ -138,6 +150,7 @@ class FleetState:
     """The fold of placement's and the node agents' facts, as far as the swapper needs them."""
 
     settings: SwapperSettings
+    observed: Observed
     offered_bytes: dict[str, int] = field(default_factory=dict)
     """{gpu_uuid: allocatable bytes}"""
     foreign_bytes: dict[str, int] = field(default_factory=dict)
@@ -149,11 +162,21 @@ class FleetState:
     """{gpu_uuid: the replicas that have a lease there}"""
     room_since_s: dict[str, float] = field(default_factory=dict)
     """{gpu_uuid: when its leases last changed}"""
-    observed: Observed = field(default_factory=Observed)
+    link_bytes_per_s: dict[str, float] = field(default_factory=dict)
+    """{gpu_uuid: how fast weights come from host memory}"""
 
     def on_gpu(self, gpu_uuid: str) -> list[Replica]:
         """In the order of their grants."""
         return [self.replicas[replica_id] for replica_id in self.replica_ids.get(gpu_uuid, ())]
+
+    def restore_s(self, replica: Replica) -> float:
+        """What bringing it back takes: as its newest return did, else its bytes over the links of its GPUs."""
+        if replica.restore_s is not None:
+            return replica.restore_s
+        links_bytes_per_s = (self.link_bytes_per_s.get(uuid, 0.0) for uuid in replica.share_bytes)
+        rate = min((rate for rate in links_bytes_per_s if rate > 0), default=LINK_BYTES_PER_S_UNKNOWN)
+        shard_bytes = replica.spec.engine.weights_bytes / max(1, len(replica.share_bytes))
+        return RESTORE_FIXED_S + shard_bytes / rate
 
     def groups(self, gpu_uuids: Iterable[str]) -> list[tuple[str, ...]]:
         """All GPUs that are to be decided on together with these: linked by replicas that span several, each once.
@@ -178,7 +201,7 @@ class FleetState:
 
 
 def new_state(settings: SwapperSettings) -> FleetState:
-    return FleetState(settings=settings)
+    return FleetState(settings=settings, observed=Observed(policy=POLICIES[settings.policy]()))
 
 
 # --- Facts ------------------------------------------------------------------------------------------------------------
@@ -187,6 +210,7 @@ def new_state(settings: SwapperSettings) -> FleetState:
 def fold_joined(state: FleetState, fact: NodeJoined) -> None:
     for gpu in fact.gpus:
         state.offered_bytes[gpu.gpu_uuid] = gpu.allocatable_bytes
+        state.link_bytes_per_s[gpu.gpu_uuid] = gpu.link_bytes_per_s
         state.foreign_bytes[gpu.gpu_uuid] = gpu.capacity_bytes - gpu.reserve_bytes - gpu.allocatable_bytes
 
 
@@ -230,6 +254,10 @@ def fold_released(state: FleetState, fact: LeaseReleased) -> None:
     state.decisions.pop(fact.replica_id, None)
     if replica is not None:
         state.room_since_s.update(dict.fromkeys(replica.share_bytes, fact.at_s))
+        deployment_id = replica.deployment_id
+        if all(other.deployment_id != deployment_id for other in state.replicas.values()):
+            state.observed.policy.forgotten(deployment_id)
+            state.observed.working.discard(deployment_id)
 
 
 def _leave(state: FleetState, replica_id: str) -> Replica | None:
@@ -266,6 +294,7 @@ def fold_ready(state: FleetState, fact: ReplicaReady) -> None:
         if replica is not None:
             replica.is_asked_awake, replica.is_started = False, True
             replica.wake_epoch = ready.wake_epoch
+            _tell_restored(state, replica, fact.at_s)
         _settle(state, ready.replica_id, is_wake=True)
 
 
@@ -285,6 +314,7 @@ def fold_parked(state: FleetState, fact: ReplicaParked) -> None:
     if replica is not None:
         replica.wake_epoch = fact.wake_epoch
         replica.residue_bytes = dict(zip(replica.share_bytes, fact.residues(len(replica.share_bytes)), strict=True))
+        state.observed.policy.parked(replica.deployment_id, now_s=fact.at_s)
     _settle(state, fact.replica_id, is_wake=False)
 
 
@@ -298,7 +328,18 @@ def fold_resident(state: FleetState, fact: ReplicaResident) -> None:
     replica = _move(state, fact.replica_id, Tier.RESIDENT, fact.at_s)
     if replica is not None:
         replica.is_asked_awake = False
+        replica.restore_s = fact.restore_s + fact.verify_s
+        _tell_restored(state, replica, fact.at_s)
     _settle(state, fact.replica_id, is_wake=True)
+
+
+def _tell_restored(state: FleetState, replica: Replica, at_s: float) -> None:
+    state.observed.policy.restored(
+        replica.deployment_id,
+        now_s=at_s,
+        restore_s=state.restore_s(replica),
+        size_bytes=sum(replica.freed_bytes.values()),
+    )
 
 
 def fold_wake_refused(state: FleetState, fact: WakeRefused) -> None:
@@ -379,6 +420,9 @@ def observe_wanted(state: FleetState, wanted: ModelWanted, now_s: float) -> None
         wake_epoch=wanted.wake_epoch,
     )
     state.observed.last_used_s[wanted.deployment_id] = now_s
+    if wanted.deployment_id not in state.observed.working:
+        state.observed.working.add(wanted.deployment_id)
+        state.observed.policy.used(wanted.deployment_id, now_s=now_s, was_idle=True)
 
 
 def observe_load(state: FleetState, gateway: str, models: tuple[ModelLoad, ...], now_s: float) -> None:
@@ -387,3 +431,27 @@ def observe_load(state: FleetState, gateway: str, models: tuple[ModelLoad, ...],
     for model in models:
         used_s = now_s if model.in_flight_count + model.waiting_count > 0 else model.last_arrival_s
         last_used_s[model.deployment_id] = max(used_s, last_used_s.get(model.deployment_id, 0.0))
+        _note_use(state, model, now_s)
+
+
+def _note_use(state: FleetState, model: ModelLoad, now_s: float) -> None:
+    """Tells the policy: all arrivals of one sample are one use; it rests when no gateway has work for it."""
+    observed, deployment_id = state.observed, model.deployment_id
+    was_working = deployment_id in observed.working
+    is_working = model.in_flight_count + model.waiting_count > 0 or _works_elsewhere(state, deployment_id, now_s)
+    if model.arrived_count > 0 or (is_working and not was_working):
+        observed.policy.used(deployment_id, now_s=now_s, was_idle=not was_working)
+    if is_working:
+        observed.working.add(deployment_id)
+    elif was_working or model.arrived_count > 0:
+        observed.working.discard(deployment_id)
+        observed.policy.rested(deployment_id, now_s=now_s)
+
+
+def _works_elsewhere(state: FleetState, deployment_id: str, now_s: float) -> bool:
+    for load in state.observed.gateways.values():
+        model = load.models.get(deployment_id)
+        is_there = now_s - load.heard_at_s <= state.settings.gateway_gone_s
+        if is_there and model is not None and model.in_flight_count + model.waiting_count > 0:
+            return True
+    return False

@@ -2,8 +2,8 @@
 
 How likely is a rate (a hazard) that falls with the time a model has been idle and rises with how often it came. Which
 of the two tells more differs: under bursty traffic it is the idle time, where models are asked for independently it is
-the long-run rate. So their weights are learned as requests come, one set of weights for all models, by Poisson regression:
-an arrival that ends an idle time says "now", every second of idle time before said "not yet". The logarithm of the rate
+the long-run rate. So their weights are learned as requests come, one set for all models, by Poisson regression: an
+arrival that ends an idle time says "now", every second of idle time before said "not yet". The logarithm of the rate
 is a weighted sum of the logarithms of
 
 - the idle time, in seconds, plus one;

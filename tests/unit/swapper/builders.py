@@ -19,6 +19,7 @@ from schemas.nodes import (
     GpuOffer,
     Lease,
     LeaseGranted,
+    LeaseReleased,
     NodeJoined,
     ParkAbandoned,
     Ready,
@@ -232,6 +233,9 @@ class Swapper:
             verify_s=0.1,
             wake_s=0.3,
         )
+
+    def released(self, name: str) -> LeaseReleased:
+        return LeaseReleased(node=NODE, at_s=self.now_s, replica_id=name, reason="retired")
 
     def refused(self, name: str) -> WakeRefused:
         return WakeRefused(**self._names(name), wake_epoch=self.epoch(name), reason="no room", short_by_bytes=GiB)

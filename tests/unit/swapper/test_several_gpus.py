@@ -65,7 +65,7 @@ def test_a_victim_that_turns_out_not_to_be_needed_stays() -> None:
     swapper.resident("wide", 55, gpu_uuids=BOTH)
     idle(swapper)
 
-    assert ["order wake a", "wake a <- small wide"] == outline(swapper.handle(swapper.wanted("a")))
+    assert ["order wake a", "wake a <- wide small"] == outline(swapper.handle(swapper.wanted("a")))
 
     other = swapper_of()
     other.parked("a", 60, gpu_uuids=BOTH)
