@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "softgpu-coverage"
 TESTS = "tests/unit/softgpu"
 NOT_WITH_COUNTERS = "test_speed.py"  # the counters cost time
-FUZZ_RUNS = (["--seed", "1", "--operations", "60000"], ["--steps", "quick", "--stride", "5"])
+FUZZ_RUNS = (["--seed", "1", "--operations", "60000"], ["--steps", "quick", "--stride", "5"], ["--races"])
 
 
 @dataclass

@@ -91,6 +91,12 @@ static CUresult map_token(const token *given, int descriptor, CUdeviceptr *addre
     return CUDA_SUCCESS;
 }
 
+/* With the driver lock held. */
+static CUresult open_anew(const token *given, CUdeviceptr *address) {
+    int descriptor = open_token(given);
+    return descriptor < 0 ? CUDA_ERROR_INVALID_VALUE : map_token(given, descriptor, address);
+}
+
 CUDA_EXPORT CUresult cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle exported, unsigned flags) {
     ENTER_WITH_CONTEXT();
     token given;
@@ -98,15 +104,7 @@ CUDA_EXPORT CUresult cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle 
     if (!address || flags != CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
         return CUDA_ERROR_INVALID_VALUE;
     driver_lock();
-    int is_open = reopen(&given, address);
-    driver_unlock();
-    if (is_open)
-        return CUDA_SUCCESS;
-    int descriptor = open_token(&given);
-    if (descriptor < 0)
-        return CUDA_ERROR_INVALID_VALUE;
-    driver_lock();
-    CUresult result = map_token(&given, descriptor, address);
+    CUresult result = reopen(&given, address) ? CUDA_SUCCESS : open_anew(&given, address);
     driver_unlock();
     return result;
 }

@@ -52,6 +52,27 @@ say(int(first) == int(second), text, error(cu.cuIpcCloseMemHandle(second)), erro
     assert child.process.poll() is None
 
 
+def test_threads_that_open_a_handle_at_once_get_one_address(machine: MakeMachine) -> None:
+    one = machine()
+    child, memory, _ = owner(one)
+
+    assert one.run(f"""{OTHER}
+import threading
+sys.setswitchinterval(1e-6)
+def open_it():
+    context(); barrier.wait(); opened.append(int(ok(memory('{memory}'))))
+apart = 0
+for _ in range(300):
+    barrier = threading.Barrier(4); opened = []
+    threads = [threading.Thread(target=open_it) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    apart += len(opened) != 4 or len(set(opened)) > 1
+    for address in opened: ok(cu.cuIpcCloseMemHandle(address))
+say(apart)""") == 0
+    assert child.process.poll() is None
+
+
 def test_opened_memory_outlives_its_owner_and_is_charged_to_nobody_then(machine: MakeMachine) -> None:
     one = machine()
     child, memory, _ = owner(one)
