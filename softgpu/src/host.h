@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOST_MAGIC 0x3755504754464f53ull /* raise the digit when the layout of host_state changes */
+#define HOST_MAGIC 0x3855504754464f53ull /* raise the digit when the layout of host_state changes */
 
 enum {
     DEVICE_MAX = 16,

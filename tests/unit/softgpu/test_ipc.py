@@ -56,7 +56,8 @@ def test_threads_that_open_a_handle_at_once_get_one_address(machine: MakeMachine
     one = machine()
     child, memory, _ = owner(one)
 
-    assert one.run(f"""{OTHER}
+    assert (
+        one.run(f"""{OTHER}
 import threading
 sys.setswitchinterval(1e-6)
 def open_it():
@@ -69,7 +70,9 @@ for _ in range(300):
     for thread in threads: thread.join()
     apart += len(opened) != 4 or len(set(opened)) > 1
     for address in opened: ok(cu.cuIpcCloseMemHandle(address))
-say(apart)""") == 0
+say(apart)""")
+        == 0
+    )
     assert child.process.poll() is None
 
 
