@@ -11,7 +11,7 @@ from schemas.deployments import SwapDriver
 from schemas.holders import EngineView
 from schemas.nodes import ParkTier
 from schemas.units import MiB
-from services.nodeagent.effects.ending import end, unwatch
+from services.nodeagent.effects.ending import end, unwatch, watch
 from services.nodeagent.effects.hands import Gone, Hands
 from services.nodeagent.effects.resizing import is_beyond_request, live_in_request
 from services.nodeagent.engine_client import EngineProblem
@@ -28,6 +28,7 @@ RESIDUE_SLACK_BYTES: Final = 64 * MiB
 
 async def park(hands: Hands, effect: ParkEngine, traceparent: str) -> Input:
     engine = await hands.running(effect)
+    watch(hands, effect)  # An agent that returned within a park has adopted nothing.
     endpoint = hands.endpoint(engine)
     replica_id = effect.replica.replica_id
     began_s = time.monotonic()

@@ -7,6 +7,7 @@ import anyio
 
 from kit.outcomes import Input
 from schemas.holders import EngineView
+from services.nodeagent.effects.ending import watch
 from services.nodeagent.effects.hands import Gone, Hands, requests
 from services.nodeagent.effects.parking import confine, proven_residues
 from services.nodeagent.guard import NotEnforced
@@ -19,6 +20,7 @@ AGAIN_S: Final = 0.05
 
 async def wake(hands: Hands, effect: WakeEngine, traceparent: str) -> Input:
     engine = await hands.running(effect)
+    watch(hands, effect)  # An agent that returned within a wake has adopted nothing.
     endpoint = hands.endpoint(engine)
     replica_id = effect.replica.replica_id
     began_s = time.monotonic()

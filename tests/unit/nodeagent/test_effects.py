@@ -17,7 +17,15 @@ from services.nodeagent.effects.hands import Hands
 from services.nodeagent.effects.performing import NodeEffects
 from services.nodeagent.engine_client import EngineProblem, EngineState
 from services.nodeagent.holder_client import HolderProblem
-from services.nodeagent.inputs import AdoptEngine, EngineLost, EngineParked, ParkEngine
+from services.nodeagent.inputs import (
+    AdoptEngine,
+    EngineEffect,
+    EngineLost,
+    EngineParked,
+    EngineWoken,
+    ParkEngine,
+    WakeEngine,
+)
 from services.nodeagent.mover.mover import Mover, plain_drivers
 from services.nodeagent.settings import NodeAgentSettings
 
@@ -86,7 +94,15 @@ async def test_engines_that_a_restarted_holder_does_not_know_are_reported_as_los
 class CalmHolder:
     """Knows the engine until it is told to forget it."""
 
-    is_known = True
+    def __init__(self) -> None:
+        self.is_known = True
+        self.is_over = anyio.Event()
+        """The end of its life; its next one knows no engine."""
+
+    async def wait_for_exit(self, replica_id: str, *, lease_epoch: int, timeout_s: float) -> EngineView:
+        await self.is_over.wait()
+        self.is_known = False
+        raise HolderProblem("it knows no such engine", status=404)
 
     async def engine(self, replica_id: str) -> EngineView | None:
         return ENGINE if self.is_known else None
@@ -107,7 +123,7 @@ class CalmHolder:
 class SleepingEngines:
     """Says that it holds 1,000 MiB after its park, in all."""
 
-    async def state(self, endpoint: str, kind: EngineKind) -> EngineState:
+    async def state(self, endpoint: str, kind: EngineKind = EngineKind.SIMULATED) -> EngineState:
         return EngineState(state="asleep", held_bytes=1000 * MiB)
 
     async def wait_until_idle(self, endpoint: str, *, timeout_s: float, kind: EngineKind) -> bool:
@@ -118,6 +134,11 @@ class SleepingEngines:
 
     async def post(self, url: str, *, timeout_s: float, body: bytes | None = None) -> bytes:
         return b""
+
+
+class WakingEngines(SleepingEngines):
+    async def verify(self, endpoint: str, model: str, kind: WorkloadKind, *, timeout_s: float) -> str:
+        return "a token"
 
 
 class GuardOf:
@@ -143,7 +164,18 @@ class GuardOf:
 
 async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:
     """What comes back of a park after which the driver says this."""
-    guard = GuardOf(used)
+    park = ParkEngine(
+        replica=replica(*used, request_bytes=4000 * MiB), lease_epoch=7, wake_epoch=1, drain_s=1.0, reason="idle"
+    )
+    result, guard, _ = await done(park, used)
+    return result, guard
+
+
+async def done(
+    effect: EngineEffect, used: dict[str, int], engines: type[SleepingEngines] = SleepingEngines
+) -> tuple[Input | None, GuardOf, list[Input]]:
+    """The effect's result, the guard, and what is told when the holder loses its engines after that."""
+    guard, holder = GuardOf(used), CalmHolder()
     result: Input | None = None
     ended: list[Input] = []
     async with anyio.create_task_group() as watchers:
@@ -151,18 +183,31 @@ async def parked(used: dict[str, int]) -> tuple[Input | None, GuardOf]:
             Hands(
                 settings=NodeAgentSettings(),
                 guard=cast(Any, guard),
-                holder=cast(Any, CalmHolder()),
-                engines=cast(Any, SleepingEngines()),
-                mover=Mover(plain_drivers(cast(Any, SleepingEngines()))),
+                holder=cast(Any, holder),
+                engines=cast(Any, engines()),
+                mover=Mover(plain_drivers(cast(Any, engines()))),
                 tracer=Tracer(None, None, root_ratio=0.0),
                 watchers=watchers,
                 report=ended.append,
             )
         )
-        wide = replica(*used, request_bytes=4000 * MiB)
-        park = ParkEngine(replica=wide, lease_epoch=7, wake_epoch=1, drain_s=1.0, reason="idle")
-        result = await effects.perform(park, "")
-    return result, guard
+        result = await effects.perform(effect, "")
+        holder.is_over.set()
+    return result, guard, ended
+
+
+@pytest.mark.parametrize("kind", [ParkEngine, WakeEngine])
+async def test_an_agent_that_returned_within_a_park_or_a_wake_hears_of_the_engines_end(
+    kind: type[EngineEffect],
+) -> None:
+    """It goes on with what it had begun, and adopts nothing."""
+    more: dict[str, Any] = {"drain_s": 1.0, "reason": "idle"} if kind is ParkEngine else {}
+    begun = kind(replica=replica("GPU-0", request_bytes=4000 * MiB), lease_epoch=7, wake_epoch=1, **more)
+
+    result, _, ended = await done(begun, {"GPU-0": 500 * MiB}, WakingEngines)
+
+    assert isinstance(result, EngineParked | EngineWoken), result
+    assert [EngineLost(replica_id="r", lease_epoch=7, reason="the holder does not know it any more")] == ended
 
 
 async def test_a_park_over_several_gpus_tells_what_stays_on_each_and_limits_it_to_that() -> None:
