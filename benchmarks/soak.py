@@ -8,8 +8,6 @@ on the device, none in host memory, no process, no step past its deadline.
 """
 
 import argparse
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from typing import Final
 
 import anyio
 
-from benchmarks.fleet import Stalled
+from benchmarks import stack_run
 from benchmarks.history import History
 from benchmarks.progress import Progress
 from benchmarks.report import Bar, Report, Value, commit, quantiles
@@ -26,15 +24,9 @@ from benchmarks.soak_chaos import Chaos
 from benchmarks.soak_cycles import Cycles
 from benchmarks.soak_ledger import Leftovers, cycles_by_driver, late_steps, left
 from benchmarks.soak_parts import AGENT, BROKER, CHECKPOINTER, ENGINE
-from kit.bus import BusError
-from kit.bus_nats import NatsBus
-from kit.nats_access import ADMINISTRATOR, read_seed
-from kit.supervisor import Interrupted, NotReady
 from schemas.deployments import SwapDriver
 from services.local.settings import StackSettings
-from services.local.stack import LocalStack, running
-from services.local.state import StackError
-from sublet.errors import SubletError
+from services.local.stack import LocalStack
 
 CYCLES: Final = 2000
 GPUS: Final = 3
@@ -77,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how models leave their GPU; mixed: some in each way (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, help="of sizes, kills and faults (default: drawn and told)")
     add("--minutes", type=float, default=20.0, help="give up after so long (default: %(default)g)")
-    add("--json", type=Path, metavar="OUT", help="write figures and bars there")
-    add("--check", action="store_true", help="exit status 1 when a bar is missed")
+    stack_run.add_arguments(parser)
     return parser
 
 
@@ -86,41 +77,12 @@ def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when it ran, 1 when a bar is missed and asked for, or when it could not run."""
     options = _parser().parse_args(arguments)
     options.seed = int(time.time()) if options.seed is None else options.seed
-    try:
-        with tempfile.TemporaryDirectory(prefix="sublet-soak-", ignore_cleanup_errors=True) as folder:
-            report = anyio.run(_run, options, soak_settings(Path(folder)), backend_options={"use_uvloop": True})
-    except Interrupted as interrupted:
-        return 128 + interrupted.signal_number
-    except (StackError, NotReady, Stalled, SubletError, BusError) as error:
-        print(f"error: {error} (seed {options.seed})", file=sys.stderr)
-        return 1
-    if report is None:
-        print("stopped; nothing was measured", file=sys.stderr)
-        return 130
-    print(report.table())
-    if options.json:
-        report.write(options.json)
-    return 1 if options.check and report.missed else 0
-
-
-async def _run(options: argparse.Namespace, settings: StackSettings) -> Report | None:
-    progress = Progress()
-    progress.say(
-        f"starting a stack with {settings.gpu_count} software GPUs; seed {options.seed}, driver {options.driver}"
-    )
-    report: Report | None = None
-    async with running(settings) as stack:
-        seed = read_seed(stack.folder.keys, ADMINISTRATOR)
-        async with NatsBus(stack.nats_url, seed, ADMINISTRATOR) as bus:
-            history = History(bus)
-            async with history.following():
-                report = await soak(options, stack, history, progress)
-        progress.say("stopping the stack")
-    return report
+    return stack_run.exit_status(options, soak, settings=soak_settings)
 
 
 async def soak(options: argparse.Namespace, stack: LocalStack, history: History, progress: Progress) -> Report:
     began_s = time.monotonic()
+    progress.say(f"driver {options.driver}")
     drivers = DRIVERS if options.driver == MIXED else (SwapDriver(options.driver),)
     cycles = Cycles(stack, history, progress, seed=options.seed, drivers=drivers)
     chaos = Chaos(stack, history, seed=options.seed)
