@@ -76,6 +76,8 @@ class Bursting(Alone):
             self._handle(self.agent.lost(name))
         elif isinstance(effect, ResizeEngine):
             self._handle(self._resized(effect))
+        elif isinstance(effect, ParkEngine) and not self.is_obedient and self._choose((True, False)):
+            self._handle(self.agent.stayed(name))
         elif isinstance(effect, ParkEngine) and known.parks_by is SwapDriver.CHECKPOINT:
             self._handle(self.agent.has_parked(name, residue_gib=0))
         else:

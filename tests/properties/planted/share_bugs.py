@@ -17,6 +17,7 @@ from services.nodeagent.inputs import (
     EngineNotResized,
     EngineParked,
     EngineResized,
+    EngineStayed,
     EvictEngine,
     GiveBackDue,
     WakeEngine,
@@ -76,7 +77,7 @@ def a_freeze_that_is_forgotten() -> Service[Any]:
 def a_ladder_that_never_ends() -> Service[Any]:
     """Nobody is ever stopped, however long it disobeys."""
     service = _quiet_tick(SERVICE)
-    for kind in (EngineNotResized, EngineResized, GiveBackDue):
+    for kind in (EngineNotResized, EngineResized, EngineStayed, GiveBackDue):
         service = without(service, kind, EvictEngine)
     return service
 
