@@ -5,7 +5,7 @@ process whose return fails stays away for ever.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -148,20 +148,8 @@ class Checkpoint:
 
     async def _save(self, target: SwapTarget, look: _Look) -> list[int]:
         """The sizes. When one of several cannot be saved, those that were come back, and all go on."""
-        sizes: list[int] = []
-        problems: list[str] = []
-
-        async def save(pid: int) -> None:
-            try:
-                question = wire.Save(image=_image(target), pid=pid)
-                moved = await self._client.ask(question, wire.Moved, timeout_s=self._copy_s(target))
-                sizes.append(moved.size_bytes)
-            except CheckpointProblem as problem:
-                problems.append(f"pid {pid}: {problem}")
-
-        async with anyio.create_task_group() as tg:
-            for pid in look.pids("locked"):
-                tg.start_soon(save, pid)
+        image = _image(target)
+        sizes, problems = await self._moved(target, [wire.Save(image=image, pid=pid) for pid in look.pids("locked")])
         if problems:
             reason = f"it could not be saved: {'; '.join(problems)}"
             await self._come_back(target, reason)
@@ -202,23 +190,32 @@ class Checkpoint:
         return look
 
     async def _load(self, target: SwapTarget, look: _Look) -> list[int]:
-        sizes: list[int] = []
-        problems: list[str] = []
-
-        async def load(pid: int) -> None:
-            try:
-                question = wire.Load(image=_image(target), pid=pid)
-                moved = await self._client.ask(question, wire.Moved, timeout_s=self._copy_s(target))
-                sizes.append(moved.size_bytes)
-            except CheckpointProblem as problem:
-                problems.append(f"pid {pid}: {problem}")
-
-        async with anyio.create_task_group() as tg:
-            for pid in look.pids("checkpointed"):
-                tg.start_soon(load, pid)
+        image = _image(target)
+        sizes, problems = await self._moved(
+            target, [wire.Load(image=image, pid=pid) for pid in look.pids("checkpointed")]
+        )
         if problems:
             raise Broken(f"its memory did not come back: {'; '.join(problems)}")
         return sizes
+
+    async def _moved(
+        self, target: SwapTarget, questions: Sequence[wire.Save | wire.Load]
+    ) -> tuple[list[int], list[str]]:
+        """All processes at once, to the end of each: the sizes, and what went wrong."""
+        sizes: list[int] = []
+        problems: list[str] = []
+
+        async def move(question: wire.Save | wire.Load) -> None:
+            try:
+                moved = await self._client.ask(question, wire.Moved, timeout_s=self._copy_s(target))
+                sizes.append(moved.size_bytes)
+            except CheckpointProblem as problem:
+                problems.append(f"pid {question.pid}: {problem}")
+
+        async with anyio.create_task_group() as tg:
+            for question in questions:
+                tg.start_soon(move, question)
+        return sizes, problems
 
     async def _unlock(self, pids: Collection[int]) -> None:
         for pid in sorted(pids):
