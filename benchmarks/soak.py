@@ -40,7 +40,7 @@ MIXED: Final = "mixed"
 CENSUS_CYCLES_MIN: Final = 100
 """In a shorter run calls are not counted first, and any call that the code makes may be met by a fault."""
 COVERED_CYCLES_MIN: Final = 1000
-"""A shorter run need not meet each call with each fault."""
+"""A shorter run need not meet each call with each fault; a longer one goes on until it has, as long as it may."""
 AGENT_SETTINGS: Final[dict[str, float]] = {
     "drain_s": 5.0, "wake_deadline_s": 6.0, "step_grace_s": 4.0, "start_deadline_s": 60.0, "look_pause_s": 0.5,
     "lock_timeout_s": 2.0, "start_attempt_count": 1000, "bad_start_count": 1000,
@@ -93,6 +93,10 @@ async def soak(options: argparse.Namespace, stack: LocalStack, history: History,
             f"checked {cycles.checked_count}  {chaos.told}"
         )
 
+    def is_enough() -> bool:
+        is_covered = not chaos.faults.missing() and suspect_count(history) > 0
+        return is_covered or options.cycles < COVERED_CYCLES_MIN
+
     has_census = options.cycles >= CENSUS_CYCLES_MIN
     if has_census:
         progress.say("each driver call is counted while the models start and take their first turns")
@@ -109,7 +113,7 @@ async def soak(options: argparse.Namespace, stack: LocalStack, history: History,
     async with progress.showing(line), anyio.create_task_group() as tg:
         tg.start_soon(chaos.run)
         with anyio.move_on_after(options.minutes * 60):
-            await cycles.run(options.cycles)
+            await cycles.run(options.cycles, is_enough=is_enough)
         soaked_s = time.monotonic() - soaked_s
         tg.cancel_scope.cancel()
     await chaos.end()
@@ -164,7 +168,7 @@ def _report(
         "used_call_count": len(faults.used) or None,
         "fault_count": faults.hits.total(),
         "call_never_met_count": len(missing) if faults.used else None,
-        "suspect_count": sum(".nodes_replica_suspect_v1" in stored.subject for stored in history.stored),
+        "suspect_count": suspect_count(history),
         "engine_failed_count": history.tally.counts.failed_count,
         **quantiles("wake_s", history.tally.counts.wakes_s, (50, 95)),
         "seed": options.seed,
@@ -190,6 +194,11 @@ def _report(
         notes=_notes(cycles.wrong, late, missing, leftovers.told),
         series=_series(chaos, cycles.problems),
     )  # fmt: skip
+
+
+def suspect_count(history: History) -> int:
+    """How often a replica became one."""
+    return sum(".nodes_replica_suspect_v1" in stored.subject for stored in history.stored)
 
 
 def _notes(wrong: Sequence[str], late: Sequence[str], missing: Sequence[str], left_told: str) -> list[str]:

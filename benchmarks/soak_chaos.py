@@ -21,6 +21,7 @@ REST_S: Final = {AGENT: 14.0, ENGINE: 4.0, BROKER: 33.0, CHECKPOINTER: 8.0}
 """Between two kills of a part. Whoever restarts an agent waits longer when it lived less than 10 s, a broker's 30 s."""
 FAULT_EVERY_S: Final = 1.0
 """A fault that was not met by then is taken back."""
+FAULTS_AT_ONCE: Final = 2
 START_S: Final = 4.0
 """A part that was killed makes its first calls within this; no other fault is set meanwhile."""
 STOP_EVERY_S: Final = 25.0
@@ -50,7 +51,8 @@ class Chaos:
     @property
     def told(self) -> str:
         kills = "  ".join(f"{part} {self.kills[part]}" for part in PARTS)
-        return f"killed: {kills}  stopped {self.stop_count}  faults met {self.faults.hits.total()}"
+        missing = f"  to be met {len(self.faults.missing())}" if self.faults.used else ""
+        return f"killed: {kills}  stopped {self.stop_count}  faults met {self.faults.hits.total()}{missing}"
 
     async def begin_census(self) -> None:
         """Each call is counted from now on, also those of a start: agent and broker are started again."""
@@ -93,7 +95,8 @@ class Chaos:
                 await self._kill_one()
                 kill_at_s = time.monotonic() + KILL_EVERY_S * self._draw.uniform(0.7, 1.3)
             else:
-                await self.faults.arm_one()
+                for _ in range(FAULTS_AT_ONCE):
+                    await self.faults.arm_one()
             await anyio.sleep(FAULT_EVERY_S)
 
     async def _kill_one(self) -> None:
@@ -108,13 +111,13 @@ class Chaos:
 
     async def _kill(self, part: str) -> bool:
         pid = await self._victim(part)
+        self._killed_at_s[part] = time.monotonic()  # Also where there is none now: it is another part's turn.
         if pid is None:
             return False
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             return False
-        self._killed_at_s[part] = time.monotonic()
         self.kills[part] += 1
         return True
 

@@ -3,7 +3,7 @@
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import aiohttp
@@ -82,15 +82,15 @@ class Cycles:
         ]
         await self._fleet.deploy_these(specs)
 
-    async def run(self, count: int) -> None:
-        """Returns after so many cycles."""
+    async def run(self, count: int, *, is_enough: Callable[[], bool] = lambda: True) -> None:
+        """Returns after so many cycles, or later when something else is wanted too."""
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_S)) as session,
             anyio.create_task_group() as tg,
         ):
             for number in range(self._worker_count):
                 tg.start_soon(self._ask_on, session, number % self._stack.settings.gpu_count)
-            while self.cycle_count < count:  # noqa: ASYNC110  (the bus tells)
+            while self.cycle_count < count or not is_enough():  # noqa: ASYNC110  (the bus tells)
                 await anyio.sleep(LOOK_EVERY_S)
             tg.cancel_scope.cancel()
 

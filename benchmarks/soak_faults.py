@@ -24,6 +24,8 @@ AFTER_MAX: Final = 4
 """One less go well first, at most."""
 KINDS: Final = ("code", "delay")
 """Each call must be met by both."""
+STANDING_MAX: Final = {"code": 3, "delay": 8}
+"""Not more failures: each ends a start, and whoever restarts a part waits longer each time."""
 COPIES: Final = frozenset({"cuMemcpyHtoDAsync", "cuMemcpyHtoD"})
 EVERY_FOURTH: Final = 0.25
 
@@ -76,7 +78,10 @@ class Faults:
     # --- Which go wrong -----------------------------------------------------------------------------------------------
 
     async def take_back(self) -> None:
-        """Note which were met; the others are taken back, so that no fault lasts for ever."""
+        """Note which were met, and take back the others; some that were tried in vain wait for their call again.
+
+        So a call that is rarely made, when something ends for example, is met at last.
+        """
         self._parts.look()
         for fault in (await self._status())["faults"]:
             if fault["hit_count"]:
@@ -84,6 +89,10 @@ class Faults:
                 self.struck[self._parts.named(fault["struck_pid"])] += fault["hit_count"]
                 self.callers.setdefault(fault["function"], set()).add(self._parts.named(fault["struck_pid"]))
         await anyio.to_thread.run_sync(self._host.clear_faults)
+        for kind, most in STANDING_MAX.items():
+            shy = [call for call in sorted(self.used) if self._is_shy(call, kind)]
+            for call in self._draw.sample(shy, min(most, len(shy))):
+                await self._arm(call, kind)
 
     async def arm_one(self) -> None:
         """One call in the near future, in whatever process meets it."""
