@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import NoneType
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
@@ -120,11 +121,29 @@ def digest(state: Any) -> bytes:
     return msgspec.json.encode(_plain(state), order="deterministic")
 
 
+_AS_IT_IS: Final = frozenset({str, int, float, bool, NoneType})
+
+
+def _durable_names(kind: type) -> tuple[str, ...] | None:
+    """Of a dataclass: its fields that are part of history. None for other types. Looked up once for each type."""
+    if kind not in _names_of:
+        names = tuple(f.name for f in fields(kind) if f.name not in NOT_DURABLE) if is_dataclass(kind) else None
+        _names_of[kind] = names
+    return _names_of[kind]
+
+
+_names_of: Final[dict[type, tuple[str, ...] | None]] = {}
+
+
 def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind in _AS_IT_IS:
+        return value
     if isinstance(value, msgspec.Struct):
         return msgspec.to_builtins(value)
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in NOT_DURABLE}
+    names = _durable_names(kind)
+    if names is not None:
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {str(key): _plain(child) for key, child in value.items()}
     if isinstance(value, set | frozenset):

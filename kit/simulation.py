@@ -177,9 +177,9 @@ class Simulation:
         member.is_waiting_for_bus = member.is_standby = False
         instance = f"{'b' if member.is_born_standby else ''}sim{member.life}"
         surplus = member.journal[member.uploaded_count :] if member.is_journaled else ()
-        restore = self.snapshots.restore if self.snapshots.is_drawn() else None
+        kept = self.snapshots if self.snapshots.is_drawn() else None
         processor = self.history.rebuilt(
-            member.service, member.settings, writer=member.writer, instance=instance, journal=surplus, restore=restore
+            member.service, member.settings, writer=member.writer, instance=instance, journal=surplus, snapshots=kept
         )
         member.processor, member.is_alive, member.is_active = processor, True, False
         member.own_mark = f"{member.writer}:{instance}:"
@@ -497,4 +497,4 @@ class Simulation:
             return
         if live.batch.entries or (not member.is_journaled and self.history.last_seq(live.prefix) != live.last_seq):
             return
-        self.history.check_replay(member, live, self.snapshots.restore)
+        self.history.check_replay(member, live, self.snapshots)

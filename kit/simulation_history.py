@@ -4,13 +4,14 @@ import copy
 import hashlib
 import pickle
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kit.bus import Entry, Stored, subject_matches
 from kit.processor import Batch, Processor, writer_of
 from kit.service import Service, digest
 from kit.simulation_members import Member, Party
+from kit.simulation_snapshots import DrawnSnapshots
 from schemas.messages import prefix_of
 
 
@@ -25,7 +26,8 @@ class History:
         self._parties: list[Party] = []
         self._readers: dict[str, tuple[Party, ...]] = {}
         self._trace = hashlib.sha256()
-        self._folds: dict[str, _FromZero] = {}
+        self._folds: dict[str, _Following] = {}
+        self._folds_from_snapshots: dict[str, _Following] = {}
 
     def trace_hash(self) -> str:
         return self._trace.hexdigest()
@@ -74,7 +76,7 @@ class History:
             stored_now.append(stored)
         return stored_now
 
-    # --- Folds from zero ----------------------------------------------------------------------------------------------
+    # --- Folds ----------------------------------------------------------------------------------------------
 
     def rebuilt(
         self,
@@ -84,65 +86,63 @@ class History:
         writer: str,
         instance: str,
         journal: Sequence[Entry] = (),
-        restore: Callable[[Processor[Any]], bool] | None = None,
+        snapshots: DrawnSnapshots | None = None,
     ) -> Processor[Any]:
         """A fold of all that is stored, then of the journal's surplus: what a new instance knows before it takes over.
 
         The fold of each writer's history goes on where the last one ended, and a copy of it is handed out; so a restart
-        costs what is new since the last, not all of history, and yet the state is a fold from zero. With `restore`, if
-        it has something, the fold begins at the snapshot that it brings.
+        costs what is new since the last, not all of history, and yet the state is a fold from zero. With `snapshots`,
+        if they have one, it is a fold from there, which goes on likewise until another one is kept.
         """
-        fold = self._folds.get(writer)
-        if fold is None:
-            fold = self._folds[writer] = _FromZero(Processor(service, settings, writer=writer, instance="replay"))
+        kept_at = 0 if snapshots is None else snapshots.kept_at(writer)
+        folds = self._folds_from_snapshots if kept_at else self._folds
+        fold = folds.get(writer)
+        if fold is None or fold.kept_at != kept_at:
+            begun = Processor(service, settings, writer=writer, instance="replay")
+            if snapshots is not None:
+                snapshots.restore(begun)
+            fold = folds[writer] = _Following(begun, kept_at=kept_at)
         fold.advance(self.stream)
-        processor = Processor(service, settings, writer=writer, instance=instance)
-        if restore is not None and restore(processor):
-            fold.replay(processor, self.stream, processor.read_seq)
-        else:
-            processor = fold.copy(instance)
+        processor = fold.copy(instance)
         for entry in journal:
             if not processor.knows(entry.id):
                 processor.replay_own(entry, seq=processor.last_seq)
         return processor
 
-    def check_replay(self, member: Member, live: Processor[Any], restored: Callable[[Processor[Any]], bool]) -> None:
+    def check_replay(self, member: Member, live: Processor[Any], snapshots: DrawnSnapshots) -> None:
         """A fold from zero, and one from a snapshot, gives the live state of a quiet member, byte for byte."""
         lived = digest(live.state)
-        for restore in (None, restored):
+        for begins_at in (None, snapshots):
             fresh = self.rebuilt(
                 member.service,
                 member.settings,
                 writer=member.writer,
                 instance="replay",
                 journal=member.journal,
-                restore=restore,
+                snapshots=begins_at,
             )
             fresh.fold_foreign_to(live.cursor_seq)
             replayed = digest(fresh.state)
             assert replayed == lived, (
-                f"{member.writer}: replay differs, {'from a snapshot' if restore else 'from zero'}\n"
+                f"{member.writer}: replay differs, {'from a snapshot' if begins_at else 'from zero'}\n"
                 f"replayed {replayed!r}\nlived    {lived!r}"
             )
 
 
-class _FromZero:
-    """One writer's fold, as far as it has been read."""
+class _Following:
+    """One writer's fold, as far as it has been read: from zero, or from the snapshot that was kept at some moment."""
 
-    def __init__(self, processor: Processor[Any]) -> None:
+    def __init__(self, processor: Processor[Any], *, kept_at: int) -> None:
+        self.kept_at = kept_at
         self._processor = processor
         self._filters = (processor.prefix, *processor.reads)
-        self._position = 0
+        self._position = processor.read_seq
         self._matches: dict[str, bool] = {}
 
     def advance(self, stream: Sequence[Stored]) -> None:
-        self.replay(self._processor, stream, self._position)
-        self._position = len(stream)
-
-    def replay(self, processor: Processor[Any], stream: Sequence[Stored], position: int) -> None:
-        """All from there on that concerns this writer."""
-        matches = self._matches
-        for index in range(position, len(stream)):
+        """All that is new and concerns this writer."""
+        matches, processor = self._matches, self._processor
+        for index in range(self._position, len(stream)):
             stored = stream[index]
             is_read = matches.get(stored.subject)
             if is_read is None:
@@ -150,6 +150,7 @@ class _FromZero:
                 matches[stored.subject] = is_read
             if is_read:
                 processor.replay_one(stored)
+        self._position = len(stream)
 
     def copy(self, instance: str) -> Processor[Any]:
         """Shares nothing that changes with the original."""

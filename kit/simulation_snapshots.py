@@ -14,6 +14,8 @@ from kit.snapshots import Position, pack, unpack
 @dataclass(slots=True)
 class _Kept:
     moment_count: int = 0
+    kept_at: int = 0
+    """Which of these moments is kept; 0: none."""
     position: Position | None = None
     packed: bytes = b""
 
@@ -36,10 +38,16 @@ class DrawnSnapshots:
         if self._random.random() * kept.moment_count < 1:
             snapshot = processor.snapshot()
             kept.position, kept.packed = snapshot.position, pack(snapshot)
+            kept.kept_at = kept.moment_count
 
     def is_drawn(self) -> bool:
         """Whether this start is one from a snapshot: every second."""
         return self._random.random() < 0.5
+
+    def kept_at(self, writer: str) -> int:
+        """Names the snapshot that is kept now; 0 while there is none."""
+        kept = self._kept.get(writer)
+        return 0 if kept is None else kept.kept_at
 
     def restore(self, processor: Processor[Any]) -> bool:
         """Bring a new processor to the kept moment; False when there is none."""

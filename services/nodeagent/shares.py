@@ -12,6 +12,7 @@ from kit.outcomes import Context, Outcome, Timer
 from schemas.nodes import BorrowAccounted, GaveBack, GiveBackAsked, LeaseResized, NodeFact, ResizeReason
 from services.nodeagent import accounts, bursting, giving_back
 from services.nodeagent import state as fold
+from services.nodeagent.bursting import Burster
 from services.nodeagent.core import SERVICE, current, names
 from services.nodeagent.demand import Demand, heard
 from services.nodeagent.inputs import BurstDue, EngineNotResized, EngineResized, GiveBackDue, LoadMeasured
@@ -59,16 +60,16 @@ def burst_due(state: NodeState, due: BurstDue, ctx: Context) -> Sequence[Outcome
             outcomes += giving_back.resumed(state, replica, ctx)
     if due.is_first or state.settings.burst_tick_s <= 0:
         return outcomes
-    told = accounts.statements(state, now_s=ctx.now_s)
-    ledger = Ledger(state)
-    returns = list(come_back(state, ledger, ctx))
-    return [*outcomes, *told, *returns, *_shared_out(state, ledger, ctx), *_overdue(state, ctx)]
-
-
-def _shared_out(state: NodeState, ledger: Ledger, ctx: Context) -> Iterator[Outcome]:
+    outcomes += accounts.statements(state, now_s=ctx.now_s)
     here = bursting.bursters(state, now_s=ctx.now_s)
-    if not here:
-        return
+    if here or any(replica.is_due_back for replica in state.replicas.values()):
+        ledger = Ledger(state)
+        outcomes += come_back(state, ledger, ctx)
+        outcomes += _shared_out(state, here, ledger, ctx)
+    return [*outcomes, *_overdue(state, ctx)]
+
+
+def _shared_out(state: NodeState, here: Sequence[Burster], ledger: Ledger, ctx: Context) -> Iterator[Outcome]:
     step_bytes = state.settings.burst_step_bytes
     extras = bursting.fair_extras(here, bursting.room_bytes(ledger, here), step_bytes=step_bytes)
     for burster, extra_bytes, other in bursting.surpluses(here, extras, step_bytes=step_bytes):
