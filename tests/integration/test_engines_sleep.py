@@ -171,6 +171,8 @@ def test_half_awake_it_can_be_put_to_sleep_again(awake: Engine, host_bytes: Call
 
 
 def test_sglang_s_routes_release_and_resume_the_same_memory(awake: Engine, host_bytes: Callable[[], int]) -> None:
+    awake.post("/sleep")
+    awake.post("/wake_up")  # What an engine lets go for good at its first park is no part of this.
     before = host_bytes()
 
     released = awake.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
