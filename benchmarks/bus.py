@@ -10,11 +10,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import anyio
 
 from benchmarks import sections
+from benchmarks.options import Parser
 from benchmarks.progress import Progress
 from benchmarks.report import Report, commit
 
@@ -30,13 +31,6 @@ SECTIONS: Final = {
 }
 """{name: what it measures}, in the order in which they run."""
 LOOPS: Final = ("uvloop", "asyncio")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
 
 
 def _parser() -> Parser:

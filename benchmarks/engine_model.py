@@ -1,15 +1,15 @@
 """``python -m benchmarks engine-model``: the engine model against published figures that it was not fitted on."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn, get_args
+from typing import Final, get_args
 
 from benchmarks import engine_article, engine_fit, engine_llm_d, engine_reference, engine_sharing
 from benchmarks.engine_page import FamilyRun, Fit, GroupRun, picture, text
 from benchmarks.engine_rows import Family, Group
+from benchmarks.options import Parser
 from benchmarks.progress import Progress
 from benchmarks.report import WIDTH, Bar, Report, Value, commit
 
@@ -86,13 +86,6 @@ def table(run: FamilyRun) -> str:
         what = row.what if len(row.what) <= WIDTH - 34 else row.what[: WIDTH - 35] + "…"
         lines.append(f"  {what:<{WIDTH - 34}}{row.measured:>10.4g}{row.modelled:>10.4g}{100 * row.error:>+9.1f} %")
     return "\n".join([*lines, ""])
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `python -m benchmarks engine-model --help`\n")
 
 
 def _parser() -> Parser:

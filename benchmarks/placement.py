@@ -1,15 +1,15 @@
 """``python -m benchmarks placement``: how much of a cluster's GPUs each policy allocates, and what a decision costs."""
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 from benchmarks import placement_page
 from benchmarks.openb import Cluster, InputError, PodList, read_cluster, read_pods
+from benchmarks.options import Parser
 from benchmarks.placement_moves import Moves
 from benchmarks.placement_run import Runs, carry_out, differences, seeds_of
 from benchmarks.progress import Progress
@@ -232,13 +232,6 @@ def _growth(small: Runs, large: Runs) -> float:
     return large.decision_us_mean / small.decision_us_mean
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `python -m benchmarks placement --help`\n")
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m benchmarks placement",
@@ -289,22 +282,15 @@ def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when it ran, 1 when a bar is missed and asked for, 2 for what was asked for wrongly."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.json and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json: {options.json} cannot be written: its folder does not exist")
+    parser.check_folder("--json", options.json)
     if options.scale < 1:
         parser.error(f"--scale: a cluster is at least as large as its file says, so 1 or more, not {options.scale}")
     if options.migrate < 0:
         parser.error(f"--migrate: so many pods may be moved for one arrival, so 0 or more, not {options.migrate}")
     if options.migrate and options.docs:
         parser.error("--docs: the page shows the published protocol, which knows no moves; leave --migrate out")
-    try:
-        policies = _policies(options.policy)
-    except ValueError as error:
-        parser.error(f"--policy: {error}")
-    try:
-        seeds = seeds_of(options.seeds)
-    except ValueError as error:
-        parser.error(f"--seeds: {error}")
+    policies = parser.value("--policy", _policies, options.policy)
+    seeds = parser.value("--seeds", seeds_of, options.seeds)
     try:
         cluster, lists = _inputs(options.nodes, options.pods)
         scale = max(options.scale, SCALE) if options.docs else options.scale

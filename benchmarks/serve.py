@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import anyio
 
@@ -20,6 +20,7 @@ from benchmarks.clients import Clients
 from benchmarks.faults import Kill
 from benchmarks.fleet import Fleet, Stalled
 from benchmarks.history import Counts, History
+from benchmarks.options import Parser
 from benchmarks.progress import Progress
 from benchmarks.replay import SETTINGS
 from benchmarks.report import Bar, Report, Value, commit, quantiles
@@ -37,13 +38,6 @@ KILLABLE: Final = ("placement", "swapper", "nodeagent", "autoscaler", "gateway",
 WAKES_MORE_THAN: Final = 40
 COLD_START_S: Final = 0.05
 """Of the software engines: the run measures swaps, and no cold start lies within it."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `python -m benchmarks serve --help`\n")
 
 
 def _parser() -> Parser:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
+from benchmarks.options import Parser
 from benchmarks.placement_run import seeds_of
 from benchmarks.progress import Progress
 from benchmarks.report import Bar, Report, Value, commit, quantile
@@ -185,12 +186,6 @@ def measure(
     return Outcome(cases=cases, policies=list(policies))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m benchmarks swap",
@@ -210,10 +205,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _counts(text: str | None) -> tuple[int, ...] | None:
+def _counts(text: str) -> tuple[int, ...]:
     """Raises `ValueError`."""
-    if text is None:
-        return None
     parts = [part.strip() for part in text.split(",")]
     if any(not part.isdecimal() or int(part) < 1 for part in parts):
         raise ValueError(f"'{text}' is not a number of GPUs such as 4, or several such as 2,4,8")
@@ -247,22 +240,12 @@ def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when it ran, 1 when a bar is missed and asked for, 2 for what was asked for wrongly."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.json and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json: {options.json} cannot be written: its folder does not exist")
+    parser.check_folder("--json", options.json)
     if not 0 < options.time_scale < float("inf"):
         parser.error(f"--time-scale: arrivals come so many times as fast, so more than 0, not {options.time_scale}")
-    try:
-        counts = _counts(options.gpus)
-    except ValueError as error:
-        parser.error(f"--gpus: {error}")
-    try:
-        policies = _policies(options.policy)
-    except ValueError as error:
-        parser.error(f"--policy: {error}")
-    try:
-        seeds = seeds_of(options.seeds)
-    except ValueError as error:
-        parser.error(f"--seeds: {error}")
+    counts = None if options.gpus is None else parser.value("--gpus", _counts, options.gpus)
+    policies = parser.value("--policy", _policies, options.policy)
+    seeds = parser.value("--seeds", seeds_of, options.seeds)
     try:
         traces = _traces(options, counts)
     except TraceError as error:

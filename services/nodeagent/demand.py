@@ -58,8 +58,8 @@ def heard(before: Demand | None, now: Demand) -> Demand:
     """What is remembered after it was told anew."""
     if not now.is_idle:
         return replace(now, idle_since_s=None)
-    was_idle = before is not None and before.lease_epoch == now.lease_epoch and before.idle_since_s is not None
-    return replace(now, idle_since_s=before.idle_since_s if before is not None and was_idle else now.at_s)
+    since_s = before.idle_since_s if before is not None and before.lease_epoch == now.lease_epoch else None
+    return replace(now, idle_since_s=now.at_s if since_s is None else since_s)
 
 
 def wanted_bytes(demand: Demand | None, size: Size, *, now_s: float, idle_s: float) -> int:

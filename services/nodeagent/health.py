@@ -270,10 +270,10 @@ def gpu_tried(state: NodeState, tried: GpuTried, ctx: Context) -> Sequence[Outco
 
 @SERVICE.on(GpuCloseAsked)
 def close_asked(state: NodeState, asked: GpuCloseAsked, ctx: Context) -> Sequence[Outcome]:
-    """An operator closes it: no fault of its own, and no trial opens it. Also where it was quarantined for a while."""
+    """An operator closes it: no fault, and no trial opens it. Also one that is away, or quarantined for a while."""
     health = health_of(state, asked.gpu_uuid)
     is_closed = health.is_quarantined and not health.until_s
-    if asked.node != state.settings.node or asked.gpu_uuid not in state.gpus or is_closed:
+    if asked.node != state.settings.node or is_closed:
         return []
     reason = "an operator closed it" + (f": {asked.reason}" if asked.reason else "")
     closed = GpuQuarantined(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kit.outcomes import Context, Outcome, Reply, UnreadableCommand
+from kit.outcomes import Context, Outcome, Reply, Timer, UnreadableCommand
 from schemas.deployments import problems_of
 from schemas.inbox import (
     CommandAnswered,
@@ -161,9 +161,8 @@ def repack_requested(state: ClusterState, command: RepackRequested, ctx: Context
     """Say how many GPUs moves can free, and begin as many moves as may run at once."""
     if duplicate := _duplicate(state, command, ctx):
         return duplicate
-    if ctx.tenant != state.settings.operator_tenant:
-        message = f"only the operator's tenant ('{state.settings.operator_tenant}') may ask for moves"
-        return _reject(command, "SUB-OPR-001", message, ctx)
+    if refused := _not_the_operator(state, command, "ask for moves", ctx):
+        return refused
     plan = repacking.planned(state, move_count_max=command.move_count_max, now_s=ctx.now_s)
     count, move_count = len(plan.freed), len(plan.steps)
     fact = RepackAsked(**_command(command, ctx), move_count_max=command.move_count_max, gpus_freed=count)
@@ -179,9 +178,8 @@ def quota_requested(state: ClusterState, command: QuotaRequested, ctx: Context) 
     """Set what a tenant is guaranteed. A smaller quota takes nothing from what runs and is never preempted."""
     if duplicate := _duplicate(state, command, ctx):
         return duplicate
-    if ctx.tenant != state.settings.operator_tenant:
-        message = f"only the operator's tenant ('{state.settings.operator_tenant}') may set quotas"
-        return _reject(command, "SUB-OPR-001", message, ctx)
+    if refused := _not_the_operator(state, command, "set quotas", ctx):
+        return refused
     tenant, quota = command.quota_tenant, command.gpu_quota
     told = "no quota" if quota is None else f"a quota of {quota:g} GPUs"
     if tenants.quota_of(state, tenant) == (quota, command.over_quota_weight):
@@ -201,9 +199,12 @@ def gpu_reinstate_requested(state: ClusterState, command: GpuReinstateRequested,
     """Its node opens it again, without trying it."""
     if duplicate := _duplicate(state, command, ctx):
         return duplicate
-    gpu = _gpu_named(state, command)
-    if ctx.tenant != state.settings.operator_tenant or isinstance(gpu, str):
-        return _no_such_gpu(state, command, gpu, ctx)
+    if refused := _not_the_operator(state, command, "open and close GPUs", ctx):
+        return refused
+    found = _gpus_named(state, command)
+    if len(found) != 1:
+        return _unclear_gpu(command, len(found), ctx)
+    gpu = found[0]
     place = f"{command.node}/gpu{gpu.index}"
     if not gpu.quarantine_reason:
         return _same(command, f"{place} is not quarantined", ctx)
@@ -216,12 +217,15 @@ def gpu_close_requested(state: ClusterState, command: GpuCloseRequested, ctx: Co
     """Its node closes it; what is there leaves by moves, if that is wanted. Closing it again may ask for that later."""
     if duplicate := _duplicate(state, command, ctx):
         return duplicate
-    gpu = _gpu_named(state, command)
-    if ctx.tenant != state.settings.operator_tenant or isinstance(gpu, str):
-        return _no_such_gpu(state, command, gpu, ctx)
-    movable, staying = repacking.stays(state, command.node, gpu.gpu_uuid)
+    if refused := _not_the_operator(state, command, "open and close GPUs", ctx):
+        return refused
+    found = _gpus_named(state, command)
+    if len(found) != 1:
+        return _unclear_gpu(command, len(found), ctx)
+    gpu = found[0]
     told = f"{command.node}/gpu{gpu.index} takes no new replicas until it is reinstated"
     if command.is_draining:
+        movable, staying = repacking.leaving_and_staying(state, command.node, gpu.gpu_uuid)
         told += f"; {len(movable)} of {len(movable) + len(staying)} replicas there are moved where there is room"
         told += f"; until they end, these stay: {', '.join(staying)}" if staying else ""
     fact = GpuCloseAsked(
@@ -231,27 +235,26 @@ def gpu_close_requested(state: ClusterState, command: GpuCloseRequested, ctx: Co
         is_draining=command.is_draining,
         reason=command.reason,
     )
-    return _admit(command, fact, told, ctx)
+    emptying = [Timer(due_s=ctx.now_s, input=repacking.MoveOn())] if command.is_draining else []
+    return [*_admit(command, fact, told, ctx), *emptying]
 
 
-def _gpu_named(state: ClusterState, command: GpuCloseRequested | GpuReinstateRequested) -> GpuOffer | str:
-    """The GPU that is meant, or what is wrong."""
+def _gpus_named(state: ClusterState, command: GpuCloseRequested | GpuReinstateRequested) -> list[GpuOffer]:
     node = state.nodes.get(command.node)
-    found = [gpu for uuid, gpu in node.gpus.items() if uuid.startswith(command.gpu_uuid)] if node is not None else []
-    if len(found) == 1:
-        return found[0]
-    return f"{command.node or 'no node'} offers {len(found)} GPUs that begin with '{command.gpu_uuid}', not one"
+    return [gpu for uuid, gpu in node.gpus.items() if uuid.startswith(command.gpu_uuid)] if node is not None else []
 
 
-def _no_such_gpu(
-    state: ClusterState, command: GpuCloseRequested | GpuReinstateRequested, found: GpuOffer | str, ctx: Context
-) -> Sequence[Outcome]:
+def _unclear_gpu(command: GpuCloseRequested | GpuReinstateRequested, count: int, ctx: Context) -> list[Outcome]:
+    message = f"{command.node or 'no node'} offers {count} GPUs that begin with '{command.gpu_uuid}', not one"
+    return _reject(command, "SUB-OPR-002", message, ctx)
+
+
+def _not_the_operator(state: ClusterState, command: Command, wish: str, ctx: Context) -> list[Outcome]:
+    """The rejection of what only the operator's tenant may do, else nothing."""
     operator = state.settings.operator_tenant
-    if ctx.tenant != operator:
-        return _reject(
-            command, "SUB-OPR-001", f"only the operator's tenant ('{operator}') may open and close GPUs", ctx
-        )
-    return _reject(command, "SUB-OPR-002", str(found), ctx)
+    if ctx.tenant == operator:
+        return []
+    return _reject(command, "SUB-OPR-001", f"only the operator's tenant ('{operator}') may {wish}", ctx)
 
 
 @SERVICE.on(KeyCreateRequested)

@@ -178,9 +178,8 @@ def gpu_reinstated(state: ClusterState, fact: GpuReinstated, ctx: Context) -> Se
 
 @SERVICE.on(GpuQuarantined)
 def gpu_quarantined(state: ClusterState, fact: GpuQuarantined, ctx: Context) -> Sequence[Outcome]:
-    """Whoever made room there need not: its claim has lost its sense. An operator may want it empty."""
-    emptying = [Timer(due_s=ctx.now_s, input=MoveOn())] if fact.gpu_uuid in state.draining else []
-    return [*([next_turn(ctx)] if state.index.unsettled else []), *emptying]
+    """Whoever made room there need not: its claim has lost its sense."""
+    return [next_turn(ctx)] if state.index.unsettled else []
 
 
 @SERVICE.on(LeaseGranted)

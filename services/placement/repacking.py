@@ -86,7 +86,7 @@ def emptied(state: ClusterState, *, now_s: float) -> Plan:
     return empty_gpus(_board(state, now_s=now_s), gpus)
 
 
-def stays(state: ClusterState, node: str, gpu_uuid: str) -> tuple[list[str], list[str]]:
+def leaving_and_staying(state: ClusterState, node: str, gpu_uuid: str) -> tuple[list[str], list[str]]:
     """Who holds a place on a GPU: the replicas that may be moved, and those that stay until they end."""
     movable: list[str] = []
     staying: list[str] = []

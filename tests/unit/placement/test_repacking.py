@@ -352,13 +352,14 @@ def closed(placement: Repacking, gpu_uuid: str, *, is_draining: bool = True) -> 
     command = GpuCloseRequested(
         command_id=f"close-{gpu_uuid}", node="node-0", gpu_uuid=gpu_uuid, is_draining=is_draining
     )
-    told = message(placement.handle(command))
+    outcomes = placement.handle(command)
     quarantined = GpuQuarantined(
         node="node-0", at_s=placement.now_s, gpu_uuid=gpu_uuid, reason="an operator closed it",
         fault_count=0, quarantine_s=0.0,
     )  # fmt: skip
-    due = [o.input for o in placement.handle(quarantined) if isinstance(o, Timer) and isinstance(o.input, MoveOn)]
-    return told, [outcome for each in due for outcome in placement.handle(each)]
+    placement.handle(quarantined)
+    due = [o.input for o in outcomes if isinstance(o, Timer) and isinstance(o.input, MoveOn)]
+    return message(outcomes), [outcome for each in due for outcome in placement.handle(each)]
 
 
 def test_what_is_on_a_gpu_that_is_to_be_empty_moves_though_it_serves_and_breaks_a_whole_gpu() -> None:
@@ -392,10 +393,11 @@ def test_a_gpu_that_is_only_closed_keeps_what_it_has_until_somebody_wants_it_emp
     idle = placement.tidy()
     placement.seq += 1
     again = GpuCloseRequested(command_id="again", node="node-0", gpu_uuid="gpu-1", is_draining=True)
-    placement.handle(again)
+    asked_again = [o.input for o in placement.handle(again) if isinstance(o, Timer) and isinstance(o.input, MoveOn)]
 
     assert [] == moved([*only_closed, *idle])
-    assert [placement.small] == [replica_id for replica_id, _ in moved(placement.tidy())]
+    assert [MoveOn()] == asked_again
+    assert [placement.small] == [replica_id for replica_id, _ in moved(placement.handle(asked_again[0]))]
 
 
 def test_when_there_is_no_room_it_waits_and_goes_on_when_there_is() -> None:
