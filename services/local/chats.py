@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import aiohttp
+import anyio
 import msgspec
 
 REQUEST_TIMEOUT_S: Final = 120.0
@@ -43,8 +44,9 @@ class Chats:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        await self._session.close()
-        await self._engines.close()
+        with anyio.CancelScope(shield=True):  # Also when Ctrl-C ends the block: closing waits.
+            await self._session.close()
+            await self._engines.close()
 
     async def state_of(self, endpoint: str) -> dict[str, Any]:
         """What an engine says of itself; empty when it does not answer."""
